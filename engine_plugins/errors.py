@@ -1,0 +1,161 @@
+"""The one tree of errors.
+
+A class exists where a caller would act differently; the text says what was seen, what
+follows from it and what to do. `admin/error_responses.py` is the only place that turns
+these into HTTP.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+__all__ = [
+    "AdminRequestError",
+    "ConflictError",
+    "EngineCallError",
+    "EnginePluginError",
+    "FencedError",
+    "ManifestError",
+    "NotConfiguredError",
+    "PauseTimeoutError",
+    "PeerError",
+    "PeerLostError",
+    "PlanError",
+    "SettingsError",
+    "SourceError",
+    "StaleVersionError",
+    "TransferTimeoutError",
+    "TransportError",
+    "UnknownIdError",
+    "UnsupportedError",
+    "UpdateFailedError",
+    "WeightMismatchError",
+]
+
+
+class EnginePluginError(Exception):
+    """Root of every error that this package raises on purpose.
+
+    `code` is stable and machine readable; `remedy` says what the caller can do.
+    """
+
+    code: ClassVar[str] = "engine_plugin_error"
+
+    def __init__(self, message: str, *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class SettingsError(EnginePluginError):
+    """A setting has a value that cannot be used."""
+
+    code = "bad_setting"
+
+
+class NotConfiguredError(EnginePluginError):
+    """Something that must be configured before use is not (an admin token, NIXL)."""
+
+    code = "not_configured"
+
+
+class AdminRequestError(EnginePluginError):
+    """A request that cannot be read: not JSON, a missing field, a wrong type."""
+
+    code = "malformed_request"
+
+
+class UnknownIdError(EnginePluginError):
+    """A source_id or plan_id that this engine does not hold."""
+
+    code = "unknown_id"
+
+
+class ConflictError(EnginePluginError):
+    """The call is right but not in this state; the message names the way out."""
+
+    code = "illegal_state"
+
+
+class StaleVersionError(ConflictError):
+    """The version offered is not newer than the one installed."""
+
+    code = "stale_version"
+
+
+class FencedError(EnginePluginError):
+    """The engine may hold half-new weights and refuses to serve until an update completes."""
+
+    code = "fenced"
+
+
+class UnsupportedError(EnginePluginError):
+    """Well-formed and legal, but this engine or release cannot do it."""
+
+    code = "unsupported"
+
+
+class PauseTimeoutError(EnginePluginError):
+    """A pause did not complete in time; the engine is back in its former state."""
+
+    code = "pause_timeout"
+
+
+class EngineCallError(EnginePluginError):
+    """A worker of the engine answered a call with an error of its own."""
+
+    code = "engine_call_failed"
+
+
+class SourceError(EnginePluginError):
+    """The trainer's tensors cannot be described as a source (unknown name, odd layout)."""
+
+    code = "bad_source"
+
+
+class ManifestError(EnginePluginError):
+    """A manifest contradicts itself or breaks a bound."""
+
+    code = "bad_manifest"
+
+
+class PlanError(EnginePluginError):
+    """The sources together do not give every element exactly once."""
+
+    code = "bad_coverage"
+
+
+class WeightMismatchError(EnginePluginError):
+    """The sources do not fit the engine's model: a name, shape or dtype differs."""
+
+    code = "weight_mismatch"
+
+
+class TransportError(EnginePluginError):
+    """The transport failed for a reason that is not a peer's."""
+
+    code = "transport_failed"
+
+
+class PeerError(TransportError):
+    """A peer's description is unusable (truncated or foreign metadata, bad address)."""
+
+    code = "bad_peer"
+
+
+class PeerLostError(TransportError):
+    """A peer died or closed its side while bytes were wanted from it."""
+
+    code = "peer_lost"
+
+
+class TransferTimeoutError(TransportError):
+    """A transfer passed its deadline; its buffer must not be used again."""
+
+    code = "transfer_timeout"
+
+
+class UpdateFailedError(EnginePluginError):
+    """A weight update did not complete; the text says what the engines hold now."""
+
+    code = "update_failed"

@@ -1,0 +1,1 @@
+"""Weights as plain data: where every element lies, which bytes to move, how they travel."""

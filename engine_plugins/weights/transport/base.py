@@ -1,0 +1,111 @@
+"""The seam between weights and wires.
+
+A transport owns one agent of this process: it registers memory, describes itself to peers, and
+reads peers' memory. It knows nothing of tensors. Every wait has a deadline of ours, because the
+wires have none.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Descriptors", "PreparedRead", "Transport"]
+
+Descriptors = npt.NDArray[np.uint64]
+"""[n, 3] uint64: local address, remote address, length in bytes."""
+
+
+class PreparedRead(Protocol):
+    """A read of one peer's memory, prepared once and posted as often as wanted."""
+
+    @property
+    def peer(self) -> str:
+        """Name of the agent that is read from."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that one run of this read moves."""
+        ...
+
+    def post(self) -> None:
+        """Start the read. Raises PeerLostError if the peer is known to be gone."""
+        ...
+
+    def done(self) -> bool:
+        """Say whether the posted read has completed; never blocks.
+
+        Raises:
+            PeerLostError: the peer died or closed.
+            TransportError: anything else that ended the read.
+        """
+        ...
+
+    def release(self) -> None:
+        """Give the prepared handle back. Does not stop a read under way."""
+        ...
+
+
+class Transport(Protocol):
+    """One agent of this process on one wire."""
+
+    @property
+    def kind(self) -> str:
+        """`nixl` or `in_memory`, as manifests name it."""
+        ...
+
+    @property
+    def agent(self) -> str:
+        """This agent's name, unique among all that will meet."""
+        ...
+
+    def register(self, address: int, nbytes: int, device: int) -> None:
+        """Make memory reachable for peers and usable as a read's target.
+
+        The transport keeps no reference: the owner keeps the memory alive until `deregister`.
+        `device` is a CUDA ordinal, or -1 for host memory.
+        """
+        ...
+
+    def deregister(self, address: int) -> None:
+        """Undo `register` of the region that starts at `address`."""
+        ...
+
+    def metadata(self) -> bytes:
+        """This agent and its registered memory, as opaque bytes for peers."""
+        ...
+
+    def add_peer(self, agent: str, metadata: bytes) -> None:
+        """Meet a peer, or meet it again after it restarted or registered more.
+
+        Raises:
+            PeerError: the bytes do not describe an agent of that name.
+        """
+        ...
+
+    def remove_peer(self, agent: str) -> None:
+        """Forget a peer; unknown names are ignored."""
+        ...
+
+    def prepare_read(
+        self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
+    ) -> PreparedRead:
+        """Prepare a read from a peer into our registered memory.
+
+        Args:
+            agent: a peer that was added.
+            descriptors: [n, 3] uint64 rows of (local address, remote address, bytes).
+            local_device: where our memory lies (CUDA ordinal, or -1 for host memory).
+            remote_device: where the peer's memory lies, in the peer's own numbering.
+
+        Raises:
+            PeerError: an address that the peer or we have not registered.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release the agent. Peers that read from it afterwards fail."""
+        ...
