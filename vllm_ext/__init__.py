@@ -1,0 +1,1 @@
+"""Connects `engine_plugins` to vLLM; the only package of this project that imports vllm."""
