@@ -1,0 +1,47 @@
+# Two commands do all the set-up: `make demo` and `make test`. They need Python 3.11,
+# make and a package index within reach; a second run finds everything in place.
+
+PYTHON ?= python3.11
+VLLM_ENV := .venv/vllm
+VLLM_PYTHON := $(VLLM_ENV)/bin/python
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lint bench fmt setup setup-vllm clean
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: setup-vllm ## train a tiny model and update a live vLLM server with it
+	$(VLLM_PYTHON) examples/live_update_demo.py $(ARGS)
+
+test: setup ## all tests, real engines included (ARGS="-k name" narrows them)
+	$(VLLM_PYTHON) -m pytest tests $(ARGS)
+
+check: lint ## the quick loop: lint, types, import contracts, unit tests
+	$(VLLM_PYTHON) -m pytest tests/unit -q -m "not engine and not gpu" $(ARGS)
+
+lint: setup-vllm ## ruff, mypy and the import contracts
+	$(VLLM_ENV)/bin/ruff check .
+	$(VLLM_ENV)/bin/ruff format --check .
+	$(VLLM_ENV)/bin/mypy
+	$(VLLM_ENV)/bin/lint-imports
+
+bench: setup-vllm ## benchmark table: weight pull against raw NIXL, update seconds in parts
+	$(VLLM_PYTHON) tests/benchmarks/run.py $(ARGS)
+
+fmt: setup-vllm ## format, and fix what ruff can fix by itself
+	$(VLLM_ENV)/bin/ruff check --fix .
+	$(VLLM_ENV)/bin/ruff format .
+
+setup: setup-vllm ## install every engine environment
+
+setup-vllm: ## install .venv/vllm
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "setup: error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11 ..." >&2; \
+	  exit 1; }
+	@$(PYTHON) scripts/setup_env.py vllm
+
+clean: ## remove the environments, caches and builds
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
