@@ -1,0 +1,199 @@
+"""What one Megatron rank holds: its chunks' native parameters and its coordinates."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from engine_plugins.errors import NotConfiguredError, SourceError
+
+__all__ = ["MegatronChunk", "MegatronRank", "strip_wrappers"]
+
+_WRAPPERS = re.compile(r"(?:module\.)+")
+_LAYER_MODULE = re.compile(r"decoder\.layers\.(\d+)")
+
+
+def strip_wrappers(name: str) -> str:
+    """A native name without the `module.` prefixes of DDP and mixed-precision wrappers."""
+    match = _WRAPPERS.match(name)
+    return name[match.end() :] if match else name
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MegatronChunk:
+    """One virtual-pipeline chunk of one rank.
+
+    Attributes:
+        tensors: native local name (`decoder.layers.0.mlp.linear_fc1.weight`, `module.`
+            prefixes allowed) -> the trainer's own tensor. `_extra_state` entries may be
+            there; they are never read.
+        global_layers: for each local layer, its number in the whole model, from 0. Empty
+            for a chunk without transformer layers.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    global_layers: Sequence[int]
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> MegatronChunk:
+        """Read a real Megatron model chunk: parameters, persistent buffers, layer numbers.
+
+        Raises:
+            SourceError: a decoder layer without `layer_number`, or layers not 0, 1, 2...
+        """
+        layers: dict[int, int] = {}
+        for name, sub in module.named_modules():
+            match = _LAYER_MODULE.fullmatch(strip_wrappers(name))
+            if match is None:
+                continue
+            number = getattr(sub, "layer_number", None)
+            if not isinstance(number, int):
+                raise SourceError(
+                    f"{name}: a {type(sub).__name__} has no layer_number, so its place in the "
+                    "whole model is unknown",
+                    remedy="use megatron.core transformer layers, or build MegatronChunk by hand",
+                )
+            layers[int(match[1])] = number - 1
+        if sorted(layers) != list(range(len(layers))):
+            raise SourceError(
+                f"the chunk's decoder layers are numbered {sorted(layers)}, not from 0 on",
+                remedy="build MegatronChunk by hand",
+            )
+        return cls(
+            tensors=dict(_tensors(module)),
+            global_layers=[layers[local] for local in range(len(layers))],
+        )
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers: what a checkpoint would hold, less extra state."""
+    yield from module.named_parameters(remove_duplicate=False)
+    for prefix, sub in module.named_modules(remove_duplicate=False):
+        for name, buffer in sub.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in sub._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MegatronRank:
+    """One Megatron process's share of the model.
+
+    Attributes:
+        chunks: its model chunks, one without a virtual pipeline.
+        tp_rank, tp_size: tensor-parallel place and size; they cut the dense parameters.
+        pp_rank, pp_size: pipeline place and size, for messages alone: what a stage holds
+            is read off its chunks.
+        ep_rank, ep_size: expert-parallel place and size.
+        etp_rank, etp_size: tensor-parallel place and size of the experts; None as for the
+            dense parameters, which is Megatron's default.
+
+    Raises:
+        SourceError: a place outside its group.
+    """
+
+    chunks: Sequence[MegatronChunk]
+    tp_rank: int
+    tp_size: int
+    pp_rank: int = 0
+    pp_size: int = 1
+    ep_rank: int = 0
+    ep_size: int = 1
+    etp_rank: int | None = None
+    etp_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.etp_rank is None) != (self.etp_size is None):
+            raise SourceError(
+                f"etp_rank {self.etp_rank} and etp_size {self.etp_size}: one without the other",
+                remedy="give both or none",
+            )
+        for axis in ("tp", "pp", "ep", "etp"):
+            place, size = getattr(self, f"{axis}_rank"), getattr(self, f"{axis}_size")
+            if place is not None and not 0 <= place < size:
+                raise SourceError(
+                    f"{axis}_rank {place} does not lie in {axis}_size {size}",
+                    remedy="give the rank's place in its group, from 0",
+                )
+
+    @property
+    def label(self) -> str:
+        """The rank's place, for messages."""
+        return f"tp {self.tp_rank}/{self.tp_size}, pp {self.pp_rank}/{self.pp_size}"
+
+    @classmethod
+    def from_model(
+        cls,
+        model_chunks: Sequence[nn.Module],
+        *,
+        tp_rank: int | None = None,
+        tp_size: int | None = None,
+        pp_rank: int | None = None,
+        pp_size: int | None = None,
+        ep_rank: int | None = None,
+        ep_size: int | None = None,
+        etp_rank: int | None = None,
+        etp_size: int | None = None,
+    ) -> MegatronRank:
+        """Read real Megatron model chunks, wrapped in DDP and Float16Module or not.
+
+        Layer numbers are each layer's `layer_number - 1`. Coordinates not given are asked
+        of `megatron.core.parallel_state`.
+
+        Raises:
+            NotConfiguredError: tp_rank or tp_size is not given, and Megatron is not
+                installed or has not initialised its groups.
+            SourceError: a chunk that cannot be read, or a place outside its group.
+        """
+        chunks = [MegatronChunk.from_module(chunk) for chunk in model_chunks]
+        given = {
+            "tp_rank": tp_rank,
+            "tp_size": tp_size,
+            "pp_rank": pp_rank,
+            "pp_size": pp_size,
+            "ep_rank": ep_rank,
+            "ep_size": ep_size,
+            "etp_rank": etp_rank,
+            "etp_size": etp_size,
+        }
+        found = {name: value for name, value in given.items() if value is not None}
+        if "tp_rank" not in found or "tp_size" not in found:
+            found = _parallel_state_coordinates() | found
+        return cls(chunks=chunks, **found)
+
+
+_GROUPS = {
+    "tp": "tensor_model_parallel",
+    "pp": "pipeline_model_parallel",
+    "ep": "expert_model_parallel",
+    "etp": "expert_tensor_parallel",
+}
+
+
+def _parallel_state_coordinates() -> dict[str, int]:
+    state = _parallel_state()
+    if not state.model_parallel_is_initialized():
+        raise NotConfiguredError(
+            "megatron.core.parallel_state has no groups yet",
+            remedy="call initialize_model_parallel first, or pass tp_rank and tp_size",
+        )
+    found: dict[str, int] = {}
+    for axis, group in _GROUPS.items():
+        found[f"{axis}_rank"] = int(getattr(state, f"get_{group}_rank")())
+        found[f"{axis}_size"] = int(getattr(state, f"get_{group}_world_size")())
+    return found
+
+
+def _parallel_state() -> ModuleType:
+    try:
+        return importlib.import_module("megatron.core.parallel_state")
+    except ImportError as error:
+        raise NotConfiguredError(
+            "megatron.core is not installed, so the rank's coordinates are unknown",
+            remedy="pass tp_rank and tp_size",
+        ) from error
