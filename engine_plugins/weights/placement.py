@@ -39,11 +39,7 @@ class SourceBox:
 
     def __post_init__(self) -> None:
         shape = tuple(self.data.shape)
-        inside = len(shape) == len(self.global_shape) == len(self.start) and all(
-            0 <= first and first + extent <= whole
-            for first, extent, whole in zip(self.start, shape, self.global_shape, strict=True)
-        )
-        if not inside:
+        if not _inside(self.start, shape, self.global_shape):
             raise SourceError(
                 f"{self.name}: the box at {self.start} of shape {shape} does not lie inside the "
                 f"tensor's shape {self.global_shape}",
@@ -73,22 +69,21 @@ def check_exact_coverage(name: str, shape: Sequence[int], boxes: Iterable[Interv
     Args:
         name: the tensor's name, for the message.
         shape: the whole tensor's shape.
-        boxes: (start, shape) of every box; equal boxes count once (replicas).
+        boxes: (start, shape) of every box; equal boxes count once (replicas), empty ones
+            not at all.
 
     Raises:
-        PlanError: a gap or an overlap; the text names the tensor and the boxes.
+        PlanError: a gap, an overlap or a box outside; the text names tensor and boxes.
     """
-    distinct = sorted(set(boxes))
-    for index, (start, extent) in enumerate(distinct):
-        for other_start, other_extent in distinct[index + 1 :]:
-            if other_start[:1] and other_start[0] >= start[0] + extent[0]:
-                break
-            if _overlap(start, extent, other_start, other_extent):
-                raise PlanError(
-                    f"{name}: the boxes {_say(start, extent)} and "
-                    f"{_say(other_start, other_extent)} overlap without being equal",
-                    remedy="each element must come from one shard, or from equal replicas",
-                )
+    distinct = sorted({box for box in boxes if prod(box[1])})
+    for start, extent in distinct:
+        if not _inside(start, extent, shape):
+            raise PlanError(
+                f"{name}: the box {_say(start, extent)} does not lie inside the tensor's shape "
+                f"{tuple(shape)}",
+                remedy="check the shard's coordinates and the model config",
+            )
+    _refuse_overlaps(name, distinct)
     covered = sum(prod(extent) for _, extent in distinct)
     if covered != prod(shape):
         raise PlanError(
@@ -96,6 +91,26 @@ def check_exact_coverage(name: str, shape: Sequence[int], boxes: Iterable[Interv
             f"{tuple(shape)}; boxes: {', '.join(_say(*box) for box in distinct[:8])}",
             remedy="publish the shards of every trainer rank",
         )
+
+
+def _refuse_overlaps(name: str, distinct: Sequence[Interval]) -> None:
+    """Sweep along the axis that is cut most, so that one axis of shards costs linear time."""
+    cuts = [len(set(places)) for places in zip(*(start for start, _ in distinct), strict=True)]
+    if not cuts:
+        return
+    axis = cuts.index(max(cuts))
+    swept = sorted(distinct, key=lambda box: box[0][axis])
+    for index, (start, extent) in enumerate(swept):
+        for later in range(index + 1, len(swept)):
+            other_start, other_extent = swept[later]
+            if other_start[axis] >= start[axis] + extent[axis]:
+                break
+            if _overlap(start, extent, other_start, other_extent):
+                raise PlanError(
+                    f"{name}: the boxes {_say(start, extent)} and "
+                    f"{_say(other_start, other_extent)} overlap without being equal",
+                    remedy="each element must come from one shard, or from equal replicas",
+                )
 
 
 def assemble(boxes: Iterable[SourceBox]) -> dict[str, torch.Tensor]:
@@ -114,13 +129,23 @@ def assemble(boxes: Iterable[SourceBox]) -> dict[str, torch.Tensor]:
     for name, group in by_name.items():
         kinds = {(box.global_shape, box.data.dtype) for box in group}
         if len(kinds) > 1:
-            raise PlanError(f"{name}: ranks disagree about shape or dtype: {sorted(map(str, kinds))}")
+            raise PlanError(
+                f"{name}: ranks disagree about shape or dtype: {sorted(map(str, kinds))}",
+                remedy="publish every rank of one model, in one dtype",
+            )
         shape, dtype = kinds.pop()
         check_exact_coverage(name, shape, [(box.start, box.shape) for box in group])
         whole[name] = torch.empty(shape, dtype=dtype)
         for box in group:
             whole[name][box.slices] = box.data
     return whole
+
+
+def _inside(start: Sequence[int], extent: Sequence[int], whole: Sequence[int]) -> bool:
+    return len(start) == len(extent) == len(whole) and all(
+        0 <= first and 0 <= size and first + size <= limit
+        for first, size, limit in zip(start, extent, whole, strict=True)
+    )
 
 
 def _overlap(
