@@ -26,7 +26,7 @@ __all__ = [
     "encode_manifest",
 ]
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 MAX_JSON_BYTES = 4 * 1024**2

@@ -1,0 +1,290 @@
+"""What one trainer process offers: the owner of its memory, registrations and manifest.
+
+The wires keep no reference to what they register, so a forgotten tensor is a peer that reads
+freed memory (or dies of it, over TCP). `WeightSource` holds every storage that it has
+registered until it has taken the registration back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Self, cast
+
+import torch
+
+from engine_plugins.errors import SourceError, TransportError
+from engine_plugins.weights.dtypes import dtype_name
+from engine_plugins.weights.manifest import (
+    FORMAT,
+    BoxColumns,
+    RegionColumns,
+    SourceManifest,
+    TensorColumns,
+    encode_manifest,
+)
+from engine_plugins.weights.manifest_checks import check_manifest
+from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.source_memory import (
+    Region,
+    is_readable,
+    regions_of,
+    storage_key,
+    strides_bytes,
+    warn_of_expandable_segments,
+)
+from engine_plugins.weights.transport.base import Transport
+
+__all__ = ["WeightSource"]
+
+logger = logging.getLogger(__name__)
+
+Boxes = Sequence[SourceBox] | Callable[[], Sequence[SourceBox]]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Placed:
+    """A box and the memory that peers read for it: the trainer's own, or a copy of ours."""
+
+    box: SourceBox
+    memory: torch.Tensor
+
+    @property
+    def is_copy(self) -> bool:
+        return self.memory is not self.box.data
+
+    def layout(self) -> tuple[object, ...]:
+        """Everything a manifest says of this box; it moved when this differs."""
+        box, memory = self.box, self.memory
+        place = (*storage_key(memory), memory.untyped_storage().nbytes(), memory.data_ptr())
+        return (box.name, box.global_shape, box.start, memory.dtype, strides_bytes(memory), place)
+
+
+class WeightSource:
+    """Owns what one trainer process offers to engines.
+
+    Whole storages are registered, one region each, never single tensors: two boxes of one
+    storage share its region, and a peer can read all of a storage of which it is told a part.
+    A box whose last axis is not contiguous is offered as a contiguous copy, which `refresh`
+    brings up to date; every other box is the trainer's live memory.
+
+    Args:
+        boxes: what to offer, or a function that says so anew. With a function, `refresh`
+            sees tensors that were replaced; with a sequence it sees only those whose `.data`
+            was replaced under the same tensor object.
+        transport: where the memory is registered; it stays the caller's to close.
+        source: who speaks, for people; names host and pid when empty.
+        model: facts of the HF config (see `model_facts`).
+
+    Raises:
+        SourceError: a tensor that has no plain memory (meta, sparse, DTensor), lies on a device
+            that no transport reaches, has an unsupported dtype, or contradicts its namesake.
+        TransportError: registration failed; nothing stays registered.
+    """
+
+    def __init__(
+        self,
+        boxes: Boxes,
+        transport: Transport,
+        *,
+        source: str = "",
+        model: Mapping[str, str | int | bool] | None = None,
+    ) -> None:
+        self._describe = boxes if callable(boxes) else lambda: boxes
+        self._transport = transport
+        self._source = source or f"trainer ({socket.gethostname()}, pid {os.getpid()})"
+        self._model = dict(model or {})
+        self._placed: list[_Placed] = []
+        self._regions: dict[tuple[int, int, int], Region] = {}
+        self._layout: list[tuple[object, ...]] | None = None
+        self._manifest: SourceManifest | None = None
+        self._closed = False
+        try:
+            self.refresh()
+        except BaseException:  # an interrupt too must leave nothing registered
+            self.close()
+            raise
+
+    @property
+    def manifest(self) -> SourceManifest:
+        """The offer as it stands since the last `refresh`."""
+        if self._manifest is None:
+            raise SourceError(
+                "this source offers nothing: it is closed, or its last refresh failed",
+                remedy="call refresh(), or build a new source",
+            )
+        return self._manifest
+
+    @property
+    def manifest_bytes(self) -> bytes:
+        """The offer in the form that engines take."""
+        return encode_manifest(self.manifest)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all boxes offered; replicas count as often as they are offered."""
+        return sum(placed.memory.nbytes for placed in self._placed)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes held twice, because peers cannot read them in the trainer's own layout."""
+        return sum(placed.memory.nbytes for placed in self._placed if placed.is_copy)
+
+    def refresh(self) -> bool:
+        """Bring copies up to date and follow tensors that moved; call before every update.
+
+        Waits for the work queued on the GPUs concerned, so that what peers read afterwards is
+        what the trainer has computed. No peer may be reading meanwhile.
+
+        Returns:
+            Whether the manifest changed, and engines must be told anew.
+
+        Raises:
+            SourceError: closed, or as for the constructor.
+            TransportError: registration failed; the next refresh tries again.
+        """
+        if self._closed:
+            raise SourceError("this source is closed", remedy="build a new source")
+        placed = self._place(self._describe())
+        layout = [entry.layout() for entry in placed]
+        moved = layout != self._layout
+        if moved:
+            # Registrations go before their storages do, and a failure on the way leaves a
+            # source that offers nothing instead of a manifest that lies.
+            self._layout = self._manifest = None
+            self._register(regions_of(entry.memory for entry in placed))
+        with torch.no_grad():
+            for entry in placed:
+                if entry.is_copy:
+                    entry.memory.copy_(entry.box.data)
+        for device in {entry.memory.device for entry in placed if entry.memory.is_cuda}:
+            torch.cuda.synchronize(device)
+        self._placed = placed
+        if moved:
+            self._manifest = self._build()
+            self._layout = layout
+        return moved
+
+    def close(self) -> None:
+        """Take every registration back and let go of the tensors. Repeating it does nothing."""
+        self._closed = True
+        for key, region in list(self._regions.items()):
+            try:
+                self._transport.deregister(region.address)
+            except TransportError:
+                logger.warning("region at %#x stays registered", region.address, exc_info=True)
+            del self._regions[key]
+        self._placed = []
+        self._layout = self._manifest = None
+        self._describe = list
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _place(self, boxes: Sequence[SourceBox]) -> list[_Placed]:
+        """Give every box that has elements its memory, reusing copies made before."""
+        before = self._placed
+        placed: list[_Placed] = []
+        for box in boxes:
+            memory = box.data
+            if not is_readable(box.name, memory):
+                mine = before[len(placed)] if len(placed) < len(before) else None
+                if mine is not None and mine.is_copy and _fits(mine.memory, box.data):
+                    memory = mine.memory
+                else:
+                    memory = torch.empty(box.shape, dtype=memory.dtype, device=memory.device)
+            placed.append(_Placed(box=box, memory=memory))
+        return placed
+
+    def _register(self, regions: Sequence[Region]) -> None:
+        """Register exactly `regions`."""
+        wanted = {(region.device, region.address, region.nbytes): region for region in regions}
+        for key in [key for key in self._regions if key not in wanted]:
+            self._transport.deregister(self._regions[key].address)
+            del self._regions[key]
+        warn_of_expandable_segments(regions)
+        for key, region in wanted.items():
+            if key not in self._regions:
+                self._transport.register(region.address, region.nbytes, region.device)
+            self._regions[key] = region
+
+    def _build(self) -> SourceManifest:
+        metadata = self._transport.metadata()
+        regions = sorted(self._regions.values(), key=lambda region: region.order)
+        tensors = _tensor_columns([entry.box for entry in self._placed])
+        manifest = SourceManifest(
+            format=FORMAT,
+            source=self._source,
+            transport=cast(Literal["nixl", "in_memory"], self._transport.kind),
+            agent=self._transport.agent,
+            agent_metadata=metadata,
+            agent_metadata_sha256=hashlib.sha256(metadata).hexdigest(),
+            model=self._model,
+            tensors=tensors,
+            regions=RegionColumns(
+                addresses=[region.address for region in regions],
+                nbytes=[region.nbytes for region in regions],
+                devices=[region.device for region in regions],
+            ),
+            boxes=_box_columns(self._placed, tensors, regions),
+        )
+        entries = len(tensors.names) + len(regions) + len(self._placed)
+        if entries:
+            check_manifest(manifest, max_entries=entries)
+        return manifest
+
+
+def _fits(copy: torch.Tensor, data: torch.Tensor) -> bool:
+    return (copy.shape, copy.dtype, copy.device) == (data.shape, data.dtype, data.device)
+
+
+def _tensor_columns(boxes: Sequence[SourceBox]) -> TensorColumns:
+    facts: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for box in boxes:
+        fact = (dtype_name(box.data.dtype), box.global_shape)
+        if facts.setdefault(box.name, fact) != fact:
+            raise SourceError(
+                f"{box.name} is offered as {facts[box.name]} and as {fact}",
+                remedy="every shard of a tensor must agree on its dtype and whole shape",
+            )
+    return TensorColumns(
+        names=list(facts),
+        dtypes=[dtype for dtype, _ in facts.values()],
+        shapes=[list(shape) for _, shape in facts.values()],
+    )
+
+
+def _box_columns(
+    placed: Sequence[_Placed],
+    tensors: TensorColumns,
+    regions: Sequence[Region],
+) -> BoxColumns:
+    """One row per box; boxes without elements have no memory, and no row."""
+    full = [entry for entry in placed if entry.memory.numel()]
+    rows = {key: row for row, region in enumerate(regions) for key in region.storages}
+    row_of = {name: row for row, name in enumerate(tensors.names)}
+    held = [rows[storage_key(entry.memory)] for entry in full]
+    return BoxColumns(
+        tensors=[row_of[entry.box.name] for entry in full],
+        starts=[list(entry.box.start) for entry in full],
+        shapes=[list(entry.box.shape) for entry in full],
+        regions=held,
+        offsets_bytes=[
+            entry.memory.data_ptr() - regions[row].address
+            for entry, row in zip(full, held, strict=True)
+        ],
+        strides_bytes=[list(strides_bytes(entry.memory)) for entry in full],
+    )

@@ -1,0 +1,146 @@
+"""The memory under a trainer's tensors: which of it peers can read, and in which regions."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from engine_plugins.errors import SourceError
+
+__all__ = [
+    "Region",
+    "is_readable",
+    "regions_of",
+    "storage_key",
+    "strides_bytes",
+    "warn_of_expandable_segments",
+]
+
+logger = logging.getLogger(__name__)
+
+HOST = -1
+"""Device number of host memory, on the wire as in manifests."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Region:
+    """One range of memory to register, and the storages in it, which it keeps alive."""
+
+    device: int
+    """CUDA ordinal, or -1 for host memory."""
+    address: int
+    nbytes: int
+    storages: dict[tuple[int, int], torch.UntypedStorage]
+    """By `storage_key`."""
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Regions are listed by device, then address."""
+        return (self.device, self.address)
+
+
+def storage_key(tensor: torch.Tensor) -> tuple[int, int]:
+    """Name the storage under a tensor: (device, address)."""
+    device = tensor.device.index if tensor.is_cuda else HOST
+    return (device, tensor.untyped_storage().data_ptr())
+
+
+def is_readable(name: str, data: torch.Tensor) -> bool:
+    """Say whether peers can read a box in place, or need a contiguous copy of it.
+
+    In place needs a contiguous last axis; the other axes may have any strides.
+
+    Raises:
+        SourceError: the tensor has no plain memory on a device that transports reach.
+    """
+    if data.layout != torch.strided or data.device.type not in ("cpu", "cuda"):
+        raise SourceError(
+            f"{name}: a {data.layout} tensor on {data.device} has no memory that can be offered",
+            remedy="offer dense tensors on the CPU or a CUDA device",
+        )
+    if not data.numel():
+        return True
+    storage = data.untyped_storage()
+    last = data.data_ptr() + sum(strides_bytes(data, steps=True)) + data.element_size()
+    if not data.data_ptr() or last > storage.data_ptr() + storage.nbytes():
+        raise SourceError(
+            f"{name}: a {type(data).__name__} of shape {tuple(data.shape)} whose storage has "
+            f"{storage.nbytes()} bytes has no memory of its own now",
+            remedy="offer real local tensors: a DTensor's to_local(), a sharded or offloaded "
+            "parameter once it is gathered",
+        )
+    if data.is_conj() or data.is_neg():
+        return False
+    return data.ndim == 0 or data.shape[-1] == 1 or data.stride(-1) == 1
+
+
+def strides_bytes(data: torch.Tensor, *, steps: bool = False) -> tuple[int, ...]:
+    """Strides in bytes; of an axis with one index, what a contiguous tensor would have.
+
+    With `steps`, the distance from the first to the last index of every axis instead.
+    """
+    item = data.element_size()
+    if steps:
+        return tuple(
+            (extent - 1) * stride * item
+            for extent, stride in zip(data.shape, data.stride(), strict=True)
+        )
+    strides: list[int] = []
+    natural = item
+    for extent, stride in zip(reversed(data.shape), reversed(data.stride()), strict=True):
+        strides.append(natural if extent == 1 else stride * item)
+        natural = strides[-1] * extent
+    return tuple(reversed(strides))
+
+
+def regions_of(tensors: Iterable[torch.Tensor]) -> list[Region]:
+    """Cover the storages of tensors with as few regions as there are separate allocations.
+
+    Storages that overlap (two views of one foreign buffer) become one region. Neighbours that
+    only touch do not: they may be separate allocations, which a network card refuses as one.
+
+    Returns:
+        Regions without overlap, ordered by device, then address.
+    """
+    storages: dict[tuple[int, int], torch.UntypedStorage] = {}
+    for tensor in tensors:
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
+        known = storages.get(key)
+        if tensor.numel() and (known is None or known.nbytes() < storage.nbytes()):
+            storages[key] = storage
+    regions: list[Region] = []
+    for (device, address), storage in sorted(storages.items(), key=lambda item: item[0]):
+        last = regions[-1] if regions else None
+        if last is not None and device == last.device and address < last.address + last.nbytes:
+            end = max(last.address + last.nbytes, address + storage.nbytes())
+            address = last.address
+            held = {**last.storages, (device, storage.data_ptr()): storage}
+            regions.pop()
+        else:
+            end = address + storage.nbytes()
+            held = {(device, address): storage}
+        regions.append(Region(device=device, address=address, nbytes=end - address, storages=held))
+    return regions
+
+
+def warn_of_expandable_segments(regions: Sequence[Region]) -> None:
+    """Warn when CUDA memory comes from expandable segments, which network cards cannot read.
+
+    Such memory registers without complaint and fails when it is used.
+    """
+    if all(region.device == HOST for region in regions):
+        return
+    for setting in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        value = os.environ.get(setting, "").replace(" ", "").lower()
+        if "expandable_segments:true" in value:
+            logger.warning(
+                "%s=%s: memory of expandable segments can be registered but not read by RDMA; "
+                "start the trainer with expandable_segments:False",
+                setting,
+                value,
+            )
+            return
