@@ -7,13 +7,14 @@ these into HTTP.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 __all__ = [
+    "AdminAnswerError",
     "AdminRequestError",
+    "BodyTooLargeError",
     "ConflictError",
     "EngineCallError",
     "EnginePluginError",
+    "EngineUnreachableError",
     "FencedError",
     "ManifestError",
     "NotConfiguredError",
@@ -39,12 +40,15 @@ class EnginePluginError(Exception):
     `code` is stable and machine readable; `remedy` says what the caller can do.
     """
 
-    code: ClassVar[str] = "engine_plugin_error"
+    code: str = "engine_plugin_error"
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         super().__init__(message)
         self.message = message
         self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class SettingsError(EnginePluginError):
@@ -63,6 +67,12 @@ class AdminRequestError(EnginePluginError):
     """A request that cannot be read: not JSON, a missing field, a wrong type."""
 
     code = "malformed_request"
+
+
+class BodyTooLargeError(EnginePluginError):
+    """A request body over the configured limit."""
+
+    code = "body_too_large"
 
 
 class UnknownIdError(EnginePluginError):
@@ -159,3 +169,35 @@ class UpdateFailedError(EnginePluginError):
     """A weight update did not complete; the text says what the engines hold now."""
 
     code = "update_failed"
+
+
+class EngineUnreachableError(EnginePluginError):
+    """An engine's admin routes gave no answer: nothing listens, or it did not answer in time."""
+
+    code = "engine_unreachable"
+
+
+class AdminAnswerError(EnginePluginError):
+    """An engine's admin routes answered with an error, told here as the engine said it.
+
+    Attributes:
+        url: the engine's base url.
+        status: the HTTP status.
+        code: the engine's own code for the error (`stale_version`), or `admin_answer`.
+        state: the engine's state (`serving`, `fenced`), or empty.
+        detail: what the engine saw.
+        remedy: what the engine advises.
+    """
+
+    code = "admin_answer"
+
+    def __init__(
+        self, *, url: str, status: int, code: str, state: str, detail: str, remedy: str
+    ) -> None:
+        at = f"{status} {code}" + (f", {state}" if state else "")
+        super().__init__(f"{url} answered {at}: {detail}", remedy=remedy)
+        self.url = url
+        self.status = status
+        self.code = code
+        self.state = state
+        self.detail = detail
