@@ -163,4 +163,6 @@ def _overlap(
 
 
 def _say(start: tuple[int, ...], extent: tuple[int, ...]) -> str:
+    if len(start) != len(extent):
+        return f"at {start} of shape {extent}"
     return "[" + ", ".join(f"{a}:{a + n}" for a, n in zip(start, extent, strict=True)) + "]"

@@ -153,8 +153,9 @@ def split_fused_experts(
         views: HF-named tensors, a layer's experts perhaps fused: `gate_up_proj`
             [experts, 2 x ffn, hidden] and `down_proj` [experts, hidden, ffn].
         model_type: a family whose checkpoints hold one tensor per expert is split; another
-            is left alone. None: what has both names and shapes that fit is split, so that
-            families with other axes (gpt_oss) are left alone.
+            is left alone. None: what has both names and shapes that fit is split; families
+            with other axes (gpt_oss) are left alone. Give it for a family that lies alike but
+            is saved fused (qwen3_vl_moe).
 
     Raises:
         SourceError: `model_type` says fused experts, but the shapes are not theirs.

@@ -52,7 +52,8 @@ def listed_cases(folder: Path) -> set[str]:
     index = folder / "index.json"
     if not index.is_file():
         return set()
-    return {entry["case"] for entry in json.loads(index.read_text()) if "case" in entry}
+    entries = json.loads(index.read_text())
+    return {entry["case"] for entry in entries if isinstance(entry, dict) and "case" in entry}
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:

@@ -1,0 +1,245 @@
+"""Plain torch tensors as a source, and transformers' fused experts under checkpoint names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from engine_plugins.errors import SourceError, UnsupportedError
+from engine_plugins.weights.placement import assemble
+from engine_plugins.weights.torch_source import hf_boxes
+from tests.support.megatron_fixtures import read_safetensors
+
+TINY = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "moe_intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 16,
+    "tie_word_embeddings": False,
+}
+MOE_CONFIGS = [
+    Qwen3MoeConfig(**TINY, num_experts=3, head_dim=4),
+    Qwen2MoeConfig(**TINY, num_experts=3, shared_expert_intermediate_size=6),
+    Glm4MoeConfig(**TINY, n_routed_experts=4, head_dim=4, first_k_dense_replace=1),
+    DeepseekV3Config(
+        **TINY,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        q_lora_rank=4,
+        kv_lora_rank=4,
+        qk_nope_head_dim=4,
+        qk_rope_head_dim=2,
+        v_head_dim=4,
+    ),
+]
+
+
+def saved(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+    model.save_pretrained(folder)
+    return read_safetensors(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["model_type", "recognised"])
+@pytest.mark.parametrize("config", MOE_CONFIGS, ids=lambda config: config.model_type)
+def test_fused_experts_are_published_as_the_checkpoint_names_them(
+    config: Any, given: bool, tmp_path: Path
+) -> None:
+    """Names and bits equal what `save_pretrained` writes, and no value is copied."""
+    model = AutoModelForCausalLM.from_config(config)
+    boxes = hf_boxes(model.state_dict(), model_type=config.model_type if given else None)
+
+    rebuilt, expected = assemble(boxes), saved(model, tmp_path)
+    assert any(".mlp.experts.2.up_proj.weight" in name for name in expected)
+    assert sorted(rebuilt) == sorted(expected)
+    assert all(torch.equal(rebuilt[name], tensor) for name, tensor in expected.items())
+
+    storages = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+    assert {box.data.untyped_storage().data_ptr() for box in boxes} == storages
+
+
+def test_a_dense_model_is_published_as_it_is(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(Qwen3Config(**TINY, head_dim=4))
+    rebuilt, expected = assemble(hf_boxes(model.named_parameters())), saved(model, tmp_path)
+    assert sorted(rebuilt) == sorted(expected)
+    assert all(torch.equal(rebuilt[name], tensor) for name, tensor in expected.items())
+
+
+def test_both_names_of_a_tied_head_are_published() -> None:
+    """Which of them the engine has is the engine's to say."""
+    config = Qwen3Config(**TINY | {"tie_word_embeddings": True}, head_dim=4)
+    model = AutoModelForCausalLM.from_config(config)
+    addresses = {box.name: box.data.data_ptr() for box in hf_boxes(model.state_dict())}
+    assert addresses["lm_head.weight"] == addresses["model.embed_tokens.weight"]
+
+
+def experts(gate_up: tuple[int, ...], down: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    prefix = "model.layers.0.mlp.experts"
+    return {
+        f"{prefix}.gate_up_proj": torch.zeros(gate_up),
+        f"{prefix}.down_proj": torch.zeros(down),
+    }
+
+
+@pytest.mark.parametrize(
+    ("tensors", "model_type"),
+    [
+        (experts((2, 8, 12), (2, 6, 8)), None),
+        (experts((2, 12, 8), (2, 8, 6)), "gpt_oss"),
+        ({"model.layers.0.mlp.gate_up_proj.weight": torch.zeros(12, 8)}, None),
+    ],
+    ids=["other_axes", "other_family", "dense"],
+)
+def test_other_fused_tensors_are_left_alone(
+    tensors: dict[str, torch.Tensor], model_type: str | None
+) -> None:
+    """gpt_oss names its fused experts alike, but lies and is saved otherwise."""
+    assert [box.name for box in hf_boxes(tensors, model_type=model_type)] == list(tensors)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        experts((2, 8, 12), (2, 6, 8)),
+        experts((2, 12, 8), (3, 8, 6)),
+        experts((2, 12), (2, 8, 6)),
+        {"model.layers.0.mlp.experts.down_proj": torch.zeros(2, 8, 6)},
+    ],
+)
+def test_experts_that_contradict_their_family_are_an_error(
+    tensors: dict[str, torch.Tensor],
+) -> None:
+    with pytest.raises(SourceError, match=r"mlp\.experts\.\w+: the fused experts of a qwen3_moe"):
+        hf_boxes(tensors, model_type="qwen3_moe")
+
+
+def test_an_expert_given_twice_is_an_error() -> None:
+    name = "model.layers.0.mlp.experts.1.gate_proj.weight"
+    tensors = experts((2, 12, 8), (2, 8, 6)) | {name: torch.zeros(6, 8)}
+    with pytest.raises(SourceError, match=f"{name}: given on its own and inside"):
+        hf_boxes(tensors)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch.randn(4, 6).t(),
+        torch.randn(4, 12)[:, ::2],
+        torch.randn(()),
+        torch.randn(0, 3),
+        torch.randn(1).expand(1),
+        nn.Parameter(torch.randn(3)),
+        torch.randn(4).to(torch.float8_e4m3fn),
+        torch.arange(4),
+    ],
+    ids=["transposed", "strided", "scalar", "empty", "one", "parameter", "float8", "int64"],
+)
+def test_any_strided_tensor_is_published_in_place(view: torch.Tensor) -> None:
+    (box,) = hf_boxes({"w": view})
+    assert (box.data.data_ptr(), box.data.stride()) == (view.data_ptr(), view.stride())
+    assert not box.data.requires_grad
+    assert torch.equal(assemble([box])["w"].double(), view.detach().double())
+
+
+class Wrapped(torch.Tensor):
+    """A class that computes its values, as quantized and distributed tensors do."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise NotImplementedError
+
+
+class Tagged(torch.Tensor):
+    """A class that only adds attributes, as engines' and trainers' parameters do."""
+
+
+def test_a_subclass_with_ordinary_memory_is_taken() -> None:
+    (box,) = hf_boxes({"w": torch.ones(2).as_subclass(Tagged)})
+    assert type(box.data) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(2, device="meta"), "meta tensor"),
+        (torch.zeros(3, 1).expand(3, 2), "expanded"),
+        (torch.zeros(2, dtype=torch.complex64).conj().imag, "negated"),
+        (nn.UninitializedParameter(), "uninitialized"),
+        ([1.0, 2.0], "a list is not a tensor"),
+    ],
+    ids=["meta", "expanded", "negated", "lazy", "list"],
+)
+def test_a_tensor_without_memory_of_its_own_is_an_error(tensor: Any, message: str) -> None:
+    with pytest.raises(SourceError, match=f"^w: .*{message}"):
+        hf_boxes({"w": tensor})
+
+
+def test_freed_storage_is_an_error() -> None:
+    """FSDP1 frees the storage of a parameter that is not summoned."""
+    tensor = torch.zeros(4)
+    tensor.untyped_storage().resize_(0)
+    with pytest.raises(SourceError, match="storage has been freed"):
+        hf_boxes({"w": tensor})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.zeros(2, 2).to_sparse(), "sparse_coo"),
+        (torch.zeros(2, dtype=torch.complex64), "complex64"),
+        (torch.Tensor._make_subclass(Wrapped, torch.zeros(2)), "Wrapped"),
+    ],
+    ids=["sparse", "complex", "wrapped"],
+)
+def test_what_cannot_be_moved_as_bytes_is_unsupported(tensor: Any, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"^w: .*{message}"):
+        hf_boxes({"w": tensor})
+
+
+def test_a_dtensor_is_unsupported_and_says_what_to_do(tmp_path: Path) -> None:
+    """FSDP2's parameters come in a later release; until then the whole tensor is given."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tensor = distribute_tensor(torch.zeros(4), mesh, [Shard(0)])
+        with pytest.raises(UnsupportedError, match=r"DTensor .*FSDP2") as caught:
+            hf_boxes({"w": tensor})
+        assert "full_tensor" in caught.value.remedy
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["", None, 3])
+def test_a_name_must_be_text(name: Any) -> None:
+    with pytest.raises(SourceError, match="name is"):
+        hf_boxes([(name, torch.zeros(1))])
+
+
+def test_a_name_given_twice_is_an_error() -> None:
+    with pytest.raises(SourceError, match="w: given twice"):
+        hf_boxes([("w", torch.zeros(1)), ("w", torch.zeros(1))])
