@@ -141,7 +141,7 @@ class NixlTransport:
 
     Reads may be posted and polled from any thread, one thread per read at a time. Registration,
     peers and `close` belong to one thread at a time. UCX chooses its wires from `UCX_TLS` and
-    `UCX_NET_DEVICES`, read when the first agent of the process is made.
+    `UCX_NET_DEVICES`, which it reads for every agent anew.
 
     Raises:
         NotConfiguredError: NIXL is not installed.
@@ -281,13 +281,13 @@ class NixlTransport:
 
     def _check_met(self, peer: _Peer) -> None:
         """Refuse a peer that is dead or was met again since."""
-        if peer.lost:
-            raise _lost(peer.agent, "it was found dead before")
         if self._peers.get(peer.agent) is not peer:
             raise PeerError(
                 f"{peer.agent}: it was removed or met again after this read was prepared",
                 remedy="prepare its reads again",
             )
+        if peer.lost:
+            raise _lost(peer.agent, "it was found dead before")
 
     @contextmanager
     def _translated(self, doing: str, peer: _Peer | None = None) -> Iterator[None]:

@@ -1,0 +1,67 @@
+"""The admin application: auth, then the body limit, then the routes."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Scope
+
+from engine_plugins.admin.auth import BearerAuth, TokenBook
+from engine_plugins.admin.body_limit import BodyLimit
+from engine_plugins.admin.error_responses import problem, problem_from
+from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
+from engine_plugins.admin.service import AdminService, StoredFailure
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.settings import Settings
+
+__all__ = ["PREFIX", "create_admin_app"]
+
+PREFIX = "/admin/v1"
+
+
+def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
+    """The whole admin contract as one ASGI application, to be mounted at `PREFIX`."""
+    app = FastAPI(title="engine-plugins admin", version="1")
+    app.include_router(admin_router(service, max_manifest_bytes=settings.max_manifest_bytes))
+    _answer_errors(app, service)
+
+    def limit(scope: Scope) -> int:
+        sources = scope["path"].endswith(SOURCES_PATH)
+        return settings.max_manifest_bytes if sources else settings.max_body_bytes
+
+    return BearerAuth(BodyLimit(app, limit), TokenBook(settings), SCOPES)
+
+
+def _answer_errors(app: FastAPI, service: AdminService) -> None:
+    @app.exception_handler(EnginePluginError)
+    async def ours(request: Request, error: EnginePluginError) -> Response:
+        if isinstance(error, StoredFailure):
+            return problem(
+                error.status,
+                error.failed_with,
+                error.message,
+                remedy=error.remedy,
+                state=service.state_name,
+            )
+        return problem_from(error, state=service.state_name)
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
+        return problem(
+            400,
+            "malformed_request",
+            f"{where}: {first['msg']}",
+            remedy=f"see {PREFIX}/openapi.json",
+            state=service.state_name,
+        )
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> Response:
+        code = {404: "unknown_route", 405: "method_not_allowed"}.get(
+            error.status_code, "http_error"
+        )
+        return problem(error.status_code, code, str(error.detail), state=service.state_name)

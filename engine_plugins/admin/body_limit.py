@@ -1,0 +1,80 @@
+"""A bound on request bodies, before any of a body is parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine_plugins.admin.error_responses import problem
+
+__all__ = ["BodyLimit"]
+
+
+class BodyLimit:
+    """Reads a body up to its limit and hands it on whole, or answers 413.
+
+    Args:
+        app: what comes behind.
+        limit_bytes: the limit of a request.
+    """
+
+    def __init__(self, app: ASGIApp, limit_bytes: Callable[[Scope], int]) -> None:
+        self._app = app
+        self._limit_bytes = limit_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._limit_bytes(scope)
+        declared = _content_length(scope)
+        body = None if declared > limit else await _read(receive, limit)
+        if body is None:
+            answer = problem(
+                413,
+                "body_too_large",
+                f"the body is over this route's limit of {limit} bytes"
+                + (f" (it declares {declared})" if declared > limit else ""),
+                remedy="send less, gzip it, or raise the limit in the server's settings",
+                headers={"Connection": "close"},
+            )
+            await answer(scope, receive, send)
+            return
+        await self._app(scope, _replay(body, receive), send)
+
+
+async def _read(receive: Receive, limit: int) -> bytes | None:
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b"".join(chunks)
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            return None
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    given = False
+
+    async def replay() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+def _content_length(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length":
+            return int(value) if value.isdigit() else 0
+    return 0

@@ -1,0 +1,121 @@
+"""The admin routes: HTTP in, a call of the service, HTTP out."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+
+from engine_plugins.admin.auth import TokenScope
+from engine_plugins.admin.schemas import (
+    ConnectBody,
+    FlushBody,
+    Flushed,
+    PauseBody,
+    SourceAccepted,
+    StateView,
+    UpdateBody,
+    WeightsView,
+)
+from engine_plugins.admin.service import AdminService
+from engine_plugins.errors import AdminRequestError, BodyTooLargeError
+
+__all__ = ["SCOPES", "SOURCES_PATH", "admin_router"]
+
+SOURCES_PATH = "/weights/sources"
+
+SCOPES: dict[tuple[str, str], TokenScope] = {
+    ("GET", "/state"): "read",
+    ("POST", "/pause"): "control",
+    ("POST", "/resume"): "control",
+    ("POST", "/flush"): "control",
+    ("POST", SOURCES_PATH): "weights",
+    ("POST", "/weights/connect"): "weights",
+    ("POST", "/weights/update"): "weights",
+    ("GET", "/weights"): "read",
+}
+"""The scope that each route needs."""
+
+_MANIFEST_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/msgpack": {"schema": {"type": "string", "format": "binary"}},
+            "application/json": {"schema": {"type": "object"}},
+        },
+    }
+}
+
+
+def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter:
+    """The routes of this release over a service."""
+    router = APIRouter()
+
+    @router.get("/state")
+    async def state() -> StateView:
+        """The engine as it is now; answers at once, however busy the engine is."""
+        return await service.state()
+
+    @router.post("/pause")
+    async def pause(body: PauseBody) -> StateView:
+        """Stop generation: keep requests where they are, let them finish, or abort them."""
+        return await service.pause(body)
+
+    @router.post("/resume")
+    async def resume() -> StateView:
+        """Generate again."""
+        return await service.resume()
+
+    @router.post("/flush")
+    async def flush(body: FlushBody) -> Flushed:
+        """Empty caches; works while paused."""
+        return Flushed(flushed=await service.flush(body))
+
+    @router.post(SOURCES_PATH, openapi_extra=_MANIFEST_BODY)
+    async def sources(request: Request) -> SourceAccepted:
+        """Offer one trainer process's weights: a manifest as msgpack or JSON, gzip allowed."""
+        body = await request.body()
+        if "gzip" in request.headers.get("content-encoding", ""):
+            body = await asyncio.to_thread(_gunzip, body, max_manifest_bytes)
+        kind = request.headers.get("content-type", "")
+        return SourceAccepted(source_id=await service.add_source(body, kind))
+
+    @router.post("/weights/connect")
+    async def connect(body: ConnectBody) -> Response:
+        """Plan an update from sources and meet the peers."""
+        return _json(await service.connect(body))
+
+    @router.post("/weights/update")
+    async def update(body: UpdateBody) -> Response:
+        """Install new weights, as one transaction."""
+        return _json(await service.update(body))
+
+    @router.get("/weights")
+    async def weights() -> WeightsView:
+        """The version that serves, past reports and known plans."""
+        return await asyncio.to_thread(service.weights)
+
+    return router
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _gunzip(body: bytes, limit: int) -> bytes:
+    unpacker = zlib.decompressobj(wbits=31)
+    try:
+        plain = unpacker.decompress(body, limit + 1)
+    except zlib.error as error:
+        raise AdminRequestError(f"the body says gzip and is not: {error}") from error
+    if len(plain) > limit:
+        raise BodyTooLargeError(
+            f"the manifest unpacks to more than {limit} bytes",
+            remedy="raise ENGINE_PLUGINS_MAX_MANIFEST_BYTES",
+        )
+    if not unpacker.eof:
+        raise AdminRequestError("the gzip body ends before its end mark")
+    return plain

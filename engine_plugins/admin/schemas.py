@@ -1,0 +1,175 @@
+"""Bodies and answers of the admin routes: the single source of the OpenAPI document."""
+
+from __future__ import annotations
+
+from typing import Literal
+from uuid import uuid4
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from engine_plugins.admin.engine_control import InFlightKV, PauseMode
+from engine_plugins.admin.state import StateName
+
+__all__ = [
+    "ConnectBody",
+    "EngineView",
+    "FenceView",
+    "FlushBody",
+    "Flushed",
+    "PauseBody",
+    "ProgressView",
+    "RequestsView",
+    "SourceAccepted",
+    "StateView",
+    "UpdateBody",
+    "WeightsView",
+    "WorkerView",
+]
+
+
+class _Body(BaseModel):
+    """A body in which an unknown field is an error, not a silent default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class PauseBody(_Body):
+    """How to pause."""
+
+    mode: PauseMode = "keep"
+    timeout_s: float = Field(default=30.0, gt=0)
+    hold_s: float | None = Field(
+        default=None, gt=0, description="resume by itself after so many seconds"
+    )
+
+
+class FlushBody(_Body):
+    """Which caches to empty."""
+
+    prefix_cache: bool = True
+    multimodal_cache: bool = True
+
+
+class ConnectBody(_Body):
+    """Which sources to plan an update from."""
+
+    source_ids: list[str] = Field(min_length=1, max_length=65536)
+    direction: Literal["pull", "push"] = "pull"
+    model: dict[str, str | int | bool] = Field(
+        default_factory=dict, description="facts of the trainer's HF config, compared with ours"
+    )
+
+
+class UpdateBody(_Body):
+    """Which weights to install, and how."""
+
+    plan_id: str
+    version: int = Field(ge=0, lt=1 << 53)
+    request_id: str = Field(default_factory=lambda: uuid4().hex, min_length=1, max_length=256)
+    mode: Literal["auto", "staged", "in_place"] = "auto"
+    verify: Literal["none", "sample", "full"] = "none"
+    pause: PauseMode = "keep"
+    in_flight_kv: InFlightKV = "recompute"
+    flush: bool = True
+    resume: bool | None = Field(
+        default=None,
+        description="null: serve again if the engine was serving or fenced; true: always; "
+        "false: stay paused",
+    )
+    timeout_s: float = Field(default=300.0, gt=0)
+    force: bool = Field(default=False, description="install a version that is not newer")
+
+
+class SourceAccepted(BaseModel):
+    """A manifest that this server now holds."""
+
+    source_id: str
+
+
+class Flushed(BaseModel):
+    """The caches that were emptied."""
+
+    flushed: list[str]
+
+
+class WorkerView(BaseModel):
+    """One worker process of the engine."""
+
+    tp_rank: int
+    pid: int
+    host: str
+
+
+class EngineView(BaseModel):
+    """What the engine is."""
+
+    kind: str
+    version: str
+    plugin_version: str
+    model: str
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+
+
+class PauseView(BaseModel):
+    """A pause that a caller asked for."""
+
+    mode: PauseMode
+    until: float | None
+
+
+class InstalledView(BaseModel):
+    """The weights that serve; version null for those the engine was started with."""
+
+    version: int | None
+    request_id: str | None
+    installed_at: float | None
+    digest: str | None
+
+
+class FenceView(BaseModel):
+    """Why the engine refuses to serve, and the way out."""
+
+    code: str
+    detail: str
+    remedy: str
+
+
+class ProgressView(BaseModel):
+    """The update under way."""
+
+    request_id: str
+    version: int
+    phase: str
+    bytes_done: int
+    bytes_total: int
+
+
+class RequestsView(BaseModel):
+    """Requests in the engine; null where it is too busy to say at once."""
+
+    running: int | None
+    waiting: int | None
+
+
+class StateView(BaseModel):
+    """The engine as it is now."""
+
+    engine: EngineView
+    state: StateName
+    since: float
+    pause: PauseView | None
+    weights: InstalledView
+    sleep: None = None
+    fence: FenceView | None
+    update: ProgressView | None
+    requests: RequestsView
+    workers: list[WorkerView]
+
+
+class WeightsView(BaseModel):
+    """The version that serves, and how it came to be."""
+
+    version: int | None
+    history: list[dict[str, object]] = Field(description="reports, newest first")
+    plans: list[dict[str, object]]

@@ -1,0 +1,349 @@
+"""What the admin routes do, once a request is known to be allowed and well-formed."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import secrets
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.admin.error_responses import status_of
+from engine_plugins.admin.pausing import pause_within
+from engine_plugins.admin.schemas import (
+    ConnectBody,
+    EngineView,
+    FlushBody,
+    PauseBody,
+    RequestsView,
+    StateView,
+    UpdateBody,
+    WeightsView,
+    WorkerView,
+)
+from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import EngineState, Pause, moved, require
+from engine_plugins.admin.update_transaction import UpdateTransaction
+from engine_plugins.admin.worker_calls import WorkerCalls
+from engine_plugins.errors import (
+    ConflictError,
+    EnginePluginError,
+    StaleVersionError,
+    UnknownIdError,
+    UnsupportedError,
+    WeightMismatchError,
+)
+from engine_plugins.settings import Settings
+from engine_plugins.weights.manifest import SourceManifest, decode_manifest, encode_manifest
+from engine_plugins.weights.model_facts import compare_facts
+from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescription
+
+__all__ = ["AdminService", "StoredFailure"]
+
+MAX_SOURCES = 4096
+MAX_PLANS = 8
+MAX_ANSWERS = 256
+
+
+class StoredFailure(EnginePluginError):
+    """An update that failed before, answered again because its request_id came again."""
+
+    def __init__(self, *, status: int, code: str, detail: str, remedy: str) -> None:
+        super().__init__(detail, remedy=remedy)
+        self.status = status
+        self.failed_with = code
+
+
+class AdminService:
+    """The admin contract over one engine, in one of its API processes."""
+
+    def __init__(self, control: EngineControl, shared: SharedState, settings: Settings) -> None:
+        self._control = control
+        self._shared = shared
+        self._settings = settings
+        self._workers = WorkerCalls(control)
+        self._described: list[WorkerDescription] | None = None
+        self._timers: set[asyncio.Task[None]] = set()
+
+    @property
+    def state_name(self) -> str:
+        """The state's name, for error answers."""
+        return self._shared.read().state
+
+    async def state(self) -> StateView:
+        """Everything about the engine that can be said at once."""
+        state = self._shared.read()
+        counts = await self._control.request_counts()
+        info = self._control.info
+        plain = msgspec.to_builtins(state)
+        plain.pop("kv_generation")
+        return StateView(
+            engine=EngineView(
+                kind=info.kind,
+                version=info.version,
+                plugin_version=info.plugin_version,
+                model=info.model,
+                tensor_parallel_size=info.tensor_parallel_size,
+                pipeline_parallel_size=info.pipeline_parallel_size,
+            ),
+            requests=RequestsView(running=counts.running, waiting=counts.waiting),
+            workers=await self._worker_views(state),
+            **plain,
+        )
+
+    async def pause(self, body: PauseBody) -> StateView:
+        """Stop scheduling, and say so in the state."""
+        with self._shared.operation("pause"):
+            state = self._shared.read()
+            require(state, "serving", "paused", doing="pause")
+            if state.pause is not None and state.pause.mode != body.mode:
+                raise ConflictError(
+                    f"cannot pause with mode {body.mode}: already paused with mode "
+                    f"{state.pause.mode}",
+                    remedy="POST /admin/v1/resume first",
+                )
+            if state.state == "serving":
+                await pause_within(self._control, body.mode, body.timeout_s)
+            until = None if body.hold_s is None else time.time() + body.hold_s
+            pause = Pause(mode=body.mode, until=until)
+            self._shared.change(lambda now: moved(now, "paused", pause=pause))
+            if body.hold_s is not None:
+                self._later(body.hold_s, self._end_pause(pause))
+        return await self.state()
+
+    async def resume(self) -> StateView:
+        """Schedule again."""
+        with self._shared.operation("resume"):
+            state = self._shared.read()
+            require(state, "serving", "paused", doing="resume")
+            if state.state == "paused":
+                await self._control.resume()
+                self._shared.change(lambda now: moved(now, "serving", pause=None))
+        return await self.state()
+
+    async def flush(self, body: FlushBody) -> list[str]:
+        """Empty caches, whatever the engine is doing short of an update."""
+        with self._shared.operation("flush"):
+            require(self._shared.read(), "serving", "paused", doing="flush")
+            return await self._control.flush(
+                prefix_cache=body.prefix_cache, multimodal_cache=body.multimodal_cache
+            )
+
+    async def add_source(self, body: bytes, content_type: str) -> str:
+        """Hold a trainer process's manifest; the same manifest has the same id."""
+        manifest = await asyncio.to_thread(
+            decode_manifest,
+            body,
+            content_type=content_type,
+            max_entries=self._settings.max_manifest_entries,
+        )
+        plain = await asyncio.to_thread(encode_manifest, manifest)
+        source_id = "source-" + hashlib.sha256(plain).hexdigest()[:24]
+        self._shared.put("sources", source_id, plain)
+        self._prune("sources", MAX_SOURCES)
+        return source_id
+
+    async def connect(self, body: ConnectBody) -> PlanSummary:
+        """Plan an update from sources, on every rank, and meet the peers."""
+        if body.direction == "push":
+            raise UnsupportedError(
+                "direction push is not built yet", remedy="connect with direction pull"
+            )
+        with self._shared.operation("connect"):
+            require(self._shared.read(), "serving", "paused", "fenced", doing="connect")
+            manifests = self._manifests(body)
+            plan_id = "plan-" + secrets.token_hex(8)
+            try:
+                answers = await self._workers.connect(plan_id, manifests)
+                _refuse_unused(answers)
+            except EnginePluginError:
+                await self._workers.drop(plan_id)
+                raise
+            plan = _summary(plan_id, answers)
+            self._shared.put("plans", plan_id, msgspec.json.encode(plan))
+            for old in self._shared.names("plans")[:-MAX_PLANS]:
+                await self._workers.drop(old)
+                self._shared.drop("plans", old)
+        return plan
+
+    async def update(self, body: UpdateBody) -> UpdateReport:
+        """Install new weights; a request_id that was answered before is answered again.
+
+        Raises:
+            StoredFailure: this request_id failed before.
+            EnginePluginError: see UpdateTransaction.run.
+        """
+        if body.verify != "none":
+            raise UnsupportedError(
+                f"verify {body.verify} is not built yet", remedy="update with verify none"
+            )
+        key = hashlib.sha256(body.request_id.encode()).hexdigest()[:32]
+        given = self._shared.get("answers", key)
+        if given is not None:
+            return _answer_again(given)
+        with self._shared.operation("update"):
+            plan = self._plan(body.plan_id)
+            state = self._shared.read()
+            require(state, "serving", "paused", "fenced", doing="update")
+            _refuse_stale(state, body)
+            transaction = UpdateTransaction(
+                self._control, self._shared, body, plan, staged=self._staged(body, plan)
+            )
+            # In a task of its own: a client that hangs up must not stop it half way.
+            task = asyncio.create_task(self._carry_through(transaction, key))
+            return await asyncio.shield(task)
+
+    def weights(self) -> WeightsView:
+        """The version that serves, past reports and known plans."""
+        reports = []
+        for name in reversed(self._shared.names("answers")):
+            answer = msgspec.json.decode(self._shared.get("answers", name) or b"{}")
+            if "report" in answer:
+                reports.append(answer["report"])
+        plans = [self._shared.get("plans", name) for name in self._shared.names("plans")]
+        return WeightsView(
+            version=self._shared.read().weights.version,
+            history=reports,
+            plans=[msgspec.json.decode(plan) for plan in plans if plan is not None],
+        )
+
+    async def _carry_through(self, transaction: UpdateTransaction, key: str) -> UpdateReport:
+        try:
+            report = await transaction.run()
+        except EnginePluginError as error:
+            answer = {
+                "report": transaction.failure_report(error),
+                "failed": {
+                    "status": status_of(error),
+                    "code": error.code,
+                    "detail": error.message,
+                    "remedy": error.remedy,
+                },
+            }
+            self._shared.put("answers", key, msgspec.json.encode(answer))
+            raise
+        self._shared.put("answers", key, msgspec.json.encode({"report": report}))
+        self._prune("answers", MAX_ANSWERS)
+        return report
+
+    def _staged(self, body: UpdateBody, plan: PlanSummary) -> bool:
+        if body.mode == "auto":
+            largest = max(rank.bytes_needed for rank in plan.ranks)
+            return 0 < largest <= self._settings.staging_bytes
+        return body.mode == "staged"
+
+    def _manifests(self, body: ConnectBody) -> list[bytes]:
+        bodies: list[bytes] = []
+        agents: set[str] = set()
+        for source_id in dict.fromkeys(body.source_ids):
+            kept = self._shared.get("sources", source_id) if source_id.isascii() else None
+            if kept is None or "/" in source_id:
+                raise UnknownIdError(
+                    f"no source {source_id!r} here", remedy="POST its manifest again"
+                )
+            manifest = msgspec.msgpack.decode(kept, type=SourceManifest)
+            compare_facts(manifest.model, self._control.info.model_facts, who=manifest.source)
+            if manifest.agent in agents:
+                raise WeightMismatchError(
+                    f"two sources say they are the agent {manifest.agent}",
+                    remedy="publish one manifest for each trainer process",
+                )
+            agents.add(manifest.agent)
+            bodies.append(kept)
+        compare_facts(body.model, self._control.info.model_facts, who="the connect call")
+        return bodies
+
+    def _plan(self, plan_id: str) -> PlanSummary:
+        kept = (
+            self._shared.get("plans", plan_id) if plan_id in self._shared.names("plans") else None
+        )
+        if kept is None:
+            raise UnknownIdError(f"no plan {plan_id!r} here", remedy="connect again")
+        return msgspec.json.decode(kept, type=PlanSummary)
+
+    async def _worker_views(self, state: EngineState) -> list[WorkerView]:
+        """Who the workers are; asked once, and not while they are busy with an update."""
+        if self._described is None and state.state != "updating":
+            self._described = await self._workers.describe()
+        return [
+            WorkerView(tp_rank=each.tp_rank, pid=each.pid, host=each.host)
+            for each in self._described or []
+        ]
+
+    def _prune(self, folder: str, most: int) -> None:
+        for name in self._shared.names(folder)[:-most]:
+            self._shared.drop(folder, name)
+
+    def _later(self, delay_s: float, work: Any) -> None:
+        async def wait() -> None:
+            await asyncio.sleep(delay_s)
+            await work
+
+        task = asyncio.create_task(wait())
+        self._timers.add(task)
+        task.add_done_callback(self._timers.discard)
+
+    async def _end_pause(self, pause: Pause) -> None:
+        """End a pause whose holder said how long to hold it, if it is still that pause."""
+        if self._shared.read().pause == pause:
+            await self.resume()
+
+
+def _summary(plan_id: str, answers: list[ConnectAnswer]) -> PlanSummary:
+    ranks = [answer.plan for answer in answers]
+
+    def total(field: Callable[[Any], int]) -> int:
+        return sum(field(rank) for rank in ranks)
+
+    return PlanSummary(
+        plan_id=plan_id,
+        direction="pull",
+        bytes_needed=total(lambda rank: rank.bytes_needed),
+        bytes_to_move=total(lambda rank: rank.bytes_to_move),
+        operations=total(lambda rank: rank.operations),
+        direct_bytes=total(lambda rank: rank.direct_bytes),
+        staged_bytes=total(lambda rank: rank.staged_bytes),
+        loader_bytes=total(lambda rank: rank.loader_bytes),
+        connect_s=max(answer.connect_s for answer in answers),
+        plan_s=max(answer.plan_s for answer in answers),
+        ranks=ranks,
+    )
+
+
+def _refuse_unused(answers: list[ConnectAnswer]) -> None:
+    unused = set.intersection(*(set(answer.unused) for answer in answers))
+    if unused:
+        shown = ", ".join(sorted(unused)[:8])
+        raise WeightMismatchError(
+            f"{len(unused)} tensors reach no parameter of the engine's model: {shown}",
+            remedy="publish the tensors of the model that this engine serves, and no others",
+        )
+
+
+def _refuse_stale(state: EngineState, body: UpdateBody) -> None:
+    if body.force:
+        return
+    if state.fence is not None:
+        if body.version < state.fence.attempted_version:
+            raise StaleVersionError(
+                f"version {body.version} is older than {state.fence.attempted_version}, whose "
+                "update failed half way",
+                remedy="repeat that version or send a newer one, or set force",
+            )
+    elif state.weights.version is not None and body.version <= state.weights.version:
+        raise StaleVersionError(
+            f"version {body.version} is not newer than the installed {state.weights.version}",
+            remedy="send a newer version, or set force",
+        )
+
+
+def _answer_again(kept: bytes) -> UpdateReport:
+    answer = msgspec.json.decode(kept)
+    if "failed" in answer:
+        raise StoredFailure(**answer["failed"])
+    return msgspec.convert(answer["report"], UpdateReport)

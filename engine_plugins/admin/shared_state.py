@@ -1,0 +1,141 @@
+"""What all processes of one server know at once: a small shared page and a few files.
+
+API processes, the engine's core and workers of this host map the same page, whose path the plugin
+puts in the environment of the first process. So the state, a 409 and a 503 are answered without
+asking the engine, however busy it is, and with any number of API processes. Sources, plans and
+answers lie beside it as files that only this user can read.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from engine_plugins.admin.state import EngineState
+from engine_plugins.errors import ConflictError, EnginePluginError
+
+__all__ = ["SharedState", "create_runtime_dir"]
+
+PAGE_BYTES = 64 << 10
+_HEADER = struct.Struct("<QII")
+"""Sequence (odd while a writer is at work), payload length, CRC-32 of the payload."""
+
+
+def create_runtime_dir(path: Path) -> None:
+    """Lay out an empty runtime directory, readable by this user alone."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for name in ("sources", "plans", "answers"):
+        (path / name).mkdir(mode=0o700, exist_ok=True)
+    page = path / "state.page"
+    if not page.exists():
+        page.write_bytes(bytes(PAGE_BYTES))
+        SharedState(path).change(lambda _: EngineState(since=time.time()))
+
+
+class SharedState:
+    """One process's view of the server's state. Reading takes no lock and never blocks."""
+
+    def __init__(self, runtime_dir: Path) -> None:
+        self.runtime_dir = runtime_dir
+        with (runtime_dir / "state.page").open("r+b") as file:
+            self._page = mmap.mmap(file.fileno(), PAGE_BYTES)
+        self._last: tuple[int, EngineState] | None = None
+
+    def read(self) -> EngineState:
+        """The state as it is now."""
+        for _ in range(1000):
+            sequence, length, checksum = _HEADER.unpack_from(self._page)
+            if self._last is not None and self._last[0] == sequence:
+                return self._last[1]
+            payload = self._page[_HEADER.size : _HEADER.size + length]
+            again = _HEADER.unpack_from(self._page)[0]
+            if sequence == again and sequence % 2 == 0 and zlib.crc32(payload) == checksum:
+                state = msgspec.msgpack.decode(payload, type=EngineState) if length else None
+                self._last = (sequence, state or EngineState(since=0.0))
+                return self._last[1]
+            time.sleep(0.0001)
+        raise EnginePluginError(f"the state page in {self.runtime_dir} cannot be read")
+
+    def change(self, change: Callable[[EngineState], EngineState]) -> EngineState:
+        """Replace the state by what `change` makes of it, alone among all processes."""
+        with self._writing():
+            state = change(self.read())
+            payload = msgspec.msgpack.encode(state)
+            if len(payload) > PAGE_BYTES - _HEADER.size:
+                raise EnginePluginError(f"a state of {len(payload)} bytes does not fit its page")
+            sequence = _HEADER.unpack_from(self._page)[0]
+            _HEADER.pack_into(self._page, 0, sequence + 1, 0, 0)
+            self._page[_HEADER.size : _HEADER.size + len(payload)] = payload
+            _HEADER.pack_into(self._page, 0, sequence + 2, len(payload), zlib.crc32(payload))
+        return state
+
+    @contextmanager
+    def operation(self, name: str) -> Iterator[None]:
+        """Hold the one place for calls that move the engine from state to state.
+
+        Raises:
+            ConflictError: another such call is under way, in this process or another.
+        """
+        descriptor = os.open(self.runtime_dir / "operation.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self._claim(descriptor, name)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _claim(self, descriptor: int, name: str) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            update = self.read().update
+            doing = (
+                "another call that changes the engine's state"
+                if update is None
+                else f"the update to version {update.version}"
+            )
+            raise ConflictError(
+                f"cannot {name}: {doing} is under way",
+                remedy="wait until GET /admin/v1/state shows that it has ended",
+            ) from None
+
+    def put(self, folder: str, name: str, body: bytes) -> None:
+        """Keep a file for all processes; it appears whole or not at all."""
+        target = self.runtime_dir / folder / name
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        temporary.write_bytes(body)
+        temporary.replace(target)
+
+    def get(self, folder: str, name: str) -> bytes | None:
+        """A file kept by any process, or None. Names are ours, never a caller's."""
+        try:
+            return (self.runtime_dir / folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        """Names kept in a folder, oldest first."""
+        found = [path for path in (self.runtime_dir / folder).iterdir() if path.suffix != ".tmp"]
+        return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+
+    def drop(self, folder: str, name: str) -> None:
+        """Forget a file."""
+        (self.runtime_dir / folder / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Alone among writers; the kernel frees the lock when its holder dies."""
+        descriptor = os.open(self.runtime_dir / "state.lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,99 @@
+"""The states of an engine and the moves between them."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+import msgspec
+
+from engine_plugins.admin.engine_control import PauseMode
+from engine_plugins.errors import ConflictError
+
+__all__ = [
+    "EngineState",
+    "Fence",
+    "Pause",
+    "StateName",
+    "UpdateProgress",
+    "WeightsInstalled",
+    "moved",
+    "require",
+]
+
+StateName = Literal["serving", "paused", "updating", "asleep", "fenced"]
+
+_WAY_OUT: dict[StateName, str] = {
+    "serving": "pause it first",
+    "paused": "POST /admin/v1/resume",
+    "updating": "wait until the update has ended",
+    "asleep": "POST /admin/v1/wake",
+    "fenced": "complete a weight update: POST /admin/v1/weights/update",
+}
+
+
+class Pause(msgspec.Struct, frozen=True, kw_only=True):
+    """A pause that a caller asked for."""
+
+    mode: PauseMode
+    until: float | None
+    """Unix seconds at which it ends by itself (`hold_s`)."""
+
+
+class WeightsInstalled(msgspec.Struct, frozen=True, kw_only=True):
+    """The weights that serve; `version` is None for those that the engine was started with."""
+
+    version: int | None = None
+    request_id: str | None = None
+    installed_at: float | None = None
+    digest: str | None = None
+
+
+class Fence(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the engine refuses to serve."""
+
+    code: str
+    detail: str
+    remedy: str
+    attempted_version: int
+    """Version whose update failed half way; that one or a newer one lifts the fence."""
+
+
+class UpdateProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """The update under way."""
+
+    request_id: str
+    version: int
+    phase: str
+    bytes_done: int
+    bytes_total: int
+
+
+class EngineState(msgspec.Struct, frozen=True, kw_only=True):
+    """What every process of the server knows."""
+
+    state: StateName = "serving"
+    since: float
+    pause: Pause | None = None
+    weights: WeightsInstalled = WeightsInstalled()
+    fence: Fence | None = None
+    update: UpdateProgress | None = None
+    kv_generation: str | None = None
+    """Mark of the weights that new KV is computed with; None until the first update."""
+
+
+def moved(state: EngineState, name: StateName, **changes: object) -> EngineState:
+    """The state under another name, from now on."""
+    return msgspec.structs.replace(state, state=name, since=time.time(), **changes)
+
+
+def require(state: EngineState, *allowed: StateName, doing: str) -> None:
+    """Refuse a move that is illegal in this state.
+
+    Raises:
+        ConflictError: the text names the state, the reason of a fence, and the way out.
+    """
+    if state.state in allowed:
+        return
+    why = f" ({state.fence.code}: {state.fence.detail})" if state.fence is not None else ""
+    raise ConflictError(f"cannot {doing} while {state.state}{why}", remedy=_WAY_OUT[state.state])

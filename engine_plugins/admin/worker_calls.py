@@ -1,0 +1,92 @@
+"""Calls to every worker of the engine, as the update transaction makes them."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.worker_service import (
+    AbortAnswer,
+    ConnectAnswer,
+    StatusAnswer,
+    WorkerDescription,
+    encode_call,
+    raised,
+    read_answer,
+)
+
+__all__ = ["WorkerCalls"]
+
+T = TypeVar("T")
+
+
+class WorkerCalls:
+    """Every rank is asked and every answer read before any error is raised."""
+
+    def __init__(self, control: EngineControl) -> None:
+        self._control = control
+
+    async def describe(self) -> list[WorkerDescription]:
+        """Who the workers are."""
+        return await self._all("describe", WorkerDescription)
+
+    async def connect(self, plan_id: str, manifests: list[bytes]) -> list[ConnectAnswer]:
+        """Plan on every rank."""
+        return await self._all("connect", ConnectAnswer, plan_id=plan_id, manifests=manifests)
+
+    async def drop(self, plan_id: str) -> None:
+        """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
+        await self._control.call_workers("drop", encode_call(plan_id=plan_id))
+
+    async def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> list[StatusAnswer]:
+        """Begin to pull on every rank."""
+        return await self._statuses("start", plan_id=plan_id, staged=staged, timeout_s=timeout_s)
+
+    async def poll(self) -> list[StatusAnswer]:
+        """Where every rank stands. Raises the first rank's failure."""
+        return await self._statuses("poll")
+
+    async def advance(self, *, budget_s: float) -> list[StatusAnswer]:
+        """Install what is here on every rank."""
+        return await self._statuses("advance", budget_s=budget_s)
+
+    async def finish(self) -> list[RankReport]:
+        """End the load on every rank."""
+        return await self._all("finish", RankReport)
+
+    async def abort(self) -> bool:
+        """Give up on every rank; whether live weights had been touched anywhere.
+
+        A rank that cannot say counts as touched.
+        """
+        wrote = False
+        for body in await self._control.call_workers("abort", encode_call()):
+            try:
+                wrote = read_answer(body, AbortAnswer).wrote or wrote
+            except EnginePluginError:
+                wrote = True
+        return wrote
+
+    async def _statuses(self, call: str, **arguments: Any) -> list[StatusAnswer]:
+        statuses = await self._all(call, StatusAnswer, **arguments)
+        for status in statuses:
+            if status.failure is not None:
+                raise raised(status.failure)
+        return statuses
+
+    async def _all(self, call: str, kind: type[T], **arguments: Any) -> list[T]:
+        bodies = await self._control.call_workers(call, encode_call(**arguments))
+        answers: list[T] = []
+        failures: list[EnginePluginError] = []
+        for body in bodies:
+            try:
+                answers.append(read_answer(body, kind))
+            except EnginePluginError as error:
+                failures.append(error)
+        if failures:
+            if len(failures) < len(bodies):
+                failures[0].message += f" (the other {len(bodies) - len(failures)} ranks are well)"
+            raise failures[0]
+        return answers

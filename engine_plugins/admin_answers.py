@@ -1,0 +1,65 @@
+"""What engines answer to a trainer, and the update that it asks for: plain typed data."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from engine_plugins.weights.report import UpdateReport
+
+__all__ = ["EngineState", "InstalledWeights", "PauseMode", "Progress", "UpdateRequest", "Weights"]
+
+PauseMode = Literal["keep", "wait", "abort"]
+
+
+class InstalledWeights(msgspec.Struct, frozen=True, kw_only=True):
+    """The version that an engine holds; `None` is what it was started with."""
+
+    version: int | None = None
+    request_id: str | None = None
+    digest: str | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far a running update is."""
+
+    phase: str = ""
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+class EngineState(msgspec.Struct, frozen=True, kw_only=True):
+    """The part of State that a trainer acts on; fields that it does not know are ignored."""
+
+    state: str
+    weights: InstalledWeights = InstalledWeights()
+    fence: dict[str, Any] | None = None
+    update: Progress | None = None
+    engine: dict[str, Any] = {}
+    requests: dict[str, Any] = {}
+    workers: list[dict[str, Any]] = []
+
+
+class Weights(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine says about its weights: the version, its history and its plans."""
+
+    version: int | None = None
+    history: list[UpdateReport] = []
+    plans: list[dict[str, Any]] = []
+
+
+class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of `POST /weights/update`; see the admin contract for the meaning of each field."""
+
+    plan_id: str
+    version: int
+    request_id: str
+    mode: Literal["auto", "staged", "in_place"] = "auto"
+    verify: Literal["none", "sample", "full"] = "none"
+    pause: PauseMode = "keep"
+    in_flight_kv: Literal["recompute", "keep"] = "recompute"
+    flush: bool = True
+    resume: bool = True
+    timeout_s: float = 300.0
+    force: bool = False

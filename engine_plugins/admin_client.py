@@ -1,0 +1,270 @@
+"""A typed client of one engine's admin contract, for trainers and tools.
+
+It says nothing on its own: every call is one request, and every answer that is not a success
+becomes an error that names the engine.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+
+from engine_plugins.admin_answers import EngineState, PauseMode, UpdateRequest, Weights
+from engine_plugins.errors import (
+    AdminAnswerError,
+    EngineUnreachableError,
+    NotConfiguredError,
+    SettingsError,
+)
+from engine_plugins.weights.manifest import MSGPACK
+from engine_plugins.weights.report import PlanSummary, UpdateReport
+
+__all__ = ["AdminClient"]
+
+TOKEN = "ENGINE_PLUGINS_ADMIN_TOKEN"
+TOKEN_FILE = "ENGINE_PLUGINS_ADMIN_TOKEN_FILE"
+PREFIX = "/admin/v1"
+GZIP_ABOVE_BYTES = 64 * 1024
+
+Answer = TypeVar("Answer")
+
+
+class AdminClient:
+    """Calls one engine's admin routes; safe to use from several threads.
+
+    A connection that cannot be made is tried again twice: nothing has been sent then. Anything
+    later is not repeated here; an update may be repeated by its `request_id`. Proxies from the
+    environment are not used, and redirects are not followed: the token is for this engine.
+
+    Args:
+        url: the engine's base url, `http://host:8000`.
+        token: bearer token; by default `ENGINE_PLUGINS_ADMIN_TOKEN`, or the fitting line of the
+            file that `ENGINE_PLUGINS_ADMIN_TOKEN_FILE` names, read for every request.
+        timeout_s: seconds to wait for an ordinary answer.
+        connect_timeout_s: seconds to wait for a plan (the engine traces its loader).
+
+    Raises:
+        SettingsError: the url is not that of an HTTP server.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout_s: float = 30.0,
+        connect_timeout_s: float = 300.0,
+    ) -> None:
+        self.url = _base_url(url)
+        self._token = token
+        self._timeout_s = timeout_s
+        self._connect_timeout_s = connect_timeout_s
+        self._http = httpx.Client(
+            base_url=self.url + PREFIX,
+            # Without TLS there is nothing to verify, and loading the CAs takes tens of ms.
+            transport=httpx.HTTPTransport(retries=2, verify=self.url.startswith("https")),
+            trust_env=False,
+        )
+
+    def close(self) -> None:
+        """Close the connections. Repeating it does nothing."""
+        self._http.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def state(self) -> EngineState:
+        """Ask what the engine is doing; it answers at once, during an update too."""
+        return self._call("GET", "/state", EngineState, scope="read")
+
+    def weights(self) -> Weights:
+        """Ask for the installed version and the reports of past updates."""
+        return self._call("GET", "/weights", Weights, scope="read")
+
+    def pause(
+        self, mode: PauseMode = "keep", *, timeout_s: float = 30.0, hold_s: float | None = None
+    ) -> EngineState:
+        """Stop generation; returns once the scheduler stands still."""
+        body = {"mode": mode, "timeout_s": timeout_s, "hold_s": hold_s}
+        return self._call("POST", "/pause", EngineState, json=body, patience_s=timeout_s)
+
+    def resume(self) -> EngineState:
+        """Let a paused engine generate again."""
+        return self._call("POST", "/resume", EngineState)
+
+    def flush(self, *, prefix_cache: bool = True, multimodal_cache: bool = True) -> list[str]:
+        """Empty caches; returns the names of those that were emptied."""
+        body = {"prefix_cache": prefix_cache, "multimodal_cache": multimodal_cache}
+        return self._call("POST", "/flush", _Flushed, json=body).flushed
+
+    def put_source(self, manifest: bytes) -> str:
+        """Offer one trainer process's manifest (msgpack); returns the engine's source_id."""
+        headers = {"content-type": MSGPACK}
+        if len(manifest) > GZIP_ABOVE_BYTES:
+            manifest = gzip.compress(manifest, compresslevel=1)
+            headers["content-encoding"] = "gzip"
+        return self._call(
+            "POST", "/weights/sources", _Source, content=manifest, headers=headers, scope="weights"
+        ).source_id
+
+    def connect(
+        self,
+        source_ids: Sequence[str],
+        *,
+        model: Mapping[str, str | int | bool] | None = None,
+    ) -> PlanSummary:
+        """Have the engine meet the sources and plan a pull from them."""
+        facts = dict(model or {})
+        return self._call(
+            "POST",
+            "/weights/connect",
+            PlanSummary,
+            json={"source_ids": list(source_ids), "direction": "pull", "model": facts},
+            scope="weights",
+            patience_s=self._connect_timeout_s,
+        )
+
+    def update(self, request: UpdateRequest) -> UpdateReport:
+        """Have the engine fetch and install a version; waits for its report."""
+        return self._call(
+            "POST",
+            "/weights/update",
+            UpdateReport,
+            json=msgspec.to_builtins(request),
+            scope="weights",
+            patience_s=request.timeout_s,
+        )
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        answer: type[Answer],
+        *,
+        scope: str = "control",
+        json: object = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        patience_s: float = 0.0,
+    ) -> Answer:
+        """Send one request; `patience_s` is what the engine may take beyond the usual wait."""
+        wait_s = patience_s + self._timeout_s
+        try:
+            response = self._http.request(
+                method,
+                path,
+                json=json,
+                content=content,
+                headers={**(headers or {}), "authorization": f"Bearer {self._bearer(scope)}"},
+                timeout=httpx.Timeout(wait_s, connect=5.0, write=self._timeout_s, pool=5.0),
+            )
+        except httpx.TimeoutException as error:
+            raise EngineUnreachableError(
+                f"{self.url} did not answer {method} {PREFIX}{path} within {wait_s:g} s "
+                f"({type(error).__name__})",
+                remedy="look at the engine's log; GET /admin/v1/weights says what it holds",
+            ) from error
+        except httpx.TransportError as error:
+            raise EngineUnreachableError(
+                f"{self.url} cannot be reached for {method} {PREFIX}{path}: {error}",
+                remedy="check that the engine runs and that the url is its API server's",
+            ) from error
+        return self._read(response, answer)
+
+    def _read(self, response: httpx.Response, answer: type[Answer]) -> Answer:
+        if not response.is_success:
+            raise _problem(self.url, response)
+        try:
+            return msgspec.json.decode(response.content, type=answer)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise AdminAnswerError(
+                url=self.url,
+                status=response.status_code,
+                code="unreadable_answer",
+                state="",
+                detail=f"the answer to {response.request.url.path} is not as agreed: {error}",
+                remedy="use the same release of engine-plugins in trainer and engine",
+            ) from error
+
+    def _bearer(self, scope: str) -> str:
+        token = self._token or os.environ.get(TOKEN, "") or _token_from_file(scope)
+        if not token:
+            raise NotConfiguredError(
+                f"no admin token for {self.url}", remedy=f"pass token=, or set {TOKEN}"
+            )
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise SettingsError("the admin token has characters that HTTP cannot carry")
+        return token
+
+
+class _Source(msgspec.Struct):
+    source_id: str
+
+
+class _Flushed(msgspec.Struct):
+    flushed: list[str]
+
+
+class _Problem(msgspec.Struct):
+    title: str = ""
+    detail: str = ""
+    code: str = "admin_answer"
+    state: str | None = None
+    remedy: str | None = None
+
+
+def _problem(url: str, response: httpx.Response) -> AdminAnswerError:
+    """Tell an error answer; what is not problem+json is quoted."""
+    try:
+        problem = msgspec.json.decode(response.content, type=_Problem)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        problem = _Problem(detail=response.text[:200])
+    remedy = problem.remedy or ""
+    if response.status_code == httpx.codes.NOT_FOUND and problem.code == "admin_answer":
+        remedy = "the server has no admin routes: start it with engine-plugins"
+    return AdminAnswerError(
+        url=url,
+        status=response.status_code,
+        code=problem.code,
+        state=problem.state or "",
+        detail=problem.detail or problem.title or "no detail",
+        remedy=remedy,
+    )
+
+
+def _base_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+        raise SettingsError(
+            f"{parts.hostname or url!r} is not an engine's url",
+            remedy="give http://host:port, without user or password",
+        )
+    return url.rstrip("/").removesuffix(PREFIX)
+
+
+def _token_from_file(scope: str) -> str:
+    """First token in the token file whose scope is the one asked for."""
+    path = os.environ.get(TOKEN_FILE, "")
+    if not path:
+        return ""
+    try:
+        lines = [line.split() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise SettingsError(f"{TOKEN_FILE} names {path}, which cannot be read: {error}") from error
+    return next((line[1] for line in lines if len(line) == 2 and line[0] == scope), "")

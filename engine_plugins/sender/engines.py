@@ -1,0 +1,152 @@
+"""The engines as one trainer process sees them: what each was told, and what it answered."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.admin_client import AdminClient
+from engine_plugins.errors import (
+    AdminAnswerError,
+    EnginePluginError,
+    SettingsError,
+    UnknownIdError,
+    UpdateFailedError,
+)
+from engine_plugins.sender.report import EngineFailure
+from engine_plugins.weights.report import PlanSummary, UpdateReport
+
+__all__ = ["EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
+
+Result = TypeVar("Result")
+
+
+class EngineLink:
+    """One engine: its client, the source_id that it gave us, and the plan that it made."""
+
+    def __init__(self, client: AdminClient) -> None:
+        self.client = client
+        self.plan: PlanSummary | None = None
+        self._source_id: str | None = None
+        self._planned: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        """The engine's base url, which names it everywhere."""
+        return self.client.url
+
+    def publish(self, manifest: Callable[[], bytes]) -> str:
+        """Offer this process's manifest, unless the engine has it already."""
+        if self._source_id is None:
+            self._source_id = self.client.put_source(manifest())
+        return self._source_id
+
+    def forget(self) -> None:
+        """Drop what the engine said: it restarted, or our manifest changed."""
+        self._source_id = self.plan = None
+
+    def update(
+        self,
+        source_ids: Sequence[str],
+        model: Mapping[str, str | int | bool],
+        request: UpdateRequest,
+    ) -> UpdateReport:
+        """Connect if the sources are new to the engine, then update.
+
+        Raises:
+            EnginePluginError: the engine refused, failed or cannot be reached.
+        """
+        plan = self.plan
+        if plan is None or self._planned != tuple(source_ids):
+            plan = self.plan = self.client.connect(source_ids, model=model)
+            self._planned = tuple(source_ids)
+        try:
+            report = self.client.update(msgspec.structs.replace(request, plan_id=plan.plan_id))
+        except EnginePluginError:
+            self.plan = None  # a plan that failed once is made anew: that costs little
+            raise
+        if report.outcome != "installed":
+            self.plan = None
+            raise _reported(report)
+        return report
+
+
+def links_to(engines: str | Sequence[str], token: str | None) -> list[EngineLink]:
+    """Make one link per engine url.
+
+    Raises:
+        SettingsError: no engine, the same twice, or a url that is none.
+    """
+    urls = [engines] if isinstance(engines, str) else list(engines)
+    links = [EngineLink(AdminClient(url, token=token)) for url in urls]
+    if not links or len({link.url for link in links}) < len(links):
+        raise SettingsError(
+            f"engines must name each engine once, got {urls}", remedy="give their base urls"
+        )
+    return links
+
+
+def for_each_engine(
+    links: Iterable[EngineLink], call: Callable[[EngineLink], Result]
+) -> dict[str, Result | EnginePluginError]:
+    """Call every engine at once, each in a thread; an engine's error is its result.
+
+    The threads are daemons: Ctrl-C in the caller does not wait for a slow engine.
+    """
+    links = list(links)
+    answers: queue.SimpleQueue[tuple[str, Result | BaseException]] = queue.SimpleQueue()
+
+    def run(link: EngineLink) -> None:
+        try:
+            answers.put((link.url, call(link)))
+        except BaseException as error:  # a thread may not end without its answer
+            answers.put((link.url, error))
+
+    for link in links:
+        threading.Thread(target=run, args=(link,), daemon=True, name=f"update {link.url}").start()
+    results: dict[str, Result | EnginePluginError] = {}
+    for _ in links:
+        url, answer = answers.get()
+        if isinstance(answer, BaseException) and not isinstance(answer, EnginePluginError):
+            raise answer
+        results[url] = answer
+    return {link.url: results[link.url] for link in links}
+
+
+def forgot_us(error: object) -> bool:
+    """Say whether an engine no longer knows our source or plan, as after a restart."""
+    return isinstance(error, AdminAnswerError) and error.code == UnknownIdError.code
+
+
+def failure_of(link: EngineLink, error: EnginePluginError, *, where: str = "") -> EngineFailure:
+    """Describe a failure together with what the engine says it holds now."""
+    detail = error.detail if isinstance(error, AdminAnswerError) else error.message
+    return EngineFailure(
+        code=error.code, detail=where + detail, remedy=error.remedy, holds=_holds(link)
+    )
+
+
+def _reported(report: UpdateReport) -> UpdateFailedError:
+    """Turn a report of failure into the error that it tells of."""
+    told = report.error or {}
+    error = UpdateFailedError(
+        told.get("detail", f"the engine reported {report.outcome}"), remedy=told.get("remedy", "")
+    )
+    error.code = told.get("code", error.code)
+    return error
+
+
+def _holds(link: EngineLink) -> str:
+    try:
+        state = link.client.state()
+    except EnginePluginError as error:
+        return f"unknown weights, /state gave no answer ({error.code})"
+    version = state.weights.version
+    weights = "the weights it started with" if version is None else f"version {version}"
+    fence = f": {state.fence.get('detail', '')}" if state.fence else ""
+    return f"{weights}, {state.state}{fence}"

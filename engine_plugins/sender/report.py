@@ -1,0 +1,123 @@
+"""What an update of all engines came to: the report, or the error that names who failed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Self
+
+import msgspec
+
+from engine_plugins.errors import UpdateFailedError
+from engine_plugins.weights.report import PlanSummary, UpdateReport
+
+__all__ = ["EngineFailure", "EnginesFailedError", "SenderReport"]
+
+
+class EngineFailure(msgspec.Struct, frozen=True, kw_only=True):
+    """Why one engine did not take an update, and what it holds now."""
+
+    code: str
+    """The engine's own code (`stale_version`), or that of the error on the way to it."""
+    detail: str
+    remedy: str = ""
+    holds: str
+    """Version and state as the engine said them afterwards, for people."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SenderReport:
+    """A version that every engine has installed; the same on every trainer rank.
+
+    Attributes:
+        version: the version installed.
+        engines: each engine's own report, by its url.
+        plans: each engine's plan, by its url.
+        bytes: bytes moved to all engines together.
+        seconds: wall seconds of `update()` on the leading rank, after all ranks had arrived.
+        gbps: gigabytes (1e9 bytes) per second over all of `seconds`; the engines' own reports
+            have the rate on the wire.
+    """
+
+    version: int
+    engines: dict[str, UpdateReport]
+    plans: dict[str, PlanSummary]
+    bytes: int
+    seconds: float
+    gbps: float
+
+    @classmethod
+    def of(
+        cls,
+        version: int,
+        engines: dict[str, UpdateReport],
+        plans: dict[str, PlanSummary],
+        seconds: float,
+    ) -> Self:
+        """Sum up the engines' own reports."""
+        moved = sum(report.bytes_moved for report in engines.values())
+        return cls(
+            version=version,
+            engines=engines,
+            plans=plans,
+            bytes=moved,
+            seconds=seconds,
+            gbps=moved / max(seconds, 1e-9) / 1e9,
+        )
+
+    def __str__(self) -> str:
+        head = (
+            f"version {self.version} on {len(self.engines)} "
+            f"engine{'s' if len(self.engines) != 1 else ''} in {self.seconds:.2f} s: "
+            f"{self.bytes / 1e6:.1f} MB, {self.gbps:.3g} GB/s"
+        )
+        lines = [
+            f"{url}: {report.bytes_moved / 1e6:.1f} MB in {report.seconds:.2f} s "
+            f"({report.gbps:.3g} GB/s on the wire), paused {report.paused_s:.2f} s{self._plan(url)}"
+            for url, report in self.engines.items()
+        ]
+        return "; ".join([head, *lines]) if len(lines) == 1 else "\n  ".join([head, *lines])
+
+    def _plan(self, url: str) -> str:
+        plan = self.plans.get(url)
+        if plan is None:
+            return ""
+        ways = {
+            "direct": plan.direct_bytes,
+            "staged": plan.staged_bytes,
+            "through the loader": plan.loader_bytes,
+        }
+        said = ", ".join(f"{size / 1e6:.1f} MB {way}" for way, size in ways.items() if size)
+        return f", {plan.operations} operations, {said}" if said else ""
+
+
+class EnginesFailedError(UpdateFailedError):
+    """Some engines did not take an update; the others did, and their reports are here.
+
+    Attributes:
+        version: the version that was offered.
+        failures: by engine url.
+        reports: of the engines that installed the version, by url.
+    """
+
+    def __init__(
+        self,
+        *,
+        version: int,
+        failures: Mapping[str, EngineFailure],
+        reports: Mapping[str, UpdateReport],
+    ) -> None:
+        said = "; ".join(
+            f"{url}: {failure.code}: {failure.detail} (it holds {failure.holds})"
+            + (f" [{failure.remedy}]" if failure.remedy else "")
+            for url, failure in failures.items()
+        )
+        super().__init__(
+            f"version {version} failed on {len(failures)} of {len(failures) + len(reports)} "
+            f"engines: {said}",
+            remedy="repeat with a higher version, or with force=True for this one, once the "
+            "cause is gone; engines that have it take it again",
+        )
+        self.version = version
+        self.failures = dict(failures)
+        self.reports = dict(reports)

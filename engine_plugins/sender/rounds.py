@@ -1,0 +1,119 @@
+"""One round of an update: every rank offers its manifest, the leading rank drives the engines.
+
+A second round follows for engines that no longer knew what they had been told, as after a
+restart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.errors import EnginePluginError, SettingsError, UnknownIdError
+from engine_plugins.sender.engines import EngineLink, failure_of, for_each_engine, forgot_us
+from engine_plugins.sender.report import EngineFailure
+from engine_plugins.weights.report import PlanSummary, UpdateReport
+
+__all__ = ["Offer", "Round", "checked_version", "drive", "offer_to"]
+
+MAX_TIMEOUT_S = 3600.0
+"""Of one update; half of what trainer ranks wait for each other."""
+
+
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
+    """What one trainer rank has from each engine: its source_id, or why it has none."""
+
+    source_ids: dict[str, str] = {}
+    failures: dict[str, EngineFailure] = {}
+
+
+class Round(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engines answered, by url; each is in one of the first three."""
+
+    reports: dict[str, UpdateReport] = {}
+    failures: dict[str, EngineFailure] = {}
+    forgotten: list[str] = []
+    plans: dict[str, PlanSummary] = {}
+
+    def after(self, earlier: Round) -> Round:
+        """Both rounds as one; what was forgotten earlier has an answer here."""
+        return Round(
+            reports=earlier.reports | self.reports,
+            failures=earlier.failures | self.failures,
+            plans=earlier.plans | self.plans,
+            forgotten=self.forgotten,
+        )
+
+    def settled(self) -> Round:
+        """Count an engine that forgot us again as failed: asking once more would not help."""
+        lost = EngineFailure(
+            code=UnknownIdError.code,
+            detail="it did not know the sources that it had accepted a moment before",
+            remedy="give each server's own url, not that of a load balancer",
+            holds="the weights it had",
+        )
+        failures = self.failures | dict.fromkeys(self.forgotten, lost)
+        return msgspec.structs.replace(self, failures=failures, forgotten=[])
+
+
+def offer_to(
+    links: Sequence[EngineLink], manifest: Callable[[], bytes], *, trainer_rank: int
+) -> Offer:
+    """Give this rank's manifest to every engine that has not got it; never raises for one."""
+    offer = Offer()
+    answers = for_each_engine(links, lambda link: link.publish(manifest))
+    for link in links:
+        answer = answers[link.url]
+        if isinstance(answer, EnginePluginError):
+            where = f"the manifest of trainer rank {trainer_rank}: "
+            offer.failures[link.url] = failure_of(link, answer, where=where)
+        else:
+            offer.source_ids[link.url] = answer
+    return offer
+
+
+def drive(
+    links: Sequence[EngineLink],
+    offers: Sequence[Offer],
+    model: Mapping[str, str | int | bool],
+    request: UpdateRequest,
+) -> Round:
+    """Connect and update every engine that all ranks have offered to."""
+    result = Round()
+    for offer in reversed(offers):  # of several ranks' failures, the first rank's is told
+        result.failures.update(offer.failures)
+
+    def update(link: EngineLink) -> UpdateReport:
+        ids = [offer.source_ids[link.url] for offer in offers if link.url in offer.source_ids]
+        return link.update(ids, model, request)
+
+    answers = for_each_engine([link for link in links if link.url not in result.failures], update)
+    for link in links:
+        answer = answers.get(link.url)
+        if forgot_us(answer):
+            result.forgotten.append(link.url)
+        elif isinstance(answer, EnginePluginError):
+            result.failures[link.url] = failure_of(link, answer)
+        elif answer is not None:
+            result.reports[link.url] = answer
+            if link.plan is not None:
+                result.plans[link.url] = link.plan
+    return result
+
+
+def checked_version(request: UpdateRequest) -> int:
+    """Check what a trainer may get wrong before any engine is asked; return the version.
+
+    Raises:
+        SettingsError: a version or a timeout that cannot be.
+    """
+    if isinstance(request.version, bool) or not isinstance(request.version, int):
+        raise SettingsError(f"version is {request.version!r}, not a whole number")
+    if request.version < 0 or not 0 < request.timeout_s <= MAX_TIMEOUT_S:
+        raise SettingsError(
+            f"version {request.version} with timeout_s {request.timeout_s:g} cannot be",
+            remedy=f"a version is at least 0, a timeout above 0 and at most {MAX_TIMEOUT_S:g} s",
+        )
+    return request.version

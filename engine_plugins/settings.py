@@ -1,0 +1,91 @@
+"""Settings: from the environment, with an engine's own configuration on top.
+
+Every setting is `ENGINE_PLUGINS_<NAME>`; engines may pass a mapping with the lower-case names
+(vLLM: `--additional-config '{"engine_plugins": {"stall_timeout_s": 10}}'`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from engine_plugins.errors import SettingsError
+
+__all__ = ["PREFIX", "Settings"]
+
+PREFIX = "ENGINE_PLUGINS_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a deployment can choose.
+
+    Attributes:
+        admin_token: the token that may do everything; `None` if not set.
+        admin_token_file: file of `scope token` lines, read again when it changes.
+        max_body_bytes: largest control body that a route accepts.
+        max_manifest_bytes: largest manifest, as sent and once decompressed.
+        max_manifest_entries: boxes in one manifest.
+        stall_timeout_s: a pull that moves nothing for so long is given up, and says who stalled.
+        staging_bytes: receive buffer per rank that `mode: auto` may use to stage a whole update
+            while the old weights serve; 0 installs in place, module by module.
+        runtime_dir: where this server's processes share state; set by the plugin.
+    """
+
+    admin_token: str | None = None
+    admin_token_file: Path | None = None
+    max_body_bytes: int = 1 << 20
+    max_manifest_bytes: int = 256 << 20
+    max_manifest_entries: int = 4_000_000
+    stall_timeout_s: float = 30.0
+    staging_bytes: int = 0
+    runtime_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{PREFIX}{name.upper()} must be positive")
+        if not self.stall_timeout_s > 0:
+            raise SettingsError(f"{PREFIX}STALL_TIMEOUT_S must be positive seconds")
+        if self.staging_bytes < 0:
+            raise SettingsError(f"{PREFIX}STAGING_BYTES must not be negative")
+
+    @classmethod
+    def load(
+        cls,
+        overrides: Mapping[str, Any] | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Settings:
+        """Read the environment, then the overrides.
+
+        Raises:
+            SettingsError: an override that does not exist, or a value of the wrong kind.
+        """
+        environ = os.environ if environ is None else environ
+        known = {field.name: str(field.type) for field in fields(cls)}
+        values: dict[str, Any] = {
+            name: environ[PREFIX + name.upper()]
+            for name in known
+            if environ.get(PREFIX + name.upper())
+        }
+        for name, value in (overrides or {}).items():
+            if name not in known:
+                raise SettingsError(
+                    f"engine_plugins has no setting {name!r}; there are: {', '.join(known)}"
+                )
+            values[name] = value
+        return cls(**{name: _read(name, known[name], value) for name, value in values.items()})
+
+
+def _read(name: str, kind: str, value: Any) -> Any:
+    try:
+        if kind == "int":
+            return int(value)
+        if kind == "float":
+            return float(value)
+        return Path(value) if kind.startswith("Path") else str(value)
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"{PREFIX}{name.upper()}: {value!r} is not {kind}") from error

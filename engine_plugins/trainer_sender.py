@@ -1,0 +1,330 @@
+"""The trainer's side of a live weight update: one object, one call per version.
+
+`WeightSender` registers the trainer's memory, tells every engine what lies where, and asks the
+engines to fetch it. It gathers nothing: each process offers its own shards in place.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from engine_plugins.admin_answers import PauseMode, UpdateRequest
+from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.sender.engines import EngineLink, links_to
+from engine_plugins.sender.progress import progress_of
+from engine_plugins.sender.ranks import TrainerRanks
+from engine_plugins.sender.report import EnginesFailedError, SenderReport
+from engine_plugins.sender.rounds import Offer, Round, checked_version, drive, offer_to
+from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
+from engine_plugins.weights.model_facts import model_facts
+from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.transport.base import Transport
+
+__all__ = ["WeightSender"]
+
+Engines = str | Sequence[str]
+NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+class WeightSender:
+    """Updates the weights of live engines from this trainer's memory.
+
+    With torch.distributed initialised, creating it, `update` and `close` are collective: every
+    rank calls them, and every rank returns the same report or raises the same error. The memory
+    stays registered, and is read by engines only while `update` runs.
+
+    Use `from_hf` or `from_megatron`; the constructor takes any source of boxes.
+
+    Args:
+        boxes: gives this process's boxes anew for every update.
+        engines: base urls, `http://host:8000`.
+        token: admin token; see `AdminClient`.
+        model: facts that engines compare with their own config; see `model_facts`.
+        transport: an open transport, which stays the caller's to close; by default NIXL.
+        process_group: the ranks that take part; by default all.
+        progress: draw progress bars on stderr of the leading rank; None when it is a terminal.
+
+    Raises:
+        SettingsError: an engine url that is none, or given twice.
+        NotConfiguredError: NIXL is not installed.
+        SourceError: tensors that cannot be offered.
+        TransportError: memory that cannot be registered.
+    """
+
+    def __init__(
+        self,
+        boxes: Callable[[], Sequence[SourceBox]],
+        *,
+        engines: Engines,
+        token: str | None = None,
+        model: Mapping[str, str | int | bool] | None = None,
+        transport: Transport | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self._token = token
+        self._model = dict(model or {})
+        self._progress = progress
+        self._owned_transport: Transport | None = None
+        self._source: WeightSource | None = None
+        self._links: dict[str, EngineLink] = {}
+        self._ranks = TrainerRanks(process_group)
+        try:
+            self._ranks.agree(
+                "registering the weights", partial(self._open, boxes, engines, transport), None
+            )
+        except BaseException:  # an interrupt too must leave nothing registered
+            self.close()
+            raise
+
+    @classmethod
+    def from_hf(
+        cls,
+        named_tensors: NamedTensors,
+        *,
+        engines: Engines,
+        token: str | None = None,
+        config: object = None,
+        transport: Transport | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Send whole HF-named tensors.
+
+        Args:
+            named_tensors: best `model.named_parameters()` (of a tied model, without the head):
+                parameters whose `.data` is replaced later are followed; the detached tensors
+                of a `state_dict()` are sent as they are.
+            engines: as for the class, like the arguments not named here.
+            token: see `AdminClient`.
+            config: the HF config, object or dict.
+            transport: see the class.
+            process_group: see the class.
+            progress: see the class.
+        """
+        kept = dict(named_tensors) if isinstance(named_tensors, Mapping) else list(named_tensors)
+        facts = model_facts(config)
+        family = facts.get("model_type")
+        return cls(
+            lambda: hf_boxes(kept, model_type=str(family) if family else None),
+            engines=engines,
+            token=token,
+            model=facts,
+            transport=transport,
+            process_group=process_group,
+            progress=progress,
+        )
+
+    @classmethod
+    def from_megatron(
+        cls,
+        ranks: MegatronRank | Sequence[MegatronRank] | Sequence[nn.Module],
+        config: Any,
+        *,
+        engines: Engines,
+        token: str | None = None,
+        transport: Transport | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Send what this process holds of a Megatron model, in Megatron's own layout.
+
+        Args:
+            ranks: this process's share; its model chunks as modules; or several shares, for
+                a process that plays many ranks.
+            config: the HF config that the engines serve, object or dict.
+            engines: as for the class, like the arguments not named here.
+            token: see `AdminClient`.
+            transport: see the class.
+            process_group: see the class.
+            progress: see the class.
+        """
+        return cls(
+            partial(_megatron_boxes, ranks, config),
+            engines=engines,
+            token=token,
+            model=model_facts(config),
+            transport=transport,
+            process_group=process_group,
+            progress=progress,
+        )
+
+    def update(
+        self,
+        version: int,
+        *,
+        mode: Literal["auto", "staged", "in_place"] = "auto",
+        pause: PauseMode = "keep",
+        in_flight_kv: Literal["recompute", "keep"] = "recompute",
+        flush: bool = True,
+        resume: bool = True,
+        timeout_s: float = 300.0,
+        force: bool = False,
+        verify: Literal["none", "sample", "full"] = "none",
+        request_id: str | None = None,
+    ) -> SenderReport:
+        """Install the weights as they are now on every engine, as `version`.
+
+        Collective. Returns once every engine has answered; the tensors may be written again
+        then. Engines that restarted since the last update are told everything anew.
+
+        Args:
+            version: the training step, not below 0, the same on every rank, and newer than
+                what the engines hold (or `force`).
+            mode: staged keeps the old weights until commit, in_place does not.
+            pause: what becomes of running requests: held, waited for, or aborted.
+            in_flight_kv: whether held requests recompute their KV with the new weights.
+            flush: empty the engines' caches.
+            resume: let engines generate again afterwards.
+            timeout_s: seconds that each engine may take.
+            force: install even if the version is not newer.
+            verify: how much of the installed bytes is checked.
+            request_id: names this update; an engine answers a repeated one as it did before.
+
+        Raises:
+            EnginesFailedError: some engines failed; it says what each holds now, and has the
+                reports of those that did not.
+            SourceError: a tensor that can no longer be offered.
+            SettingsError: a version or timeout that cannot be, or ranks that name different
+                versions.
+        """
+        request = UpdateRequest(
+            plan_id="",
+            version=version,
+            request_id=request_id or f"v{version}-{secrets.token_hex(8)}",
+            mode=mode,
+            verify=verify,
+            pause=pause,
+            in_flight_kv=in_flight_kv,
+            flush=flush,
+            resume=resume,
+            timeout_s=timeout_s,
+            force=force,
+        )
+        # Also the barrier: nothing is copied or read while a rank still computes its step.
+        asked = self._ranks.agree("starting the update", partial(checked_version, request), int)
+        if len(set(asked)) > 1:
+            raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
+        started = time.perf_counter()
+        self._ranks.agree("refreshing the weights", self._refresh, None)
+        result = self._rounds(request)
+        if result.failures:
+            raise EnginesFailedError(
+                version=version, failures=result.failures, reports=result.reports
+            )
+        # The leading rank's clock, so that the report is the same everywhere.
+        seconds = self._ranks.lead("timing", lambda: time.perf_counter() - started, float)
+        return SenderReport.of(version, result.reports, result.plans, seconds)
+
+    def close(self) -> None:
+        """Take the memory back from the wire. Repeating it does nothing.
+
+        Engines keep the weights that they have; their plans from this sender are void.
+        """
+        if self._source is not None:
+            self._source.close()
+        if self._owned_transport is not None:
+            self._owned_transport.close()
+        for link in self._links.values():
+            link.client.close()
+        self._source = self._owned_transport = None
+        self._ranks.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(
+        self,
+        boxes: Callable[[], Sequence[SourceBox]],
+        engines: Engines,
+        transport: Transport | None,
+    ) -> None:
+        self._links = {link.url: link for link in links_to(engines, self._token)}
+        if transport is None:
+            transport = self._owned_transport = _nixl()
+        place = f"trainer rank {self._ranks.global_rank} of {self._ranks.count}"
+        self._source = WeightSource(
+            boxes,
+            transport,
+            source=f"{place} ({socket.gethostname()}, pid {os.getpid()})",
+            model=self._model,
+        )
+
+    def _open_source(self) -> WeightSource:
+        if self._source is None:
+            raise SourceError("this sender is closed", remedy="make a new one")
+        return self._source
+
+    def _refresh(self) -> None:
+        if self._open_source().refresh():
+            for link in self._links.values():
+                link.forget()
+
+    def _rounds(self, request: UpdateRequest) -> Round:
+        """Offer and update, and once more for engines that had forgotten us."""
+        urls = list(self._links)
+        result = Round()
+        for _ in range(2):
+            links = [self._links[url] for url in urls]
+            offers = self._ranks.agree("offering the weights", partial(self._offer, links), Offer)
+            step = partial(self._drive, links, offers, request)
+            result = self._ranks.lead("updating the engines", step, Round).after(result)
+            urls = result.forgotten
+            for url in urls:
+                self._links[url].forget()
+            if not urls:
+                break
+        return result.settled()
+
+    def _offer(self, links: Sequence[EngineLink]) -> Offer:
+        source = self._open_source()
+        if not source.manifest.tensors.names:
+            return Offer()  # a rank may hold nothing: it has nothing to say
+        return offer_to(links, lambda: source.manifest_bytes, trainer_rank=self._ranks.global_rank)
+
+    def _drive(
+        self, links: Sequence[EngineLink], offers: Sequence[Offer], request: UpdateRequest
+    ) -> Round:
+        urls = [link.url for link in links]
+        with progress_of(urls, version=request.version, token=self._token, shown=self._progress):
+            return drive(links, offers, self._model, request)
+
+
+def _nixl() -> Transport:
+    """A NIXL agent whose name no other process has: a restarted trainer is another peer."""
+    from engine_plugins.weights.transport.nixl import NixlTransport
+
+    host = socket.gethostname()
+    return NixlTransport(f"trainer-{host}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _megatron_boxes(
+    ranks: MegatronRank | Sequence[MegatronRank] | Sequence[nn.Module], config: Any
+) -> list[SourceBox]:
+    given = [ranks] if isinstance(ranks, MegatronRank) else list(ranks)
+    chunks = [share for share in given if isinstance(share, nn.Module)]
+    shares = [share for share in given if isinstance(share, MegatronRank)]
+    if chunks:
+        shares.append(MegatronRank.from_model(chunks))
+    return [box for share in shares for box in megatron_boxes(share, config)]

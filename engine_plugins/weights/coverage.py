@@ -1,0 +1,136 @@
+"""Whether what the trainer offers is what the engine's loader needs, module by module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
+
+__all__ = ["EngineStep", "LoaderRules", "engine_steps"]
+
+EngineStep = tuple[list[str], list[LogicalTensor]]
+"""Engine modules, and the HF tensors that fill them."""
+
+_SHOWN = 8
+_NUMBER = re.compile(r"\d+")
+
+
+class LoaderRules(Protocol):
+    """What only the engine knows of its loader."""
+
+    def may_go_unused(self, name: str) -> bool:
+        """Whether this model's loader is right to ignore a tensor of this name."""
+        ...
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that the engine serves in."""
+        ...
+
+
+def engine_steps(
+    trace: LoaderTrace, tensors: Sequence[LogicalTensor], rules: LoaderRules
+) -> tuple[list[EngineStep], list[str]]:
+    """Group tensors by the engine modules that they fill, in the model's order.
+
+    Returns:
+        The steps, and the names that reached no parameter of this rank: another rank may need
+        them, so only names that no rank needs are wrong.
+
+    Raises:
+        WeightMismatchError: a parameter is not covered, or a tensor would be cast.
+    """
+    problems = _dtype_problems(trace.copies, rules.model_dtype) + _coverage_problems(trace)
+    if problems:
+        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+        raise WeightMismatchError(
+            "the sources do not fit the engine's model: " + "; ".join(problems[:_SHOWN]) + more,
+            remedy="publish every tensor of the model that this engine serves, in its dtype",
+        )
+    reached = trace.sources()
+    unused = [
+        tensor.name
+        for tensor in tensors
+        if tensor.name not in reached and not rules.may_go_unused(tensor.name)
+    ]
+    return _grouped(trace, {tensor.name: tensor for tensor in tensors}), unused
+
+
+def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> list[str]:
+    """A cast is right only where the engine would cast its own checkpoint as well."""
+    return [
+        f"{'+'.join(copy.sources)} is {_say(copy.source_dtype)}, "
+        f"{copy.parameter} wants {_say(copy.parameter_dtype)}"
+        for copy in copies
+        if copy.source_dtype not in (copy.parameter_dtype, model_dtype)
+    ]
+
+
+def _coverage_problems(trace: LoaderTrace) -> list[str]:
+    problems: list[str] = []
+    givers = _givers(trace.copies)
+    for parameter, filled in trace.covered_numel().items():
+        wanted = trace.parameter_numel[parameter]
+        if filled == wanted:
+            continue
+        missing = _missing_names(parameter, givers)
+        if missing:
+            problems.append(f"{', '.join(missing)} missing (needed by {parameter})")
+        else:
+            given = ", ".join(givers.get(parameter, ())) or "no tensor"
+            problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}")
+    return problems
+
+
+def _givers(copies: Sequence[TracedCopy]) -> dict[str, dict[str, None]]:
+    givers: dict[str, dict[str, None]] = {}
+    for copy in copies:
+        givers.setdefault(copy.parameter, {}).update(dict.fromkeys(copy.sources))
+    return givers
+
+
+def _missing_names(parameter: str, givers: dict[str, dict[str, None]]) -> list[str]:
+    """Names that the same parameter of another layer was given, and this one was not."""
+    own = givers.get(parameter, {})
+    numbers = _NUMBER.findall(parameter)
+    for other, names in givers.items():
+        alike = _NUMBER.sub("#", other) == _NUMBER.sub("#", parameter)
+        if not alike or other == parameter or len(names) <= len(own):
+            continue
+        # The first number of an HF name is its layer, as in the engine's own names.
+        here = [_NUMBER.sub(numbers[0], name, count=1) for name in names] if numbers else []
+        return [name for name in here if name not in own][:_SHOWN]
+    return []
+
+
+def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[EngineStep]:
+    """Modules that share a tensor share a step; nothing is fetched twice."""
+    modules = trace.modules()
+    step_of: dict[str, EngineStep] = {}
+    steps: list[EngineStep] = []
+    for module in _model_order(trace, modules):
+        names = modules[module]
+        step = next((step_of[name] for name in names if name in step_of), None)
+        if step is None:
+            step = ([], [])
+            steps.append(step)
+        step[0].append(module)
+        for name in names:
+            if name not in step_of:
+                step_of[name] = step
+                step[1].append(tensors[name])
+    return steps
+
+
+def _model_order(trace: LoaderTrace, modules: dict[str, list[str]]) -> list[str]:
+    in_model = dict.fromkeys(parameter.rpartition(".")[0] for parameter in trace.parameter_numel)
+    return [module for module in in_model if modules.get(module)]
+
+
+def _say(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

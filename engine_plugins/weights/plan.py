@@ -1,0 +1,372 @@
+"""The plan: which bytes of which trainer process go where in this rank's receive buffer.
+
+A plan is the intersection of two maps. Sources say where boxes of HF tensors lie in the trainers'
+memory (manifests); the destination says which HF tensors the engine's loader wants together (one
+step per engine module). The result is plain data with addresses relative to the step's start,
+computed once and used for every update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from operator import mul
+
+import numpy as np
+import torch
+
+from engine_plugins.errors import PlanError
+from engine_plugins.weights.loader_trace import LogicalTensor
+from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.placement import check_exact_coverage
+from engine_plugins.weights.transport.base import Descriptors
+
+__all__ = [
+    "FetchPlan",
+    "Landing",
+    "PackedPiece",
+    "Step",
+    "StepRead",
+    "Window",
+    "build_plan",
+    "logical_tensors",
+    "schedule",
+]
+
+ALIGNMENT_BYTES = 64
+SHORT_RUN_BYTES = 16 * 1024
+"""Below this, rows are fetched as one block and spread locally: a descriptor costs 4-8 us, in
+which a copy within memory moves more bytes than that (docs/decisions.md, D7)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Landing:
+    """A whole HF tensor, contiguous, at an offset from its step's start."""
+
+    tensor: LogicalTensor
+    offset_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepRead:
+    """Bytes that one source gives straight into place.
+
+    `descriptors` is [n, 3] uint64: offset from the step's start, remote address, bytes.
+    """
+
+    source: int
+    remote_device: int
+    descriptors: Descriptors
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedPiece:
+    """A block that is contiguous at the source and lands as many short rows.
+
+    It is read whole into the scratch area and spread from there by one strided copy.
+    """
+
+    source: int
+    remote_device: int
+    remote_address: int
+    nbytes: int
+    scratch_offset: int
+    landing: int
+    """Row in the step's landings."""
+    slices: tuple[slice, ...]
+    """Where the block lies in the landing's tensor."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """The tensors of one engine module: fetched together, installed together."""
+
+    modules: tuple[str, ...]
+    landings: tuple[Landing, ...]
+    nbytes: int
+    reads: tuple[StepRead, ...]
+    packed: tuple[tuple[PackedPiece, ...], ...]
+    """Batches of pieces; each batch fits the scratch area."""
+
+    @property
+    def bytes_to_move(self) -> int:
+        """Bytes on the wire for this step."""
+        direct = sum(int(read.descriptors[:, 2].sum()) for read in self.reads)
+        return direct + sum(piece.nbytes for batch in self.packed for piece in batch)
+
+    @property
+    def operations(self) -> int:
+        """Descriptors on the wire for this step."""
+        return sum(len(read.descriptors) for read in self.reads) + sum(map(len, self.packed))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FetchPlan:
+    """Every step of one engine rank, in the order of its model."""
+
+    steps: tuple[Step, ...]
+    scratch_bytes: int
+
+    @property
+    def largest_step_bytes(self) -> int:
+        """Receive buffer that the largest module needs."""
+        return max(step.nbytes for step in self.steps)
+
+    @property
+    def total_bytes(self) -> int:
+        """Receive buffer that holds every step at once."""
+        return sum(step.nbytes for step in self.steps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Window:
+    """Where a step lies in the receive buffer, and how many steps must be installed first."""
+
+    offset_bytes: int
+    installed_before: int
+
+
+def schedule(sizes: Sequence[int], capacity: int) -> list[Window]:
+    """Place steps in a ring of `capacity` bytes, in order.
+
+    A step may be fetched as soon as the steps whose bytes it overwrites are installed. With a
+    capacity of all sizes together nothing waits: that is a staged update.
+    """
+    windows: list[Window] = []
+    position = 0
+    wrapped = False
+    for size in sizes:
+        if position + size > capacity:
+            position, wrapped = 0, True
+        before = _last_overlap(windows, sizes, position, size) if wrapped else -1
+        windows.append(Window(offset_bytes=position, installed_before=before + 1))
+        position += size
+    return windows
+
+
+def _last_overlap(windows: list[Window], sizes: Sequence[int], start: int, size: int) -> int:
+    for index in range(len(windows) - 1, -1, -1):
+        other = windows[index].offset_bytes
+        if start < other + sizes[index] and other < start + size:
+            return index
+    return -1
+
+
+def logical_tensors(manifests: Sequence[SourceManifest]) -> list[LogicalTensor]:
+    """The whole tensors that the sources speak of, in their order, each once.
+
+    Raises:
+        PlanError: two sources give one tensor another shape or dtype.
+    """
+    known: dict[str, tuple[LogicalTensor, str]] = {}
+    for manifest in manifests:
+        columns = manifest.tensors
+        for name, dtype, shape in zip(columns.names, columns.dtypes, columns.shapes, strict=True):
+            tensor = LogicalTensor(name=name, shape=tuple(shape), dtype=getattr(torch, dtype))
+            first, source = known.setdefault(name, (tensor, manifest.source))
+            if first != tensor:
+                raise PlanError(
+                    f"{name}: {source} says {first.shape} {first.dtype}, {manifest.source} says "
+                    f"{tensor.shape} {tensor.dtype}",
+                    remedy="every rank must publish the same model, sharded alike",
+                )
+    return [tensor for tensor, _ in known.values()]
+
+
+def build_plan(
+    manifests: Sequence[SourceManifest],
+    steps: Sequence[tuple[Sequence[str], Sequence[LogicalTensor]]],
+) -> FetchPlan:
+    """Plan the fetch of whole tensors, step by step.
+
+    Args:
+        manifests: what the sources offer; equal boxes are replicas and are read evenly.
+        steps: engine modules and the HF tensors that fill them, in the engine's order.
+
+    Raises:
+        PlanError: a gap or an overlap; the text names the tensor and the boxes.
+    """
+    offers = _Offers(manifests)
+    sizes = [sum(_aligned(tensor.nbytes) for tensor in tensors) for _, tensors in steps]
+    scratch = min(4 << 20, _aligned(max(sizes, default=0) // 4))
+    planned = [_plan_step(offers, tuple(modules), tensors, scratch) for modules, tensors in steps]
+    return FetchPlan(steps=tuple(planned), scratch_bytes=scratch)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Offer:
+    """One box of one tensor in one source's memory."""
+
+    source: int
+    device: int
+    address: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    strides_bytes: tuple[int, ...]
+
+
+class _Offers:
+    """All offers by tensor name, and how many bytes each source has been given to read."""
+
+    def __init__(self, manifests: Sequence[SourceManifest]) -> None:
+        self._by_name: dict[str, list[_Offer]] = {}
+        self._load = [0] * len(manifests)
+        for source, manifest in enumerate(manifests):
+            for tensor, offer in _manifest_offers(source, manifest):
+                self._by_name.setdefault(manifest.tensors.names[tensor], []).append(offer)
+
+    def chosen(self, tensor: LogicalTensor) -> list[_Offer]:
+        """Offers that give every element of `tensor` once, the load spread over replicas."""
+        offers = self._by_name.get(tensor.name, [])
+        check_exact_coverage(tensor.name, tensor.shape, [(o.start, o.shape) for o in offers])
+        replicas: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Offer]] = {}
+        for offer in offers:
+            replicas.setdefault((offer.start, offer.shape), []).append(offer)
+        return [self._least_loaded(group, tensor) for group in replicas.values()]
+
+    def _least_loaded(self, group: list[_Offer], tensor: LogicalTensor) -> _Offer:
+        offer = min(group, key=lambda each: self._load[each.source])
+        self._load[offer.source] += prod(offer.shape) * tensor.dtype.itemsize
+        return offer
+
+
+def _manifest_offers(source: int, manifest: SourceManifest) -> Iterator[tuple[int, _Offer]]:
+    boxes, regions = manifest.boxes, manifest.regions
+    rows = zip(
+        boxes.tensors,
+        boxes.starts,
+        boxes.shapes,
+        boxes.regions,
+        boxes.offsets_bytes,
+        boxes.strides_bytes,
+        strict=True,
+    )
+    for tensor, start, shape, region, offset, strides in rows:
+        yield (
+            tensor,
+            _Offer(
+                source=source,
+                device=regions.devices[region],
+                address=regions.addresses[region] + offset,
+                start=tuple(start),
+                shape=tuple(shape),
+                strides_bytes=tuple(strides),
+            ),
+        )
+
+
+def _plan_step(
+    offers: _Offers, modules: tuple[str, ...], tensors: Sequence[LogicalTensor], scratch: int
+) -> Step:
+    landings: list[Landing] = []
+    rows: dict[tuple[int, int], list[Descriptors]] = {}
+    pieces: list[PackedPiece] = []
+    offset = 0
+    for tensor in tensors:
+        landing = Landing(tensor=tensor, offset_bytes=offset)
+        for offer in offers.chosen(tensor):
+            packed = _packed_pieces(offer, tensor, len(landings), scratch)
+            if packed:
+                pieces += packed
+            else:
+                table = _descriptors(offer, tensor, offset)
+                rows.setdefault((offer.source, offer.device), []).append(table)
+        landings.append(landing)
+        offset += _aligned(tensor.nbytes)
+    reads = tuple(
+        StepRead(source=source, remote_device=device, descriptors=np.concatenate(tables))
+        for (source, device), tables in rows.items()
+    )
+    return Step(
+        modules=modules,
+        landings=tuple(landings),
+        nbytes=offset,
+        reads=reads,
+        packed=_batches(pieces, scratch),
+    )
+
+
+def _descriptors(offer: _Offer, tensor: LogicalTensor, offset: int) -> Descriptors:
+    """[n, 3] rows of (offset from the step's start, remote address, bytes), runs merged."""
+    itemsize = tensor.dtype.itemsize
+    target = _contiguous_strides(tensor.shape, itemsize)
+    run, outer = _merged_run(offer, target, itemsize)
+    local = np.array([offset + sum(map(mul, offer.start, target))], dtype=np.uint64)
+    remote = np.array([offer.address], dtype=np.uint64)
+    for axis in range(outer):
+        steps = np.arange(offer.shape[axis], dtype=np.uint64)
+        local = (local[:, None] + steps * np.uint64(target[axis])).ravel()
+        remote = (remote[:, None] + steps * np.uint64(offer.strides_bytes[axis])).ravel()
+    table = np.empty((len(local), 3), dtype=np.uint64)
+    table[:, 0], table[:, 1], table[:, 2] = local, remote, run
+    return table
+
+
+def _merged_run(offer: _Offer, target: Sequence[int], itemsize: int) -> tuple[int, int]:
+    """Bytes that are contiguous on both sides, and how many outer axes remain to walk."""
+    run = itemsize
+    for axis in range(len(offer.shape) - 1, -1, -1):
+        same = offer.strides_bytes[axis] == run == target[axis]
+        if not same and offer.shape[axis] != 1:
+            return run, axis + 1
+        run *= offer.shape[axis]
+    return run, 0
+
+
+def _packed_pieces(
+    offer: _Offer, tensor: LogicalTensor, landing: int, scratch: int
+) -> list[PackedPiece]:
+    """Pieces of a block with short rows that can travel whole; empty where rows serve better."""
+    itemsize = tensor.dtype.itemsize
+    run, outer = _merged_run(offer, _contiguous_strides(tensor.shape, itemsize), itemsize)
+    row_bytes = prod(offer.shape[1:]) * itemsize
+    contiguous = offer.strides_bytes == _contiguous_strides(offer.shape, itemsize)
+    if outer == 0 or run >= SHORT_RUN_BYTES or not contiguous or row_bytes > scratch:
+        return []
+    per_piece = scratch // row_bytes
+    inner = tuple(
+        slice(first, first + extent)
+        for first, extent in zip(offer.start[1:], offer.shape[1:], strict=True)
+    )
+    return [
+        PackedPiece(
+            source=offer.source,
+            remote_device=offer.device,
+            remote_address=offer.address + row * row_bytes,
+            nbytes=min(per_piece, offer.shape[0] - row) * row_bytes,
+            scratch_offset=0,
+            landing=landing,
+            slices=(
+                slice(
+                    offer.start[0] + row,
+                    offer.start[0] + min(row + per_piece, offer.shape[0]),
+                ),
+                *inner,
+            ),
+        )
+        for row in range(0, offer.shape[0], per_piece)
+    ]
+
+
+def _batches(pieces: Sequence[PackedPiece], scratch: int) -> tuple[tuple[PackedPiece, ...], ...]:
+    batches: list[tuple[PackedPiece, ...]] = []
+    batch: list[PackedPiece] = []
+    used = 0
+    for piece in pieces:
+        if used + piece.nbytes > scratch and batch:
+            batches.append(tuple(batch))
+            batch, used = [], 0
+        batch.append(replace(piece, scratch_offset=used))
+        used = _aligned(used + piece.nbytes)
+    if batch:
+        batches.append(tuple(batch))
+    return tuple(batches)
+
+
+def _contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    return tuple(prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape)))
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -1,0 +1,197 @@
+"""A plan made ready to run: peers met, arena registered, reads prepared once for many updates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from engine_plugins.errors import PeerLostError, TransferTimeoutError
+from engine_plugins.weights.arena import Arena
+from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.plan import FetchPlan, PackedPiece, StepRead, schedule
+from engine_plugins.weights.transport.base import PreparedRead, Transport
+from engine_plugins.weights.transport.reads import run_reads
+
+__all__ = ["PreparedFetch"]
+
+HEADROOM = 4
+"""In place, the arena holds the largest module and a quarter more for the next ones."""
+
+
+class PreparedFetch:
+    """Reads of every step of a plan into one arena. Used by one pull thread at a time."""
+
+    def __init__(
+        self,
+        plan: FetchPlan,
+        manifests: Sequence[SourceManifest],
+        transport: Transport,
+        *,
+        staged: bool,
+    ) -> None:
+        self.plan = plan
+        self.staged = staged
+        self.usable = True
+        self.reads_may_be_active = False
+        self.bytes_total = sum(step.bytes_to_move for step in plan.steps)
+        self.reset_counters()
+        largest = plan.largest_step_bytes
+        capacity = plan.total_bytes if staged else largest + largest // HEADROOM
+        self.windows = schedule([step.nbytes for step in plan.steps], capacity)
+        self._scratch_offset = capacity
+        self._sources = manifests
+        self._transport = transport
+        self._prepared: list[_PreparedStep] = []
+        for manifest in manifests:
+            transport.add_peer(manifest.agent, manifest.agent_metadata)
+        self._arena = Arena(capacity + plan.scratch_bytes, transport)
+        try:
+            for index in range(len(plan.steps)):
+                self._prepared.append(self._prepare_step(index))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def arena_bytes(self) -> int:
+        """Size of the receive buffer, scratch included."""
+        return self._arena.nbytes
+
+    def reset_counters(self) -> None:
+        """Start counting bytes and wire seconds anew."""
+        self.bytes_done = 0
+        self.wire_s = 0.0
+
+    def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
+        """Views of a fetched step's whole tensors, by HF name."""
+        base = self.windows[index].offset_bytes
+        return [
+            (
+                landing.tensor.name,
+                self._arena.tensor(
+                    base + landing.offset_bytes, landing.tensor.shape, landing.tensor.dtype
+                ),
+            )
+            for landing in self.plan.steps[index].landings
+        ]
+
+    def run_step(
+        self,
+        index: int,
+        *,
+        stall_timeout_s: float,
+        deadline: float,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Fetch one step; returns when all its bytes are in place.
+
+        Raises:
+            PeerLostError, TransferTimeoutError: with the peer's and the tensors' names.
+        """
+        prepared = self._prepared[index]
+        self._run(index, prepared.reads, stall_timeout_s, deadline, cancelled)
+        if not prepared.batches:
+            return
+        targets = [tensor for _, tensor in self.tensors(index)]
+        for batch, reads in zip(self.plan.steps[index].packed, prepared.batches, strict=True):
+            self._run(index, reads, stall_timeout_s, deadline, cancelled)
+            for piece in batch:
+                self._spread(piece, targets[piece.landing])
+
+    def close(self) -> None:
+        """Release the reads, then the arena."""
+        self._release_reads()
+        self._arena.close()
+
+    def quarantine(self) -> None:
+        """Give up the arena without freeing it: a read that timed out may still write to it."""
+        self.usable = False
+        self._arena.quarantine()
+
+    def _run(
+        self,
+        index: int,
+        reads: Sequence[PreparedRead],
+        stall_timeout_s: float,
+        deadline: float,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        if not reads:
+            return
+        began = time.perf_counter()
+        limit = min(stall_timeout_s, max(deadline - time.monotonic(), 0.001))
+        self.reads_may_be_active = True
+        try:
+            run_reads(reads, deadline_s=limit, cancelled=cancelled)
+        except (PeerLostError, TransferTimeoutError) as error:
+            self.usable = False
+            names = [landing.tensor.name for landing in self.plan.steps[index].landings]
+            error.message += (
+                f"; it was giving {', '.join(names[:3])}"
+                f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}, after "
+                f"{self.bytes_done} of {self.bytes_total} bytes"
+            )
+            raise
+        self.reads_may_be_active = False
+        self.wire_s += time.perf_counter() - began
+        self.bytes_done += sum(read.nbytes for read in reads)
+
+    def _prepare_step(self, index: int) -> _PreparedStep:
+        step = self.plan.steps[index]
+        base = self._arena.address + self.windows[index].offset_bytes
+        return _PreparedStep(
+            reads=[self._read(read, base) for read in step.reads],
+            batches=[self._packed_reads(batch) for batch in step.packed],
+        )
+
+    def _packed_reads(self, batch: Sequence[PackedPiece]) -> list[PreparedRead]:
+        by_peer: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for piece in batch:
+            row = (piece.scratch_offset, piece.remote_address, piece.nbytes)
+            by_peer.setdefault((piece.source, piece.remote_device), []).append(row)
+        base = self._arena.address + self._scratch_offset
+        return [
+            self._read(
+                StepRead(
+                    source=source,
+                    remote_device=device,
+                    descriptors=np.array(rows, dtype=np.uint64),
+                ),
+                base,
+            )
+            for (source, device), rows in by_peer.items()
+        ]
+
+    def _read(self, read: StepRead, base: int) -> PreparedRead:
+        table = read.descriptors.copy()
+        table[:, 0] += np.uint64(base)
+        return self._transport.prepare_read(
+            self._sources[read.source].agent,
+            table,
+            local_device=-1,
+            remote_device=read.remote_device,
+        )
+
+    def _spread(self, piece: PackedPiece, target: torch.Tensor) -> None:
+        view = target[piece.slices]
+        block = self._arena.tensor(
+            self._scratch_offset + piece.scratch_offset, tuple(view.shape), view.dtype
+        )
+        view.copy_(block)
+
+    def _release_reads(self) -> None:
+        for prepared in self._prepared:
+            for read in prepared.reads + [each for batch in prepared.batches for each in batch]:
+                read.release()
+        self._prepared = []
+
+
+class _PreparedStep:
+    """One step's reads: straight into place, and batches by way of the scratch area."""
+
+    def __init__(self, *, reads: list[PreparedRead], batches: list[list[PreparedRead]]) -> None:
+        self.reads = reads
+        self.batches = batches

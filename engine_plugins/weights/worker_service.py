@@ -1,0 +1,188 @@
+"""One call in, one answer out: how the admin side speaks with the receiver in a worker.
+
+Both sides are bytes of plain data, so an engine needs a single method to carry them, and nothing
+is ever raised across its RPC: an exception in one worker leaves the answers of the others behind
+in some engines, to be taken for those of the next call.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+
+from engine_plugins import errors
+from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
+from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.receiver import PullStatus, WeightReceiver
+from engine_plugins.weights.report import RankPlan, RankReport
+
+__all__ = [
+    "ConnectAnswer",
+    "StatusAnswer",
+    "WorkerDescription",
+    "WorkerService",
+    "encode_call",
+    "read_answer",
+]
+
+T = TypeVar("T")
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An error as plain data; `kind` is the class's name in `engine_plugins.errors`."""
+
+    kind: str
+    message: str
+    remedy: str
+
+
+class WorkerDescription(msgspec.Struct, frozen=True, kw_only=True):
+    """Who a worker is."""
+
+    tp_rank: int
+    pid: int
+    host: str
+
+
+class ConnectAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """A rank's plan, and the names that it has no use for."""
+
+    plan: RankPlan
+    unused: list[str]
+    plan_s: float
+    connect_s: float
+
+
+class StatusAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Where an update stands on one rank."""
+
+    tp_rank: int
+    steps_ready: int
+    steps_installed: int
+    steps_total: int
+    bytes_done: int
+    bytes_total: int
+    wrote: bool
+    failure: Failure | None
+
+
+class AbortAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether live weights had been touched when the update was given up."""
+
+    wrote: bool
+
+
+class _Answer(msgspec.Struct, frozen=True, kw_only=True):
+    value: msgspec.Raw | None = None
+    failure: Failure | None = None
+
+
+def encode_call(**arguments: Any) -> bytes:
+    """Arguments of a call, as the bytes that travel."""
+    return msgspec.msgpack.encode(arguments)
+
+
+def read_answer(body: bytes, kind: type[T]) -> T:
+    """A worker's answer.
+
+    Raises:
+        EnginePluginError: the error that the worker met, in its own class where it is one of ours.
+    """
+    answer = msgspec.msgpack.decode(body, type=_Answer)
+    if answer.failure is not None:
+        raise raised(answer.failure)
+    return msgspec.msgpack.decode(answer.value or b"\xc0", type=kind)
+
+
+def raised(failure: Failure) -> EnginePluginError:
+    """The error that a `Failure` describes."""
+    kind = getattr(errors, failure.kind, EngineCallError)
+    error: EnginePluginError = kind(failure.message, remedy=failure.remedy)
+    return error
+
+
+class WorkerService:
+    """Answers the admin side's calls with one worker's receiver."""
+
+    def __init__(self, receiver: WeightReceiver, *, tp_rank: int) -> None:
+        self._receiver = receiver
+        self._tp_rank = tp_rank
+        self._calls: dict[str, Callable[..., Any]] = {
+            "describe": self._describe,
+            "connect": self._connect,
+            "drop": self._drop,
+            "start": self._start,
+            "poll": self._poll,
+            "advance": self._advance,
+            "finish": self._finish,
+            "abort": self._abort,
+        }
+
+    def call(self, name: str, arguments: bytes) -> bytes:
+        """Answer one call; never raises."""
+        try:
+            method = self._calls.get(name)
+            if method is None:
+                raise AdminRequestError(f"workers know no call {name!r}")
+            value = method(**msgspec.msgpack.decode(arguments))
+        except EnginePluginError as error:
+            return msgspec.msgpack.encode(_Answer(failure=_failure(error)))
+        except Exception as error:  # whatever the engine raised must travel as data
+            failure = Failure(
+                kind="EngineCallError",
+                message=f"rank {self._tp_rank}: {name}: {type(error).__name__}: {error}",
+                remedy="see the engine's log",
+            )
+            return msgspec.msgpack.encode(_Answer(failure=failure))
+        return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(msgspec.msgpack.encode(value))))
+
+    def _describe(self) -> WorkerDescription:
+        return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())
+
+    def _connect(self, plan_id: str, manifests: Sequence[bytes]) -> ConnectAnswer:
+        decoder = msgspec.msgpack.Decoder(SourceManifest)
+        result = self._receiver.connect(plan_id, [decoder.decode(body) for body in manifests])
+        return ConnectAnswer(
+            plan=result.plan,
+            unused=result.unused,
+            plan_s=result.plan_s,
+            connect_s=result.connect_s,
+        )
+
+    def _drop(self, plan_id: str) -> None:
+        self._receiver.drop(plan_id)
+
+    def _start(self, plan_id: str, staged: bool, timeout_s: float) -> StatusAnswer:
+        return self._answer(self._receiver.start(plan_id, staged=staged, timeout_s=timeout_s))
+
+    def _poll(self) -> StatusAnswer:
+        return self._answer(self._receiver.poll())
+
+    def _advance(self, budget_s: float) -> StatusAnswer:
+        return self._answer(self._receiver.advance(budget_s=budget_s))
+
+    def _finish(self) -> RankReport:
+        return self._receiver.finish()
+
+    def _abort(self) -> AbortAnswer:
+        return AbortAnswer(wrote=self._receiver.abort())
+
+    def _answer(self, status: PullStatus) -> StatusAnswer:
+        return StatusAnswer(
+            tp_rank=self._tp_rank,
+            steps_ready=status.steps_ready,
+            steps_installed=status.steps_installed,
+            steps_total=status.steps_total,
+            bytes_done=status.bytes_done,
+            bytes_total=status.bytes_total,
+            wrote=status.wrote,
+            failure=None if status.error is None else _failure(status.error),
+        )
+
+
+def _failure(error: EnginePluginError) -> Failure:
+    return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)

@@ -1,0 +1,73 @@
+"""A fenced engine takes no request: 503 before any stream opens, and for those it held.
+
+Patches of `AsyncLLM`, idempotent. vLLM has no plugin point for admission; remove when it has.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import AsyncGenerator
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from vllm.exceptions import GracefulHTTPError, RetryableRequestError
+from vllm.v1.engine.async_llm import AsyncLLM
+
+from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.settings import PREFIX
+from vllm_ext.versions import check_vllm
+
+__all__ = ["hook_admission"]
+
+_HOOKED = "engine_plugins_hooked"
+
+
+def hook_admission() -> None:
+    """Wrap the admission check and the token stream of this API process."""
+    if hasattr(AsyncLLM, _HOOKED):
+        return
+    check_vllm("vllm.v1.engine.async_llm")
+    shared = SharedState(Path(os.environ[PREFIX + "RUNTIME_DIR"]))
+    _refuse_while_fenced(shared)
+    _explain_ended_requests(shared)
+    setattr(AsyncLLM, _HOOKED, True)
+
+
+def _refusal(shared: SharedState) -> str | None:
+    fence = shared.read().fence
+    if fence is None:
+        return None
+    return f"this engine is fenced and does not serve: {fence.detail}. Way out: {fence.remedy}"
+
+
+def _refuse_while_fenced(shared: SharedState) -> None:
+    original = AsyncLLM.check_admission
+
+    @functools.wraps(original)
+    def check_admission(self: AsyncLLM, n: int = 1, request_id: str | None = None) -> None:
+        refusal = _refusal(shared)
+        if refusal is not None:
+            raise GracefulHTTPError(refusal, HTTPStatus.SERVICE_UNAVAILABLE)
+        original(self, n, request_id)
+
+    AsyncLLM.check_admission = check_admission
+
+
+def _explain_ended_requests(shared: SharedState) -> None:
+    """A held request that the fence ended answers 503 if it had sent no token yet."""
+    original = AsyncLLM.generate
+
+    @functools.wraps(original)
+    async def generate(self: AsyncLLM, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        sent = False
+        async for output in original(self, *args, **kwargs):
+            ended = any(each.finish_reason == "error" for each in output.outputs)
+            refusal = _refusal(shared) if ended and not sent else None
+            if refusal is not None:
+                raise RetryableRequestError(refusal)
+            sent = sent or any(each.token_ids for each in output.outputs)
+            yield output
+
+    AsyncLLM.generate = generate

@@ -1,0 +1,137 @@
+"""Installing weights in a live vLLM model through vLLM's own layerwise reload.
+
+One engine module at a time: the layer is materialised, loaded by the model's own loader,
+processed into its kernel format and copied into the tensors that the running model already
+holds. What the official route gets wrong on CPU is put right here, one function each
+(docs/decisions.md, D8).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import layerwise
+
+from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.loader_trace import (
+    LoaderTrace,
+    LoadWeights,
+    LogicalTensor,
+    trace_loader,
+)
+from vllm_ext.loader_model import loader_model
+
+__all__ = ["VllmWeightInstaller"]
+
+_NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+
+
+class VllmWeightInstaller:
+    """The `WeightInstaller` of one vLLM worker."""
+
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module) -> None:
+        self._vllm_config = vllm_config
+        self._model = model
+        self._modules = dict(model.named_modules())
+        self._traced: tuple[tuple[LogicalTensor, ...], LoaderTrace] | None = None
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that the engine serves in."""
+        dtype = self._vllm_config.model_config.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise WeightMismatchError(f"vLLM reports the model dtype {dtype!r}, not a torch dtype")
+        return dtype
+
+    def may_go_unused(self, name: str) -> bool:
+        """Names that vLLM's loaders leave out by design."""
+        tied = bool(
+            getattr(self._vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
+        )
+        return bool(_NEVER_LOADED.search(name)) or (tied and name == "lm_head.weight")
+
+    def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
+        """Record the loader's copies on a second model without memory; cached by tensors."""
+        key = tuple(tensors)
+        if self._traced is None or self._traced[0] != key:
+            with loader_model(self._vllm_config) as model:
+                parameters = dict(model.named_parameters())
+                trace = trace_loader(parameters, _loader(model), tensors)
+            self._traced = (key, trace)
+        return self._traced[1]
+
+    def begin(self) -> None:
+        """Put every layer on meta, its kernel tensors kept aside."""
+        layerwise.initialize_layerwise_reload(self._model)
+
+    def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Load the tensors of some modules and process those modules at once.
+
+        vLLM keeps references to what it was fed until a layer is complete; a layer with padding
+        that no checkpoint fills would keep them to the end, so each is completed here.
+        """
+        layers = [self._modules[name] for name in modules]
+        _forget_moe_kernels(layers)
+        with torch.no_grad():
+            _loader(self._model)(iter(tensors))
+            for layer in layers:
+                info = layerwise.get_layerwise_info(layer)
+                if info.can_load() and not is_deferred_attention_layer(layer):
+                    layerwise._layerwise_process(layer, info)
+
+    def finish(self) -> None:
+        """Put back what has nothing to load, and bring derived copies up to date."""
+        with torch.no_grad():
+            layerwise.finalize_layerwise_reload(self._model, self._vllm_config.model_config)
+        self._repack_tied_heads()
+
+    def abandon(self) -> None:
+        """Give every unfinished layer its old tensors back; loaded ones keep their new ones."""
+        for layer in self._model.modules():
+            info = layerwise.get_layerwise_info(layer)
+            if info.can_load():
+                info.load_numel = 0
+                info.loaded_weights.clear()
+        self.finish()
+
+    def _repack_tied_heads(self) -> None:
+        """A tied head shares the embedding's parameter but, on CPU, has a packed copy of its own.
+
+        The reload processes the shared parameter for the embedding only; without this the old
+        head goes on answering for the new body.
+        """
+        for layer in self._model.modules():
+            if isinstance(layer, VocabParallelEmbedding) and _has_packed_copy(layer):
+                layer.quant_method.process_weights_after_loading(layer)
+
+
+def _loader(model: nn.Module) -> LoadWeights:
+    """The model's own loader, which torch's types do not know of."""
+    return cast(LoadWeights, model.load_weights)
+
+
+def _has_packed_copy(layer: nn.Module) -> bool:
+    """Whether the CPU path built a second form of this layer's weight when it was loaded."""
+    return hasattr(layer, "cpu_linear")
+
+
+def _forget_moe_kernels(layers: Sequence[nn.Module]) -> None:
+    """Have CPU experts packed from scratch.
+
+    With a kernel present vLLM takes the reload for an update of packed weights and corrupts
+    them without a word.
+    """
+    for layer in layers:
+        method = getattr(layer, "quant_method", None)
+        if isinstance(method, UnquantizedFusedMoEMethod):
+            method.moe_kernel = None

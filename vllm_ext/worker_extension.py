@@ -1,0 +1,63 @@
+"""The class that `--worker-extension-cls` names: one method that carries every call.
+
+vLLM appends it to the bases of its worker; `__init__` is never called, and any name that the
+worker already has would be refused.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from typing import Any
+
+from vllm.config import set_current_vllm_config
+
+from engine_plugins.settings import Settings
+from engine_plugins.weights.receiver import WeightReceiver
+from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.worker_service import WorkerService
+from vllm_ext.versions import check_vllm
+from vllm_ext.weight_installer import VllmWeightInstaller
+
+__all__ = ["EnginePluginsWorkerExtension"]
+
+_SERVICE = "_engine_plugins_service"
+
+
+class EnginePluginsWorkerExtension:
+    """Added to every vLLM worker."""
+
+    def engine_plugins_call(self, call: str, arguments: bytes) -> bytes:
+        """Answer one call of `weights.worker_service`; never raises.
+
+        An exception here would leave the answers of the ranks after this one unread, and vLLM
+        would take them for those of the next call.
+        """
+        service: WorkerService | None = getattr(self, _SERVICE, None)
+        if service is None:
+            service = _make_service(self)
+            setattr(self, _SERVICE, service)
+        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+            return service.call(call, arguments)
+
+
+def _make_service(worker: Any) -> WorkerService:
+    check_vllm("vllm.model_executor.model_loader.reload.layerwise")
+    config = worker.vllm_config
+    settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
+    tp_rank = int(worker.rank) % int(config.parallel_config.tensor_parallel_size)
+    receiver = WeightReceiver(
+        VllmWeightInstaller(config, worker.model_runner.get_model()),
+        lambda: _nixl_transport(tp_rank),
+        tp_rank=tp_rank,
+        stall_timeout_s=settings.stall_timeout_s,
+    )
+    return WorkerService(receiver, tp_rank=tp_rank)
+
+
+def _nixl_transport(tp_rank: int) -> Transport:
+    from engine_plugins.weights.transport.nixl import NixlTransport
+
+    name = f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"
+    return NixlTransport(name)
