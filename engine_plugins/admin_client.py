@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
-from urllib.parse import urlsplit
 
 import httpx
 import msgspec
@@ -249,10 +248,13 @@ def _problem(url: str, response: httpx.Response) -> AdminAnswerError:
 
 
 def _base_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username:
+    try:
+        parts = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError) as error:
+        raise SettingsError(f"an engine's url cannot be read: {error}") from error
+    if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo:
         raise SettingsError(
-            f"{parts.hostname or url!r} is not an engine's url",
+            f"{parts.copy_with(userinfo=b'')} is not an engine's url",
             remedy="give http://host:port, without user or password",
         )
     return url.rstrip("/").removesuffix(PREFIX)

@@ -6,18 +6,19 @@ import ctypes
 import gc
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
 from engine_plugins.errors import SourceError, TransportError
-from engine_plugins.weights.manifest import SourceManifest, decode_manifest
+from engine_plugins.weights.manifest import decode_manifest
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.source_memory import regions_of, warn_of_expandable_segments
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.pull import pull
 
 
 def whole(name: str, data: torch.Tensor) -> SourceBox:
@@ -48,60 +49,6 @@ class Recorder(InMemoryTransport):
     def deregister(self, address: int) -> None:
         super().deregister(address)
         del self.held[address]
-
-
-def pull(manifest: SourceManifest) -> dict[str, torch.Tensor]:
-    """Read every box as an engine would: through addresses of the manifest, over the wire."""
-    engine = InMemoryTransport("engine-0")
-    engine.add_peer(manifest.agent, manifest.agent_metadata)
-    tensors, boxes, regions = manifest.tensors, manifest.boxes, manifest.regions
-    pulled: dict[str, torch.Tensor] = {}
-    try:
-        for name, dtype, shape in zip(tensors.names, tensors.dtypes, tensors.shapes, strict=True):
-            pulled[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
-        for row, tensor in enumerate(boxes.tensors):
-            region = boxes.regions[row]
-            first = regions.addresses[region] + boxes.offsets_bytes[row]
-            name = tensors.names[tensor]
-            box = _read(
-                engine,
-                manifest.agent,
-                first,
-                boxes.shapes[row],
-                boxes.strides_bytes[row],
-                pulled[name].dtype,
-            )
-            place = tuple(
-                slice(a, a + n) for a, n in zip(boxes.starts[row], boxes.shapes[row], strict=True)
-            )
-            pulled[name][place] = box
-    finally:
-        engine.close()
-    return pulled
-
-
-def _read(
-    engine: InMemoryTransport,
-    agent: str,
-    first: int,
-    shape: Sequence[int],
-    strides: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    target = torch.zeros(list(shape), dtype=dtype)
-    run = (shape[-1] if shape else 1) * dtype.itemsize
-    outer = np.indices(shape[:-1]).reshape(len(shape[:-1]), -1) if len(shape) > 1 else None
-    offsets = [0] if outer is None else (np.array(strides[:-1]) @ outer).tolist()
-    rows = [(target.data_ptr() + n * run, first + offset, run) for n, offset in enumerate(offsets)]
-    engine.register(target.data_ptr(), target.nbytes, -1)
-    read = engine.prepare_read(
-        agent, np.array(rows, dtype=np.uint64), local_device=-1, remote_device=-1
-    )
-    read.post()
-    assert read.done()
-    read.release()
-    engine.deregister(target.data_ptr())
-    return target
 
 
 def test_what_is_pulled_is_what_the_trainer_holds(transport: InMemoryTransport) -> None:
@@ -170,7 +117,7 @@ def test_copies_follow_the_trainer_at_refresh(transport: InMemoryTransport) -> N
     with WeightSource(boxes, transport) as source:
         before = source.manifest
         with torch.no_grad():
-            parameter += 1
+            parameter.add_(1)
         assert torch.equal(pull(source.manifest)["live"], parameter)
         assert not source.refresh()
         assert source.manifest is before

@@ -1,0 +1,231 @@
+"""An engine without a model: a real HTTP server that keeps the admin contract's promises.
+
+It checks tokens and manifests, makes plans from the sources that it holds, refuses stale
+versions and unknown ids, and (within one process) pulls the bytes for real.
+"""
+
+from __future__ import annotations
+
+import gzip
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+import torch
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.weights.manifest import SourceManifest, decode_manifest
+from engine_plugins.weights.report import Phases, PlanSummary, UpdateReport
+from tests.support.pull import pull
+
+__all__ = ["TOKEN", "FakeEngine", "served"]
+
+TOKEN = "s3cret"
+
+
+class Refused(Exception):
+    """Becomes problem+json."""
+
+    def __init__(self, status: int, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status, self.code, self.detail = status, code, detail
+
+
+class FakeEngine:
+    """State and behaviour of one fake engine; tests read and bend its attributes."""
+
+    def __init__(self, *, pulls: bool = True) -> None:
+        self.url = ""
+        self.pulls = pulls
+        self.weights: dict[str, torch.Tensor] = {}
+        self.version: int | None = None
+        self.sources: dict[str, SourceManifest] = {}
+        self.plans: dict[str, list[str]] = {}
+        self.models: list[dict[str, Any]] = []
+        self.updates: list[dict[str, Any]] = []
+        self.encodings: list[str | None] = []
+        self.answered: dict[str, UpdateReport] = {}
+        self.refuse: dict[str, Refused] = {}
+        self.restart_after: set[int] = set()
+        self.update_s = 0.0
+        self.progress: dict[str, Any] | None = None
+        self.polls = 0
+
+    def restart(self) -> None:
+        """Forget everything, as a new process would."""
+        self.version = None
+        for kept in (self.sources, self.plans, self.answered, self.weights):
+            kept.clear()
+
+    def put_source(self, body: bytes, content_type: str) -> dict[str, Any]:
+        manifest = decode_manifest(body, content_type=content_type, max_entries=10_000)
+        source_id = f"src-{uuid.uuid4().hex[:8]}"
+        self.sources[source_id] = manifest
+        return {"source_id": source_id}
+
+    def connect(self, body: dict[str, Any]) -> dict[str, Any]:
+        unknown = [name for name in body["source_ids"] if name not in self.sources]
+        if unknown:
+            raise Refused(404, "unknown_id", f"no source {unknown}")
+        plan_id = f"plan-{uuid.uuid4().hex[:8]}"
+        self.plans[plan_id] = body["source_ids"]
+        self.models.append(body["model"])
+        nbytes = self._nbytes(plan_id)
+        summary = PlanSummary(
+            plan_id=plan_id,
+            direction="pull",
+            bytes_needed=nbytes,
+            bytes_to_move=nbytes,
+            operations=3,
+            direct_bytes=0,
+            staged_bytes=0,
+            loader_bytes=nbytes,
+            connect_s=0.0,
+            plan_s=0.0,
+            ranks=[],
+        )
+        plain: dict[str, Any] = msgspec.to_builtins(summary)
+        return {**plain, "a_field_of_a_later_release": 1}
+
+    def update(self, body: dict[str, Any]) -> dict[str, Any]:
+        known = self.answered.get(body["request_id"])
+        if known is None:
+            known = self._install(body)
+            self.answered[body["request_id"]] = known
+        if body["version"] in self.restart_after:
+            self.restart_after.discard(body["version"])
+            self.restart()
+        plain: dict[str, Any] = msgspec.to_builtins(known)
+        return plain
+
+    def state(self) -> dict[str, Any]:
+        self.polls += 1
+        return {
+            "engine": {"kind": "fake"},
+            "state": "updating" if self.progress else "serving",
+            "since": 0.0,
+            "weights": {"version": self.version, "request_id": None, "installed_at": None},
+            "fence": None,
+            "requests": {"running": 0, "waiting": 0},
+            "workers": [],
+            "update": self.progress,
+        }
+
+    def _install(self, body: dict[str, Any]) -> UpdateReport:
+        if body["plan_id"] not in self.plans:
+            raise Refused(404, "unknown_id", f"no plan {body['plan_id']}")
+        if self.version is not None and body["version"] <= self.version and not body["force"]:
+            raise Refused(409, "stale_version", f"version {self.version} is installed")
+        self.updates.append(body)
+        nbytes = self._nbytes(body["plan_id"])
+        self.progress = {"phase": "pull", "bytes_done": nbytes // 2, "bytes_total": nbytes}
+        time.sleep(self.update_s)
+        for source in self.plans[body["plan_id"]] if self.pulls else []:
+            self.weights.update(pull(self.sources[source]))
+        self.progress = None
+        self.version = body["version"]
+        return UpdateReport(
+            version=body["version"],
+            request_id=body["request_id"],
+            plan_id=body["plan_id"],
+            outcome="installed",
+            mode="in_place",
+            bytes_moved=nbytes,
+            bytes_needed=nbytes,
+            gbps=1.0,
+            seconds=self.update_s,
+            paused_s=0.0,
+            phases=Phases(),
+            peak_extra_bytes=0,
+            ranks=[],
+            finished_at=0.0,
+        )
+
+    def _nbytes(self, plan_id: str) -> int:
+        return sum(sum(self.sources[name].regions.nbytes) for name in self.plans[plan_id])
+
+
+def application(engine: FakeEngine) -> FastAPI:
+    app = FastAPI()
+
+    async def guarded(request: Request) -> JSONResponse:
+        path = request.url.path.removeprefix("/admin/v1")
+        try:
+            if request.headers.get("authorization") != f"Bearer {TOKEN}":
+                raise Refused(401, "unauthorized", "no token, or not one of this server's")
+            if path in engine.refuse:
+                raise engine.refuse[path]
+            return JSONResponse(await answer(path, request))
+        except Refused as error:
+            return _problem(error.status, error.code, error.detail)
+        except EnginePluginError as error:
+            return _problem(422, error.code, error.message)
+
+    async def answer(path: str, request: Request) -> dict[str, Any]:
+        body = await request.body()
+        if path == "/weights/sources":
+            engine.encodings.append(request.headers.get("content-encoding"))
+            if engine.encodings[-1] == "gzip":
+                body = gzip.decompress(body)
+            return engine.put_source(body, request.headers["content-type"])
+        if path == "/weights/connect":
+            return engine.connect(msgspec.json.decode(body))
+        if path == "/weights/update":
+            from starlette.concurrency import run_in_threadpool
+
+            return await run_in_threadpool(engine.update, msgspec.json.decode(body))
+        if path == "/flush":
+            return {"flushed": [name for name, asked in msgspec.json.decode(body).items() if asked]}
+        if path == "/weights":
+            history = [msgspec.to_builtins(report) for report in engine.answered.values()]
+            return {"version": engine.version, "history": history, "plans": []}
+        return engine.state()
+
+    for path in ("/state", "/weights"):
+        app.add_api_route("/admin/v1" + path, guarded, methods=["GET"])
+    for path in ("/pause", "/resume", "/flush", "/weights/sources", "/weights/connect"):
+        app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])
+    app.add_api_route("/admin/v1/weights/update", guarded, methods=["POST"])
+    return app
+
+
+def _problem(status: int, code: str, detail: str) -> JSONResponse:
+    told = {
+        "type": f"urn:engine-plugins:{code}",
+        "title": "no",
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "state": "serving",
+        "remedy": f"mend {code}",
+    }
+    return JSONResponse(told, status_code=status, media_type="application/problem+json")
+
+
+@contextmanager
+def served(engine: FakeEngine) -> Iterator[FakeEngine]:
+    """Serve the engine on a free loopback port while the block runs."""
+    config = uvicorn.Config(
+        application(engine), host="127.0.0.1", port=0, log_level="error", ws="none", lifespan="off"
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the fake engine did not start")
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    engine.url = f"http://127.0.0.1:{port}"
+    try:
+        yield engine
+    finally:
+        server.should_exit = True
+        thread.join(timeout=10)

@@ -1,0 +1,39 @@
+"""Only plain, comparable facts leave a config, whatever its shape."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from engine_plugins.weights.model_facts import model_facts
+
+
+def test_dicts_and_objects_say_the_same() -> None:
+    """A fact that is missing, None or no plain value is left out."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "vocab_size": None,
+        "intermediate_size": [1, 2],
+        "tie_word_embeddings": True,
+        "architectures": ["Qwen3ForCausalLM"],
+    }
+    facts = {"model_type": "qwen3", "hidden_size": 64, "tie_word_embeddings": True}
+    assert model_facts(config) == facts
+    assert model_facts(SimpleNamespace(**config)) == facts
+
+
+def test_a_nested_text_config_is_preferred() -> None:
+    """The whole names the model; its language part has the sizes."""
+    text = {"model_type": "part", "hidden_size": 32, "num_local_experts": 8}
+    config = {"model_type": "whole", "hidden_size": 999, "vocab_size": 7, "text_config": text}
+    assert model_facts(config) == {
+        "model_type": "whole",
+        "hidden_size": 32,
+        "vocab_size": 7,
+        "num_experts": 8,
+    }
+
+
+def test_no_config_has_no_facts() -> None:
+    """Then nothing is compared."""
+    assert model_facts(None) == {}
