@@ -252,7 +252,8 @@ def _base_url(url: str) -> str:
         parts = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
         raise SettingsError(f"an engine's url cannot be read: {error}") from error
-    if parts.scheme not in ("http", "https") or not parts.host or parts.userinfo:
+    known = parts.scheme in ("http", "https") and parts.host and (parts.port or 80) < 2**16
+    if not known or parts.userinfo:
         raise SettingsError(
             f"{parts.copy_with(userinfo=b'')} is not an engine's url",
             remedy="give http://host:port, without user or password",

@@ -58,6 +58,10 @@ class FakeEngine:
         self.progress: dict[str, Any] | None = None
         self.polls = 0
 
+    def reset(self) -> None:
+        """Become as if made anew, behind the same url."""
+        vars(self).update(vars(FakeEngine()) | {"url": self.url})
+
     def restart(self) -> None:
         """Forget everything, as a new process would."""
         self.version = None

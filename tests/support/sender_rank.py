@@ -1,0 +1,77 @@
+"""One trainer rank of a gloo group, as a process: runs a script of updates, says how each ended.
+
+    python -m tests.support.sender_rank RANK WORLD_SIZE RENDEZVOUS_FILE URL[,URL] STEP...
+
+Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise), `swap:RANK:N` (that rank's tensors
+move first), `versions` (each rank asks for another), `die:RANK:N` (that rank ends instead).
+Prints one JSON line per step.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.fake_engine import TOKEN
+
+
+class Trainer:
+    """Half of a tensor's rows, and switches to misbehave."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self.data = torch.randn(4, 8)
+        self.broken = False
+
+    def boxes(self) -> Sequence[SourceBox]:
+        if self.broken:
+            raise ValueError("the optimizer lost this shard")
+        shape = (4 * self.world_size, 8)
+        start = (4 * self.rank, 0)
+        return [SourceBox(name="w", global_shape=shape, start=start, data=self.data)]
+
+
+def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
+    kind, *numbers = step.split(":")
+    version = int(numbers[-1]) if numbers else 1000 + trainer.rank
+    chosen = len(numbers) == 2 and int(numbers[0]) == trainer.rank
+    if kind == "die" and chosen:
+        os._exit(3)
+    if kind == "swap" and chosen:
+        trainer.data = torch.randn(4, 8)
+    trainer.broken = kind == "bad" and chosen
+    started = time.monotonic()
+    try:
+        said: dict[str, Any] = {"report": str(sender.update(version))}
+    except EnginePluginError as error:
+        said = {"kind": type(error).__name__, "error": str(error)}
+    return {"rank": trainer.rank, "step": step, "s": time.monotonic() - started, **said}
+
+
+def main() -> None:
+    rank, world_size = int(sys.argv[1]), int(sys.argv[2])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world_size
+    )
+    trainer = Trainer(rank, world_size)
+    transport = InMemoryTransport(f"trainer-{rank}")
+    with WeightSender(
+        trainer.boxes, engines=sys.argv[4].split(","), token=TOKEN, transport=transport
+    ) as sender:
+        for step in sys.argv[5:]:
+            print(json.dumps(run(sender, trainer, step)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

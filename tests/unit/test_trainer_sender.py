@@ -1,0 +1,346 @@
+"""One call updates every engine, and every trainer rank hears the same outcome."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine_plugins.errors import EnginePluginError, SettingsError, SourceError
+from engine_plugins.sender.report import EnginesFailedError
+from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
+
+PROJECT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[FakeEngine]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(served(FakeEngine())) for _ in range(2)]
+
+
+@pytest.fixture
+def engines(servers: list[FakeEngine]) -> list[FakeEngine]:
+    """Two new engines, each behind its own HTTP server."""
+    for engine in servers:
+        engine.reset()
+    return servers
+
+
+@pytest.fixture
+def transport() -> Iterator[InMemoryTransport]:
+    agent = InMemoryTransport("trainer")
+    yield agent
+    agent.close()
+
+
+def tiny() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6, bias=False))
+
+
+def hf_sender(
+    model: torch.nn.Module, engines: list[FakeEngine], transport: InMemoryTransport, **more: Any
+) -> WeightSender:
+    urls = [engine.url for engine in engines]
+    tensors = model.named_parameters()
+    return WeightSender.from_hf(tensors, engines=urls, token=TOKEN, transport=transport, **more)
+
+
+def holds(engine: FakeEngine, model: torch.nn.Module) -> bool:
+    tensors = dict(model.named_parameters())
+    return tensors.keys() == engine.weights.keys() and all(
+        torch.equal(tensors[name], engine.weights[name]) for name in tensors
+    )
+
+
+def test_every_engine_gets_the_weights_as_they_are_now(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Bytes, versions, model facts, and one manifest and plan for many updates."""
+    model = tiny()
+    config = {"model_type": "tiny", "hidden_size": 6}
+    reports = []
+    with hf_sender(model, engines, transport, config=config) as sender:
+        for version in (0, 3, 7):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(1.0)
+            reports.append(sender.update(version, pause="wait", verify="full", timeout_s=20))
+            assert all(holds(engine, model) and engine.version == version for engine in engines)
+    report = reports[-1]
+    assert list(report.engines) == [engine.url for engine in engines]
+    assert report.bytes == 2 * 52 * 4
+    assert report.version == 7
+    assert "version 7 on 2 engines" in str(report)
+    assert str(report).count("\n") == 2
+    for engine in engines:
+        assert len(engine.sources) == len(engine.plans) == 1
+        assert engine.models == [config]
+        assert [asked["pause"] for asked in engine.updates] == ["wait"] * 3
+        assert engine.updates[-1]["timeout_s"] == 20
+        assert len({asked["request_id"] for asked in engine.updates}) == 3
+
+
+def test_an_engine_that_restarted_is_told_anew(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """It answers 404 for the plan; the other engine is updated once all the same."""
+    model = tiny()
+    with hf_sender(model, engines, transport) as sender:
+        sender.update(1)
+        engines[0].restart()
+        sender.update(2)
+    assert all(holds(engine, model) and engine.version == 2 for engine in engines)
+    assert [len(engine.updates) for engine in engines] == [2, 2]
+
+
+def test_an_engine_that_always_forgets_is_a_failure(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Two rounds, then an error: no endless repetition behind a load balancer."""
+    engines[0].refuse["/weights/connect"] = Refused(404, "unknown_id", "no source")
+    with (
+        hf_sender(tiny(), engines[:1], transport) as sender,
+        pytest.raises(EnginesFailedError, match="load balancer"),
+    ):
+        sender.update(1)
+    assert len(engines[0].sources) == 2
+
+
+def test_tensors_that_moved_are_offered_anew(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """An optimizer that replaces `.data` needs no word to the sender."""
+    model = tiny()
+    with hf_sender(model, engines[:1], transport) as sender:
+        sender.update(1)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter)
+        sender.update(2)
+    assert holds(engines[0], model)
+    assert len(engines[0].plans) == 2
+
+
+def test_failed_engines_are_named_and_the_others_reported(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """The error has each engine's code, detail, remedy, and what it holds now."""
+    model = tiny()
+    engines[1].version = 9
+    with hf_sender(model, engines, transport) as sender:
+        with pytest.raises(EnginesFailedError) as caught:
+            sender.update(5)
+        error = caught.value
+        assert list(error.reports) == [engines[0].url]
+        failure = error.failures[engines[1].url]
+        assert (failure.code, failure.remedy) == ("stale_version", "mend stale_version")
+        assert failure.holds == "version 9, serving"
+        for words in ("1 of 2 engines", engines[1].url, "version 9 is installed"):
+            assert words in str(error)
+        assert sender.update(10).version == 10
+
+
+def test_a_dead_engine_is_named(engines: list[FakeEngine], transport: InMemoryTransport) -> None:
+    """The living one is updated; of the dead one nothing is claimed."""
+    gone = FakeEngine()
+    with served(gone):
+        pass
+    with (
+        hf_sender(tiny(), [engines[0], gone], transport) as sender,
+        pytest.raises(EnginesFailedError) as caught,
+    ):
+        sender.update(1)
+    assert caught.value.failures[gone.url].code == "engine_unreachable"
+    assert "unknown weights" in caught.value.failures[gone.url].holds
+    assert engines[0].version == 1
+
+
+def test_a_refused_manifest_is_that_engines_failure(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """A wrong token, say: the failure names the rank whose manifest it was."""
+    engines[1].refuse["/weights/sources"] = Refused(413, "body_too_large", "too large")
+    with (
+        hf_sender(tiny(), engines, transport) as sender,
+        pytest.raises(EnginesFailedError, match="manifest of trainer rank 0: too large"),
+    ):
+        sender.update(1)
+    assert [engine.version for engine in engines] == [1, None]
+
+
+def test_megatron_shares_are_sent_in_their_own_layout(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Two tensor-parallel shares of one process; padding of the vocabulary is not sent."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 4,
+        "vocab_size": 7,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 2,
+        "intermediate_size": 8,
+        "tie_word_embeddings": True,
+    }
+    whole = torch.randn(8, 4)
+    ranks = [
+        MegatronRank(
+            chunks=[MegatronChunk(tensors={EMBEDDING: whole[4 * n : 4 * n + 4]}, global_layers=[])],
+            tp_rank=n,
+            tp_size=2,
+        )
+        for n in range(2)
+    ]
+    url = engines[0].url
+    with WeightSender.from_megatron(
+        ranks, config, engines=url, token=TOKEN, transport=transport
+    ) as sender:
+        sender.update(1)
+    assert torch.equal(engines[0].weights["model.embed_tokens.weight"], whole[:7])
+    assert engines[0].models[0]["vocab_size"] == 7
+
+
+EMBEDDING = "embedding.word_embeddings.weight"
+
+
+@pytest.mark.parametrize(
+    ("version", "more"), [(-1, {}), (True, {}), (1, {"timeout_s": 0}), (1, {"timeout_s": 1e9})]
+)
+def test_what_cannot_be_is_refused_before_any_engine_is_asked(
+    engines: list[FakeEngine], transport: InMemoryTransport, version: int, more: dict[str, Any]
+) -> None:
+    """Versions below 0 and timeouts that no one would wait for."""
+    with hf_sender(tiny(), engines, transport) as sender, pytest.raises(SettingsError):
+        sender.update(version, **more)
+    assert not engines[0].sources
+
+
+def test_engines_must_be_named_once(transport: InMemoryTransport) -> None:
+    """None, or the same twice, is a mistake."""
+    for urls in ([], ["http://a:1", "http://a:1/"]):
+        with pytest.raises(SettingsError, match="each engine once"):
+            WeightSender.from_hf({}, engines=urls, transport=transport)
+
+
+def test_a_closed_sender_is_an_error(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Closing twice is none."""
+    sender = hf_sender(tiny(), engines, transport)
+    sender.close()
+    sender.close()
+    with pytest.raises(SourceError, match="closed"):
+        sender.update(1)
+
+
+def test_progress_is_drawn_where_asked_for(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Fed by /state while the update runs; without a terminal nothing is drawn or asked."""
+    engines[0].update_s = 0.6
+    with hf_sender(tiny(), engines[:1], transport) as sender:
+        sender.update(1)
+    assert capsys.readouterr().err == ""
+    assert engines[0].polls == 0
+    with hf_sender(tiny(), engines[:1], transport, progress=True) as sender:
+        sender.update(2)
+    assert engines[0].polls >= 2
+    assert "v2 http://127.0.0.1" in capsys.readouterr().err
+
+
+def start_ranks(
+    tmp_path: Path, engines: list[FakeEngine], *steps: str
+) -> list[subprocess.Popen[str]]:
+    urls = ",".join(engine.url for engine in engines)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.support.sender_rank"]
+    return [
+        subprocess.Popen(
+            [*command, str(rank), "2", str(tmp_path / "rendezvous"), urls, *steps],
+            cwd=PROJECT,
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(2)
+    ]
+
+
+def ended(ranks: list[subprocess.Popen[str]]) -> list[dict[str, dict[str, Any]]]:
+    """Wait for the ranks; give what each said, by step."""
+    deadline = time.monotonic() + 60
+    told = []
+    try:
+        for rank in ranks:
+            out, err = rank.communicate(timeout=deadline - time.monotonic())
+            lines = [json.loads(line) for line in out.splitlines()]
+            told.append({line["step"]: line for line in lines})
+            assert rank.returncode in (0, 3), err
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return told
+
+
+def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEngine]) -> None:
+    """Reports and errors are equal on both ranks, and no rank waits for one that raised."""
+    for engine in engines:
+        engine.pulls = False  # the bytes lie in other processes
+        engine.restart_after = {2}
+    engines[1].version = 1
+    steps = (
+        "update:1",
+        "update:2",
+        "update:3",
+        "bad:1:4",
+        "bad:0:4",
+        "versions",
+        "swap:1:5",
+        "die:1:6",
+    )
+    first, second = ended(start_ranks(tmp_path, engines, *steps))
+    for step in steps[:-1]:
+        for key in ("report", "kind", "error"):
+            assert first[step].get(key) == second[step].get(key), step
+        assert first[step]["s"] < 10
+    assert first["update:1"]["kind"] == "EnginesFailedError"
+    assert "version 1 is installed" in first["update:1"]["error"]
+    for step in ("update:2", "update:3", "swap:1:5"):
+        assert "on 2 engines" in first[step]["report"], first[step]
+    assert first["bad:1:4"]["kind"] == "UpdateFailedError"
+    assert "trainer rank 1 of 2: ValueError: the optimizer lost" in first["bad:1:4"]["error"]
+    assert "trainer rank 0 of 2: ValueError" in first["bad:0:4"]["error"]
+    assert "different versions: [1000, 1001]" in first["versions"]["error"]
+    assert "lost the other trainer ranks" in first["die:1:6"]["error"]
+    assert first["die:1:6"]["s"] < 10
+    assert "die:1:6" not in second
+    for engine in engines:
+        assert engine.version == 5
+        assert {source.agent for source in engine.sources.values()} == {"trainer-0", "trainer-1"}
+        assert [len(ids) for ids in engine.plans.values()] == [2, 2]
+        assert len(engine.sources) == 3, "rank 1 moved and offered again, rank 0 did not"
+
+
+def test_errors_keep_their_class_across_ranks() -> None:
+    """An error class that every rank knows is raised as itself, others as UpdateFailedError."""
+    from engine_plugins.sender.ranks import _tell
+
+    assert _tell(SourceError("x", remedy="y")).kind == "SourceError"
+    assert _tell(ValueError("x")).kind == "UpdateFailedError"
+    assert issubclass(EnginesFailedError, EnginePluginError)
