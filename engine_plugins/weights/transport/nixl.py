@@ -98,6 +98,7 @@ class _NixlRead:
                 remedy="wait until done() before posting it again",
             )
         request = self._usable()
+        self._owner._check_alive(self._peer)
         with self._owner._translated(f"posting a read of {self._nbytes} bytes", self._peer):
             status = self._owner._nixl.postXferReq(request, b"")
             self._state = "done" if self._finished(status) else "posted"
@@ -107,6 +108,7 @@ class _NixlRead:
             return True
         if self._state == "prepared":
             raise TransportError(f"{self.peer}: this read was never posted", remedy="call post()")
+        # Asked even of a peer that is lost: only NIXL knows when its last request has ended.
         request = self._usable()
         try:
             with self._owner._translated(f"reading {self._nbytes} bytes", self._peer):
@@ -223,7 +225,7 @@ class NixlTransport:
         peer = self._peers.get(agent)
         if peer is None:
             raise PeerError(f"{agent}: not a known peer", remedy="add_peer first")
-        self._check_met(peer)
+        self._check_alive(peer)
         local, remote, lengths = descriptors.T
         self._regions.check_inside(self._agent_name, local, lengths, local_device)
         lists: list[int] = []
@@ -280,12 +282,14 @@ class NixlTransport:
             logger.warning("%s: NIXL keeps a read that it cannot end: %s", self.agent, error)
 
     def _check_met(self, peer: _Peer) -> None:
-        """Refuse a peer that is dead or was met again since."""
+        """Refuse a peer that was removed or met again since."""
         if self._peers.get(peer.agent) is not peer:
             raise PeerError(
                 f"{peer.agent}: it was removed or met again after this read was prepared",
                 remedy="prepare its reads again",
             )
+
+    def _check_alive(self, peer: _Peer) -> None:
         if peer.lost:
             raise _lost(peer.agent, "it was found dead before")
 

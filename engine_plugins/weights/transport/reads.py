@@ -135,7 +135,7 @@ class _Run:
         try:
             return self._poll()
         except TransportError as error:
-            logger.warning("while the other reads end: %s", error)
+            logger.debug("while the other reads end: %s", error)
             return True
 
     def _poll(self, *, last: bool = False) -> bool:

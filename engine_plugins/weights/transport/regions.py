@@ -101,6 +101,8 @@ def check_descriptors(agent: str, descriptors: Descriptors) -> int:
 
     Raises:
         TransportError: not [n, 3] uint64, no rows, or a row without bytes.
+        PeerError: a range runs past the end of the address space; NIXL's own check wraps around
+            there and lets it pass.
     """
     if descriptors.dtype != np.uint64 or descriptors.ndim != 2 or descriptors.shape[1] != 3:
         raise TransportError(
@@ -112,5 +114,13 @@ def check_descriptors(agent: str, descriptors: Descriptors) -> int:
             f"{agent}: a read needs descriptors, each of at least one byte; got "
             f"{len(descriptors)} rows, {int((descriptors[:, 2] == 0).sum())} of them empty",
             remedy="leave empty boxes out of the plan",
+        )
+    past_end = descriptors[:, :2].max(axis=1) > np.uint64(2**64 - 1) - descriptors[:, 2]
+    if past_end.any():
+        row = [hex(number) for number in descriptors[int(np.argmax(past_end))].tolist()]
+        raise PeerError(
+            f"{agent}: a range runs past the end of the address space (local address, remote "
+            f"address, bytes: {', '.join(row)}); nothing was read",
+            remedy="publish the source again",
         )
     return int(descriptors[:, 2].sum())

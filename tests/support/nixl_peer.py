@@ -1,0 +1,113 @@
+"""A peer in a process of its own: offers one registered buffer with a known pattern.
+
+Run as a script it is the peer; imported it gives `PeerProcess`, the handle to one. The two talk
+in JSON over a socket pair, because UCX writes its log lines to stdout.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 60.0
+
+
+def pattern(nbytes: int, seed: int) -> npt.NDArray[np.uint8]:
+    """Bytes without a short period, another sequence for every seed."""
+    return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
+
+
+class PeerProcess:
+    """A running peer: its agent's name, metadata, and the address of its buffer."""
+
+    def __init__(self, agent: str, nbytes: int, seed: int, env: dict[str, str]) -> None:
+        self._link, theirs = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno()), agent, str(nbytes), str(seed)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+        )
+        theirs.close()
+        self.agent = agent
+        self.nbytes = nbytes
+        said = self._hear()
+        self.address = int(said["address"])
+        self.metadata = base64.b64decode(said["metadata"])
+
+    def ask(self, do: str, **arguments: int) -> dict[str, Any]:
+        """Have the peer do something (`fill`, `deregister`, `close`) and wait for its answer."""
+        self._link.send_bytes(json.dumps({"do": do, **arguments}).encode())
+        return self._hear()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; a killed peer is also waited for."""
+        self.process.send_signal(number)
+        if number == signal.SIGKILL:
+            self.process.wait()
+
+    def end(self) -> None:
+        """Kill the peer, whatever state it is in."""
+        self.process.kill()
+        self.process.wait()
+        self._link.close()
+
+    def _hear(self) -> dict[str, Any]:
+        if not self._link.poll(READY_S):
+            raise TimeoutError(f"the peer {self.agent} said nothing for {READY_S} s")
+        heard: dict[str, Any] = json.loads(self._link.recv_bytes())
+        return heard
+
+
+@contextlib.contextmanager
+def nixl_peer(agent: str, nbytes: int, seed: int, **env: str) -> Iterator[PeerProcess]:
+    """A peer process for the length of a block; `env` as in UCX_TLS='tcp'."""
+    peer = PeerProcess(agent, nbytes, seed, env)
+    try:
+        yield peer
+    finally:
+        peer.end()
+
+
+def _serve(link: Connection, agent: str, nbytes: int, seed: int) -> None:
+    from engine_plugins.weights.transport.nixl import NixlTransport
+
+    transport = NixlTransport(agent)
+    buffer = pattern(nbytes, seed)
+    address = int(buffer.ctypes.data)
+    transport.register(address, nbytes, -1)
+    offer = {
+        "address": address,
+        "metadata": base64.b64encode(transport.metadata()).decode(),
+    }
+    link.send_bytes(json.dumps(offer).encode())
+    while True:
+        try:
+            asked = json.loads(link.recv_bytes())
+        except EOFError:
+            return
+        if asked["do"] == "fill":
+            buffer[:] = pattern(nbytes, asked["seed"])
+        elif asked["do"] == "deregister":
+            transport.deregister(address)
+        elif asked["do"] == "close":
+            transport.close()
+        link.send_bytes(b"{}")
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

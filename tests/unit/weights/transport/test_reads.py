@@ -1,0 +1,124 @@
+"""`run_reads` against peers whose speed is known: deadlines, cancellation, and clean ends."""
+
+from __future__ import annotations
+
+import time
+from itertools import count
+
+import numpy as np
+import pytest
+
+from engine_plugins.errors import PeerLostError, TransferTimeoutError, TransportError
+from engine_plugins.weights.transport import reads as reads_module
+from engine_plugins.weights.transport.base import PreparedRead
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.transport.reads import run_reads
+from tests.support.wires import InMemoryPeer, Target
+
+KIB = 1 << 10
+
+
+def reads_of(peers: list[InMemoryPeer], *, each: int) -> tuple[Target, list[PreparedRead]]:
+    """`each` reads of 1 KiB of every peer, all of the first peer's first."""
+    engine = InMemoryTransport("engine")
+    target = Target(engine, len(peers) * each * KIB)
+    prepared: list[PreparedRead] = []
+    for index, peer in enumerate(peers):
+        engine.add_peer(peer.agent, peer.metadata)
+        prepared += [
+            target.read(peer, [((index * each + n) * KIB, n * KIB, KIB)]) for n in range(each)
+        ]
+    return target, prepared
+
+
+def test_nothing_to_read_is_no_error() -> None:
+    assert run_reads([], deadline_s=1) == 0
+
+
+def test_the_timeout_names_the_slow_peers_and_what_had_arrived() -> None:
+    """Peers that delivered are not blamed; the deadline covers the whole call."""
+    quick, slow = InMemoryPeer("quick", 8 * KIB, 1), InMemoryPeer("slow", 8 * KIB, 2)
+    _, prepared = reads_of([quick, slow], each=8)
+    slow.stop()
+    began = time.monotonic()
+    with pytest.raises(TransferTimeoutError) as caught:
+        run_reads(prepared, deadline_s=0.2)
+    assert 0.2 <= time.monotonic() - began < 1
+    assert caught.value.message.startswith("slow: 8192 of 16384 bytes arrived in 0.2 s")
+    assert "8 reads are still under way" in caught.value.message
+    assert "never free or reuse" in caught.value.remedy
+
+
+def test_a_slow_peer_within_the_deadline_is_waited_for_without_burning_a_core() -> None:
+    peer = InMemoryPeer("trainer", 4 * KIB, 1)
+    target, prepared = reads_of([peer], each=4)
+    peer.transport.bytes_per_s = KIB / 0.5
+    began, cpu_began = time.monotonic(), time.thread_time()
+    assert run_reads(prepared, deadline_s=20) == 4 * KIB
+    assert time.monotonic() - began > 0.45
+    assert time.thread_time() - cpu_began < 0.2
+    assert not (target.bytes == 0xFF).all()
+
+
+def test_peers_take_turns() -> None:
+    """However the reads are ordered, every peer's link is in use from the start."""
+    peers = [InMemoryPeer(f"trainer-{n}", 8 * KIB, n) for n in range(3)]
+    target, prepared = reads_of(peers, each=8)
+    started: list[int] = []
+
+    def note(done: int, total: int) -> None:
+        blocks = target.bytes.reshape(3, 8, KIB)
+        started.append(sum(bool((peer != 0xFF).any()) for peer in blocks))
+
+    run_reads(prepared, deadline_s=5, on_progress=note)
+    assert started[:3] == [1, 2, 3]
+
+
+def test_cancelling_ends_cleanly_when_nothing_is_under_way() -> None:
+    """No more is posted once cancelled; the buffer is the caller's again."""
+    peer = InMemoryPeer("trainer", 8 * KIB, 1)
+    target, prepared = reads_of([peer], each=8)
+    asked = count()
+    with pytest.raises(TransportError, match=r"cancelled; 3072 of 8192 bytes") as caught:
+        run_reads(prepared, deadline_s=5, cancelled=lambda: next(asked) >= 3)
+    assert type(caught.value) is TransportError
+    assert (target.bytes[3 * KIB :] == 0xFF).all()
+
+
+def test_cancelling_while_a_read_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be stopped, so the buffer is lost, and the class of the error says so."""
+    monkeypatch.setattr(reads_module, "DRAIN_S", 0.1)
+    peer = InMemoryPeer("trainer", KIB, 1)
+    _, prepared = reads_of([peer], each=1)
+    peer.stop()
+    began = time.monotonic()
+    with pytest.raises(TransferTimeoutError, match=r"cancelled; then trainer: 0 of 1024 bytes"):
+        run_reads(prepared, deadline_s=20, cancelled=lambda: time.monotonic() > began + 0.1)
+    assert time.monotonic() - began < 2
+
+
+def test_a_lost_peer_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow healthy peer's read ends before the error is raised; a hanging one is a timeout."""
+    slow, dead = InMemoryPeer("slow", KIB, 1), InMemoryPeer("dead", KIB, 2)
+    target, prepared = reads_of([slow, dead], each=1)
+    slow.transport.bytes_per_s = KIB / 0.3
+    dead.kill()
+    with pytest.raises(PeerLostError, match=r"dead: .* 1024 of 2048 bytes had arrived"):
+        run_reads(prepared, deadline_s=20)
+    assert not (target.bytes[:KIB] == 0xFF).all()
+    assert (target.bytes[KIB:] == 0xFF).all()
+
+    monkeypatch.setattr(reads_module, "DRAIN_S", 0.1)
+    slow.stop()
+    with pytest.raises(TransferTimeoutError, match=r"dead: .*then slow: 0 of 2048"):
+        run_reads(prepared, deadline_s=20)
+
+
+def test_a_reads_own_memory_is_checked_when_it_runs() -> None:
+    """In memory, what the peer deregistered since is refused; NIXL would read it."""
+    peer = InMemoryPeer("trainer", KIB, 1)
+    target, prepared = reads_of([peer], each=1)
+    peer.transport.deregister(peer.address)
+    with pytest.raises(TransportError, match="trainer"):
+        run_reads(prepared, deadline_s=5)
+    assert np.all(target.bytes == 0xFF)
