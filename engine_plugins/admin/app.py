@@ -11,6 +11,7 @@ from starlette.types import ASGIApp, Scope
 from engine_plugins.admin.auth import BearerAuth, TokenBook
 from engine_plugins.admin.body_limit import BodyLimit
 from engine_plugins.admin.error_responses import problem, problem_from
+from engine_plugins.admin.last_resort import LastResort
 from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
 from engine_plugins.admin.service import AdminService, StoredFailure
 from engine_plugins.errors import EnginePluginError
@@ -31,7 +32,7 @@ def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
         sources = scope["path"].endswith(SOURCES_PATH)
         return settings.max_manifest_bytes if sources else settings.max_body_bytes
 
-    return BearerAuth(BodyLimit(app, limit), TokenBook(settings), SCOPES)
+    return LastResort(BearerAuth(BodyLimit(app, limit), TokenBook(settings), SCOPES))
 
 
 def _answer_errors(app: FastAPI, service: AdminService) -> None:

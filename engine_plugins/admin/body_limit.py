@@ -41,7 +41,17 @@ class BodyLimit:
             )
             await answer(scope, receive, send)
             return
-        await self._app(scope, _replay(body, receive), send)
+        await self._app(_as_json(scope), _replay(body, receive), send)
+
+
+def _as_json(scope: Scope) -> Scope:
+    """Take a body of no stated kind, or of curl's default one, for the JSON that it is."""
+    headers = list(scope["headers"])
+    kind = next((value for name, value in headers if name == b"content-type"), b"")
+    if kind not in (b"", b"application/x-www-form-urlencoded"):
+        return scope
+    headers = [pair for pair in headers if pair[0] != b"content-type"]
+    return {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
 
 
 async def _read(receive: Receive, limit: int) -> bytes | None:

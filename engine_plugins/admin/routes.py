@@ -39,6 +39,8 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
 }
 """The scope that each route needs."""
 
+_PAUSE, _FLUSH = PauseBody(), FlushBody()
+
 _MANIFEST_BODY = {
     "requestBody": {
         "required": True,
@@ -60,7 +62,7 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         return await service.state()
 
     @router.post("/pause")
-    async def pause(body: PauseBody) -> StateView:
+    async def pause(body: PauseBody = _PAUSE) -> StateView:
         """Stop generation: keep requests where they are, let them finish, or abort them."""
         return await service.pause(body)
 
@@ -70,7 +72,7 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         return await service.resume()
 
     @router.post("/flush")
-    async def flush(body: FlushBody) -> Flushed:
+    async def flush(body: FlushBody = _FLUSH) -> Flushed:
         """Empty caches; works while paused."""
         return Flushed(flushed=await service.flush(body))
 

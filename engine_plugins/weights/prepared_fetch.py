@@ -20,6 +20,9 @@ __all__ = ["PreparedFetch"]
 HEADROOM = 4
 """In place, the arena holds the largest module and a quarter more for the next ones."""
 
+SLOWEST_BYTES_PER_S = 100e6
+"""A step may take the stall time and, on top, as long as it takes at this rate."""
+
 
 class PreparedFetch:
     """Reads of every step of a plan into one arena. Used by one pull thread at a time."""
@@ -122,12 +125,13 @@ class PreparedFetch:
         if not reads:
             return
         began = time.perf_counter()
-        limit = min(stall_timeout_s, max(deadline - time.monotonic(), 0.001))
-        self.reads_may_be_active = True
+        patience = stall_timeout_s + sum(read.nbytes for read in reads) / SLOWEST_BYTES_PER_S
+        limit = min(patience, max(deadline - time.monotonic(), 0.001))
         try:
             run_reads(reads, deadline_s=limit, cancelled=cancelled)
         except (PeerLostError, TransferTimeoutError) as error:
             self.usable = False
+            self.reads_may_be_active = isinstance(error, TransferTimeoutError)
             names = [landing.tensor.name for landing in self.plan.steps[index].landings]
             error.message += (
                 f"; it was giving {', '.join(names[:3])}"
@@ -135,7 +139,6 @@ class PreparedFetch:
                 f"{self.bytes_done} of {self.bytes_total} bytes"
             )
             raise
-        self.reads_may_be_active = False
         self.wire_s += time.perf_counter() - began
         self.bytes_done += sum(read.nbytes for read in reads)
 

@@ -77,7 +77,7 @@ class AbortAnswer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):
-    value: msgspec.Raw | None = None
+    value: msgspec.Raw = msgspec.Raw(b"\xc0")
     failure: Failure | None = None
 
 
@@ -95,7 +95,7 @@ def read_answer(body: bytes, kind: type[T]) -> T:
     answer = msgspec.msgpack.decode(body, type=_Answer)
     if answer.failure is not None:
         raise raised(answer.failure)
-    return msgspec.msgpack.decode(answer.value or b"\xc0", type=kind)
+    return msgspec.msgpack.decode(answer.value, type=kind)
 
 
 def raised(failure: Failure) -> EnginePluginError:

@@ -1,0 +1,46 @@
+"""The outermost layer: a bug of ours is a problem answer and a log line, not the host's trouble."""
+
+from __future__ import annotations
+
+import logging
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine_plugins.admin.error_responses import problem
+
+__all__ = ["LastResort"]
+
+logger = logging.getLogger(__name__)
+
+
+class LastResort:
+    """Answers 500 where something unforeseen was raised.
+
+    The application that we are mounted in has handlers for its own routes; an exception that
+    reached them would meet code that does not know us.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:  # the outermost layer has nobody to raise to
+            logger.exception("an admin route failed")
+            if started or scope["type"] != "http":
+                return
+            answer = problem(
+                500,
+                "internal_error",
+                f"{type(error).__name__}: {error}",
+                remedy="this is a bug of engine-plugins: report it with the server's log",
+            )
+            await answer(scope, receive, send)
