@@ -170,7 +170,7 @@ class WeightSender:
         pause: PauseMode = "keep",
         in_flight_kv: Literal["recompute", "keep"] = "recompute",
         flush: bool = True,
-        resume: bool = True,
+        resume: bool | None = True,
         timeout_s: float = 300.0,
         force: bool = False,
         verify: Literal["none", "sample", "full"] = "none",
@@ -188,7 +188,8 @@ class WeightSender:
             pause: what becomes of running requests: held, waited for, or aborted.
             in_flight_kv: whether held requests recompute their KV with the new weights.
             flush: empty the engines' caches.
-            resume: let engines generate again afterwards.
+            resume: let engines generate again afterwards; None leaves those that were paused
+                before as they were.
             timeout_s: seconds that each engine may take.
             force: install even if the version is not newer.
             verify: how much of the installed bytes is checked.
@@ -214,20 +215,7 @@ class WeightSender:
             timeout_s=timeout_s,
             force=force,
         )
-        # Also the barrier: nothing is copied or read while a rank still computes its step.
-        asked = self._ranks.agree("starting the update", partial(checked_version, request), int)
-        if len(set(asked)) > 1:
-            raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
-        started = time.perf_counter()
-        self._ranks.agree("refreshing the weights", self._refresh, None)
-        result = self._rounds(request)
-        if result.failures:
-            raise EnginesFailedError(
-                version=version, failures=result.failures, reports=result.reports
-            )
-        # The leading rank's clock, so that the report is the same everywhere.
-        seconds = self._ranks.lead("timing", lambda: time.perf_counter() - started, float)
-        return SenderReport.of(version, result.reports, result.plans, seconds)
+        return self._update(request)
 
     def close(self) -> None:
         """Take the memory back from the wire. Repeating it does nothing.
@@ -253,6 +241,22 @@ class WeightSender:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _update(self, request: UpdateRequest) -> SenderReport:
+        # Also the barrier: nothing is copied or read while a rank still computes its step.
+        asked = self._ranks.agree("starting the update", partial(checked_version, request), int)
+        if len(set(asked)) > 1:
+            raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
+        started = time.perf_counter()
+        self._ranks.agree("refreshing the weights", self._refresh, None)
+        result = self._rounds(request)
+        if result.failures:
+            raise EnginesFailedError(
+                version=request.version, failures=result.failures, reports=result.reports
+            )
+        # The leading rank's clock, so that the report is the same everywhere.
+        seconds = self._ranks.lead("timing", lambda: time.perf_counter() - started, float)
+        return SenderReport.of(request.version, result.reports, result.plans, seconds)
 
     def _open(
         self,

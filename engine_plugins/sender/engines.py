@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import (
     AdminAnswerError,
     EnginePluginError,
+    EngineUnreachableError,
     SettingsError,
     UnknownIdError,
     UpdateFailedError,
@@ -24,6 +26,10 @@ from engine_plugins.weights.report import PlanSummary, UpdateReport
 __all__ = ["EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
 
 Result = TypeVar("Result")
+
+GRACE_S = 60.0
+"""What an engine may take beyond the deadline of an update to put itself in order."""
+POLL_S = 0.2
 
 
 class EngineLink:
@@ -66,7 +72,7 @@ class EngineLink:
             plan = self.plan = self.client.connect(source_ids, model=model)
             self._planned = tuple(source_ids)
         try:
-            report = self.client.update(msgspec.structs.replace(request, plan_id=plan.plan_id))
+            report = self._ask(msgspec.structs.replace(request, plan_id=plan.plan_id))
         except EnginePluginError:
             self.plan = None  # a plan that failed once is made anew: that costs little
             raise
@@ -74,6 +80,24 @@ class EngineLink:
             self.plan = None
             raise _reported(report)
         return report
+
+    def _ask(self, request: UpdateRequest) -> UpdateReport:
+        """Update, and find out what became of it if the connection broke.
+
+        The engine goes on without its caller, and reads memory that the trainer would write
+        next: so this returns only when the engine has finished, or cannot be asked.
+        """
+        try:
+            return self.client.update(request)
+        except EngineUnreachableError:
+            give_up = time.monotonic() + request.timeout_s + GRACE_S
+            while self.client.state().state == "updating" and time.monotonic() < give_up:
+                time.sleep(POLL_S)
+            history = self.client.weights().history
+            ours = [report for report in history if report.request_id == request.request_id]
+            if not ours:
+                raise
+            return ours[0]
 
 
 def links_to(engines: str | Sequence[str], token: str | None) -> list[EngineLink]:

@@ -2,9 +2,9 @@
 
     python -m tests.support.sender_rank RANK WORLD_SIZE RENDEZVOUS_FILE URL[,URL] STEP...
 
-Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise), `swap:RANK:N` (that rank's tensors
-move first), `versions` (each rank asks for another), `die:RANK:N` (that rank ends instead).
-Prints one JSON line per step.
+Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise ValueError), `gone:RANK:N` (they raise
+SourceError), `swap:RANK:N` (they move first), `versions` (each rank asks for another),
+`die:RANK:N` (that rank ends instead). Prints one JSON line per step.
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EnginePluginError, SourceError
 from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN
+
+FAILURES = {
+    "bad": ValueError("the optimizer lost this shard"),
+    "gone": SourceError("w: its memory is gone"),
+}
 
 
 class Trainer:
@@ -32,11 +37,11 @@ class Trainer:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
         self.data = torch.randn(4, 8)
-        self.broken = False
+        self.failure: Exception | None = None
 
     def boxes(self) -> Sequence[SourceBox]:
-        if self.broken:
-            raise ValueError("the optimizer lost this shard")
+        if self.failure is not None:
+            raise self.failure
         shape = (4 * self.world_size, 8)
         start = (4 * self.rank, 0)
         return [SourceBox(name="w", global_shape=shape, start=start, data=self.data)]
@@ -50,7 +55,7 @@ def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
         os._exit(3)
     if kind == "swap" and chosen:
         trainer.data = torch.randn(4, 8)
-    trainer.broken = kind == "bad" and chosen
+    trainer.failure = FAILURES.get(kind) if chosen else None
     started = time.monotonic()
     try:
         said: dict[str, Any] = {"report": str(sender.update(version))}

@@ -15,10 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from engine_plugins.errors import EnginePluginError, SettingsError, SourceError
+from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.admin_client import AdminClient
+from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank
+from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 
@@ -167,6 +172,27 @@ def test_a_dead_engine_is_named(engines: list[FakeEngine], transport: InMemoryTr
     assert engines[0].version == 1
 
 
+def test_a_broken_connection_does_not_let_the_trainer_go_on(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """The engine still reads the trainer's memory: wait for it, and tell its own report."""
+    model = tiny()
+    engines[0].update_s = 1.0
+    with (
+        WeightSource(lambda: hf_boxes(model.named_parameters()), transport) as source,
+        AdminClient(engines[0].url, token=TOKEN, timeout_s=0.2) as client,
+    ):
+        link = EngineLink(client)
+        ids = [link.publish(lambda: source.manifest_bytes)]
+        request = UpdateRequest(plan_id="", version=1, request_id="r1", timeout_s=0.1)
+        started = time.monotonic()
+        report = link.update(ids, {}, request)
+    assert time.monotonic() - started > 0.9
+    assert (report.request_id, engines[0].version) == ("r1", 1)
+    assert len(engines[0].updates) == 1
+    assert holds(engines[0], model)
+
+
 def test_a_refused_manifest_is_that_engines_failure(
     engines: list[FakeEngine], transport: InMemoryTransport
 ) -> None:
@@ -309,7 +335,7 @@ def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEng
         "update:2",
         "update:3",
         "bad:1:4",
-        "bad:0:4",
+        "gone:0:4",
         "versions",
         "swap:1:5",
         "die:1:6",
@@ -325,7 +351,8 @@ def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEng
         assert "on 2 engines" in first[step]["report"], first[step]
     assert first["bad:1:4"]["kind"] == "UpdateFailedError"
     assert "trainer rank 1 of 2: ValueError: the optimizer lost" in first["bad:1:4"]["error"]
-    assert "trainer rank 0 of 2: ValueError" in first["bad:0:4"]["error"]
+    assert first["gone:0:4"]["kind"] == "SourceError", "a class that all ranks know is kept"
+    assert "trainer rank 0 of 2: w: its memory is gone" in first["gone:0:4"]["error"]
     assert "different versions: [1000, 1001]" in first["versions"]["error"]
     assert "lost the other trainer ranks" in first["die:1:6"]["error"]
     assert first["die:1:6"]["s"] < 10
@@ -335,12 +362,3 @@ def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEng
         assert {source.agent for source in engine.sources.values()} == {"trainer-0", "trainer-1"}
         assert [len(ids) for ids in engine.plans.values()] == [2, 2]
         assert len(engine.sources) == 3, "rank 1 moved and offered again, rank 0 did not"
-
-
-def test_errors_keep_their_class_across_ranks() -> None:
-    """An error class that every rank knows is raised as itself, others as UpdateFailedError."""
-    from engine_plugins.sender.ranks import _tell
-
-    assert _tell(SourceError("x", remedy="y")).kind == "SourceError"
-    assert _tell(ValueError("x")).kind == "UpdateFailedError"
-    assert issubclass(EnginesFailedError, EnginePluginError)
