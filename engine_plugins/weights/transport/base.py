@@ -32,11 +32,20 @@ class PreparedRead(Protocol):
         ...
 
     def post(self) -> None:
-        """Start the read. Raises PeerLostError if the peer is known to be gone."""
+        """Start the read, again if the last one is done; some wires copy within this call.
+
+        Raises:
+            PeerLostError: the peer is known to be gone.
+            PeerError: the peer was removed or met again since; prepare the read anew.
+            TransportError: the read is still under way, or was released.
+        """
         ...
 
     def done(self) -> bool:
         """Say whether the posted read has completed; never blocks.
+
+        Memory that the peer deregistered but still maps is read without complaint: only a
+        version or a digest shows that.
 
         Raises:
             PeerLostError: the peer died or closed.
@@ -45,7 +54,7 @@ class PreparedRead(Protocol):
         ...
 
     def release(self) -> None:
-        """Give the prepared handle back. Does not stop a read under way."""
+        """Give the prepared handle back. Does not stop a read under way; twice is harmless."""
         ...
 
 
@@ -66,12 +75,20 @@ class Transport(Protocol):
         """Make memory reachable for peers and usable as a read's target.
 
         The transport keeps no reference: the owner keeps the memory alive until `deregister`.
-        `device` is a CUDA ordinal, or -1 for host memory.
+        `device` is a CUDA ordinal, or -1 for host memory. Peers learn of it from metadata that
+        is made afterwards.
+
+        Raises:
+            TransportError: no bytes, or an overlap with what is registered.
         """
         ...
 
     def deregister(self, address: int) -> None:
-        """Undo `register` of the region that starts at `address`."""
+        """Undo `register` of the region that starts at `address`.
+
+        Raises:
+            TransportError: no region starts there.
+        """
         ...
 
     def metadata(self) -> bytes:
@@ -81,8 +98,12 @@ class Transport(Protocol):
     def add_peer(self, agent: str, metadata: bytes) -> None:
         """Meet a peer, or meet it again after it restarted or registered more.
 
+        Reads that were prepared from an earlier meeting can no longer be posted. The metadata
+        must have passed its checksum: a truncated copy can make NIXL refuse that name for good.
+
         Raises:
             PeerError: the bytes do not describe an agent of that name.
+            PeerLostError: nobody is there any more.
         """
         ...
 
@@ -97,15 +118,18 @@ class Transport(Protocol):
 
         Args:
             agent: a peer that was added.
-            descriptors: [n, 3] uint64 rows of (local address, remote address, bytes).
+            descriptors: [n, 3] uint64 rows of (local address, remote address, bytes); copied.
+                Every row at least one byte.
             local_device: where our memory lies (CUDA ordinal, or -1 for host memory).
             remote_device: where the peer's memory lies, in the peer's own numbering.
 
         Raises:
-            PeerError: an address that the peer or we have not registered.
+            PeerError: an address that the peer or we have not registered, or an unknown peer.
+            PeerLostError: the peer is known to be gone.
+            TransportError: the descriptors are malformed or empty.
         """
         ...
 
     def close(self) -> None:
-        """Release the agent. Peers that read from it afterwards fail."""
+        """Release reads, regions and the agent; twice is harmless. Peers lose it."""
         ...

@@ -316,7 +316,8 @@ def _translate(error: Exception, doing: str, agent: str, peer: _Peer | None) -> 
         return _lost(peer.agent, f"NIXL says {error} at {doing}")
     return PeerError(
         f"{peer.agent}: NIXL refused at {doing}: {error}; nothing was read",
-        remedy="its memory was freed or its description is not whole: publish the source again",
+        remedy="its memory was freed or its description is not whole: publish the source again, "
+        "under a new agent name if it repeats, since NIXL keeps half-read metadata for good",
     )
 
 
