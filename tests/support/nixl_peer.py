@@ -7,13 +7,11 @@ in JSON over a socket pair, because UCX writes its log lines to stdout.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -50,7 +48,7 @@ class PeerProcess:
         self.metadata = base64.b64decode(said["metadata"])
 
     def ask(self, do: str, **arguments: int) -> dict[str, Any]:
-        """Have the peer do something (`fill`, `deregister`, `close`) and wait for its answer."""
+        """Have the peer do something (`fill`, `close`) and wait for its answer."""
         self._link.send_bytes(json.dumps({"do": do, **arguments}).encode())
         return self._hear()
 
@@ -73,16 +71,6 @@ class PeerProcess:
         return heard
 
 
-@contextlib.contextmanager
-def nixl_peer(agent: str, nbytes: int, seed: int, **env: str) -> Iterator[PeerProcess]:
-    """A peer process for the length of a block; `env` as in UCX_TLS='tcp'."""
-    peer = PeerProcess(agent, nbytes, seed, env)
-    try:
-        yield peer
-    finally:
-        peer.end()
-
-
 def _serve(link: Connection, agent: str, nbytes: int, seed: int) -> None:
     from engine_plugins.weights.transport.nixl import NixlTransport
 
@@ -102,8 +90,6 @@ def _serve(link: Connection, agent: str, nbytes: int, seed: int) -> None:
             return
         if asked["do"] == "fill":
             buffer[:] = pattern(nbytes, asked["seed"])
-        elif asked["do"] == "deregister":
-            transport.deregister(address)
         elif asked["do"] == "close":
             transport.close()
         link.send_bytes(b"{}")
