@@ -14,9 +14,9 @@ from math import prod
 from operator import mul
 
 import numpy as np
-import torch
 
 from engine_plugins.errors import PlanError
+from engine_plugins.weights.dtypes import dtype_named
 from engine_plugins.weights.loader_trace import LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.placement import check_exact_coverage
@@ -163,7 +163,7 @@ def logical_tensors(manifests: Sequence[SourceManifest]) -> list[LogicalTensor]:
     for manifest in manifests:
         columns = manifest.tensors
         for name, dtype, shape in zip(columns.names, columns.dtypes, columns.shapes, strict=True):
-            tensor = LogicalTensor(name=name, shape=tuple(shape), dtype=getattr(torch, dtype))
+            tensor = LogicalTensor(name=name, shape=tuple(shape), dtype=dtype_named(dtype))
             first, source = known.setdefault(name, (tensor, manifest.source))
             if first != tensor:
                 raise PlanError(
@@ -189,7 +189,7 @@ def build_plan(
     """
     offers = _Offers(manifests)
     sizes = [sum(_aligned(tensor.nbytes) for tensor in tensors) for _, tensors in steps]
-    scratch = min(4 << 20, _aligned(max(sizes, default=0) // 4))
+    scratch = min(4 << 20, max(sizes, default=0) // 4 // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
     planned = [_plan_step(offers, tuple(modules), tensors, scratch) for modules, tensors in steps]
     return FetchPlan(steps=tuple(planned), scratch_bytes=scratch)
 

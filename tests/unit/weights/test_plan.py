@@ -1,0 +1,322 @@
+"""A plan's bytes, carried out by hand over real memory, are the tensors that were offered."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine_plugins.errors import PlanError
+from engine_plugins.weights.loader_trace import LogicalTensor
+from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.plan import (
+    SHORT_RUN_BYTES,
+    FetchPlan,
+    build_plan,
+    logical_tensors,
+    schedule,
+)
+from tests.support.source_ranks import offered_boxes, random_bits, tensor_of, whole
+
+Box = tuple[tuple[int, ...], tuple[int, ...]]
+UNTOUCHED = 0xFF
+
+
+def carry_out(plan: FetchPlan) -> dict[str, torch.Tensor]:
+    """Execute every descriptor and packed piece; no byte twice, none outside, none left out."""
+    landed: dict[str, torch.Tensor] = {}
+    for step in plan.steps:
+        buffer = torch.full((max(step.nbytes, 1),), UNTOUCHED, dtype=torch.uint8)
+        times_written = torch.zeros(step.nbytes, dtype=torch.uint8)
+        views, counts = [], []
+        for landing in step.landings:
+            first, tensor = landing.offset_bytes, landing.tensor
+            assert first % 64 == 0
+            end = first + tensor.nbytes
+            views.append(buffer[first:end].view(tensor.dtype).view(tensor.shape))
+            item = tensor.dtype.itemsize
+            counts.append(times_written[first:end].view(*tensor.shape, item))
+            landed[tensor.name] = views[-1]
+        for read in step.reads:
+            for at, remote, nbytes in read.descriptors.tolist():
+                assert 0 < nbytes
+                assert at + nbytes <= step.nbytes
+                ctypes.memmove(buffer.data_ptr() + at, remote, nbytes)
+                times_written[at : at + nbytes] += 1
+        for batch in step.packed:
+            scratch = torch.full((plan.scratch_bytes,), UNTOUCHED, dtype=torch.uint8)
+            used = torch.zeros(plan.scratch_bytes, dtype=torch.uint8)
+            for piece in batch:
+                at = piece.scratch_offset
+                assert at + piece.nbytes <= plan.scratch_bytes
+                ctypes.memmove(scratch.data_ptr() + at, piece.remote_address, piece.nbytes)
+                used[at : at + piece.nbytes] += 1
+            for piece in batch:
+                view = views[piece.landing][piece.slices]
+                block = scratch[piece.scratch_offset :][: piece.nbytes]
+                view.copy_(block.view(view.dtype).view(view.shape))
+                counts[piece.landing][piece.slices] += 1
+            assert int(used.max()) == 1
+        for count in counts:
+            assert torch.all(count == 1)
+    return landed
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equality that NaNs keep."""
+    flat = [each.contiguous().reshape(-1).view(torch.uint8) for each in (a, b)]
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*flat)
+
+
+# -- the ring ---------------------------------------------------------------------------------
+
+
+@given(
+    sizes=st.lists(st.integers(0, 12), min_size=1, max_size=40),
+    spare=st.integers(0, 30),
+)
+def test_a_step_never_overwrites_one_that_need_not_be_installed_yet(
+    sizes: list[int], spare: int
+) -> None:
+    """The ring's whole promise: whoever shares bytes with a later step is waited for."""
+    capacity = max(sizes) + spare
+    windows = schedule(sizes, capacity)
+    assert len(windows) == len(sizes)
+    for index, (window, size) in enumerate(zip(windows, sizes, strict=True)):
+        assert 0 <= window.offset_bytes
+        assert window.offset_bytes + size <= capacity
+        assert window.installed_before <= index, "a step that waits for itself never comes"
+        for earlier in range(index):
+            start, end = windows[earlier].offset_bytes, windows[earlier].offset_bytes
+            end += sizes[earlier]
+            if start < window.offset_bytes + size and window.offset_bytes < end:
+                assert earlier < window.installed_before
+
+
+@given(sizes=st.lists(st.integers(0, 100), min_size=1, max_size=40))
+def test_room_for_everything_waits_for_nothing(sizes: list[int]) -> None:
+    """That is a staged update: all of it is here before anything is installed."""
+    windows = schedule(sizes, sum(sizes))
+    assert {window.installed_before for window in windows} == {0}
+    places = [(w.offset_bytes, w.offset_bytes + n) for w, n in zip(windows, sizes, strict=True)]
+    assert places == list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+
+
+def test_small_steps_are_fetched_while_a_large_one_waits_to_be_installed() -> None:
+    """The quarter of headroom is what makes wire and install overlap in place."""
+    windows = schedule([100, 10, 10, 100, 10], 125)
+    assert [w.installed_before for w in windows] == [0, 0, 0, 1, 2]
+
+
+# -- shardings --------------------------------------------------------------------------------
+
+
+@st.composite
+def shardings(draw: st.DrawFn) -> tuple[list[torch.Tensor], list[list[SourceBox]]]:
+    """Tensors of any shape and dtype, cut on any axes, dealt to ranks with replicas and gaps."""
+    ranks: list[list[SourceBox]] = [[] for _ in range(draw(st.integers(1, 4)))]
+    tensors = []
+    for number in range(draw(st.integers(1, 4))):
+        shape = tuple(draw(st.lists(st.integers(1, 9), max_size=3)))
+        dtype = draw(st.sampled_from([torch.int8, torch.bfloat16, torch.float32, torch.float64]))
+        data = random_bits(shape, dtype, seed=draw(st.integers(0, 1 << 16)))
+        tensors.append(data)
+        cuts = [
+            sorted({0, extent, *draw(st.lists(st.integers(1, extent), max_size=2))})
+            for extent in shape
+        ]
+        for box in itertools.product(*(itertools.pairwise(cut) for cut in cuts)):
+            part = data[tuple(slice(*ends) for ends in box)]
+            holders = draw(st.sets(st.integers(0, len(ranks) - 1), min_size=1))
+            for holder in sorted(holders):
+                ranks[holder].append(
+                    SourceBox(
+                        name=f"t{number}",
+                        global_shape=shape,
+                        start=tuple(first for first, _ in box),
+                        data=draw(st.sampled_from(HELD))(part),
+                    )
+                )
+    return tensors, ranks
+
+
+def _within_wider_rows(part: torch.Tensor) -> torch.Tensor:
+    """The part as columns of a wider buffer: gaps between its rows."""
+    if not part.ndim:
+        return part.clone()
+    wide = part.new_zeros((*part.shape[:-1], part.shape[-1] + 3))
+    view = wide[..., 2:-1]
+    view.copy_(part)
+    return view
+
+
+HELD = [torch.Tensor.clone, lambda part: part.contiguous(), lambda part: part, _within_wider_rows]
+"""How a rank may hold its part: by itself, inside the whole, or with gaps between rows."""
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=shardings(), one_step=st.booleans())
+def test_any_sharding_lands_bit_for_bit(
+    case: tuple[list[torch.Tensor], list[list[SourceBox]]], one_step: bool
+) -> None:
+    """Rows, columns, blocks, replicas, scalars, strided holders; every byte written once."""
+    tensors, ranks = case
+    with offered_boxes(*[rank for rank in ranks if rank]) as made:
+        manifests = [rank.manifest for rank in made]
+        wanted = [tensor_of(f"t{number}", data) for number, data in enumerate(tensors)]
+        assert {t.name: t for t in logical_tensors(manifests)} == {t.name: t for t in wanted}
+        steps: list[tuple[list[str], list[LogicalTensor]]] = (
+            [(["all"], wanted)] if one_step else [([t.name], [t]) for t in wanted]
+        )
+        plan = build_plan(manifests, steps)
+        landed = carry_out(plan)
+    for number, data in enumerate(tensors):
+        assert same_bits(landed[f"t{number}"], data)
+    assert sum(step.bytes_to_move for step in plan.steps) == sum(t.nbytes for t in wanted)
+
+
+def columns(name: str, data: torch.Tensor, parts: int) -> list[list[SourceBox]]:
+    """A matrix cut by columns, one contiguous shard on each of `parts` ranks."""
+    width = data.shape[1] // parts
+    return [
+        [
+            SourceBox(
+                name=name,
+                global_shape=tuple(data.shape),
+                start=(0, rank * width),
+                data=data[:, rank * width : (rank + 1) * width].clone(),
+            )
+        ]
+        for rank in range(parts)
+    ]
+
+
+def test_short_rows_travel_as_whole_blocks_through_a_bounded_scratch_area() -> None:
+    """A column shard of 2048 rows is a few reads, not 2048, and every batch fits the scratch."""
+    data = torch.randn(2048, 96)
+    with offered_boxes(*columns("down", data, 2)) as made:
+        plan = build_plan([r.manifest for r in made], [(["m"], [tensor_of("down", data)])])
+        landed = carry_out(plan)
+    (step,) = plan.steps
+    assert torch.equal(landed["down"], data)
+    assert not step.reads
+    assert step.operations == sum(map(len, step.packed)) <= 10
+    assert step.bytes_to_move == data.nbytes
+    assert 0 < plan.scratch_bytes <= plan.largest_step_bytes // 4
+    for batch in step.packed:
+        assert sum(piece.nbytes for piece in batch) <= plan.scratch_bytes
+
+
+def test_long_rows_go_straight_into_place() -> None:
+    """Rows as long as a descriptor is worth need no second copy."""
+    data = torch.randn(6, 2 * SHORT_RUN_BYTES // 4)
+    with offered_boxes(*columns("down", data, 2)) as made:
+        plan = build_plan([r.manifest for r in made], [(["m"], [tensor_of("down", data)])])
+        landed = carry_out(plan)
+    (step,) = plan.steps
+    assert torch.equal(landed["down"], data)
+    assert not step.packed
+    assert step.operations == 12
+
+
+def test_rows_that_lie_apart_at_the_source_are_read_one_by_one() -> None:
+    """A view with gaps is no block; reading it as one would fetch the gaps."""
+    fused = torch.randn(40, 64)
+    view = fused[:, 8:24]
+    box = SourceBox(name="up", global_shape=(40, 16), start=(0, 0), data=view)
+    with offered_boxes([box]) as (rank,):
+        plan = build_plan([rank.manifest], [(["m"], [tensor_of("up", view)])])
+        assert torch.equal(carry_out(plan)["up"], view)
+    assert plan.steps[0].operations == 40
+    assert plan.steps[0].bytes_to_move == view.nbytes
+
+
+def test_neighbouring_runs_merge() -> None:
+    """A contiguous tensor is one descriptor, whatever its number of axes."""
+    data = torch.randn(3, 5, 7, 2)
+    with offered_boxes([whole("w", data)]) as (rank,):
+        plan = build_plan([rank.manifest], [(["m"], [tensor_of("w", data)])])
+        assert torch.equal(carry_out(plan)["w"], data)
+    assert plan.steps[0].operations == 1
+
+
+def test_a_scalar_is_a_tensor_like_any_other() -> None:
+    """No axes: one element, one descriptor, also where several ranks hold it."""
+    with offered_boxes(*[[whole("scale", torch.tensor(2.5))] for _ in range(3)]) as made:
+        wanted = LogicalTensor(name="scale", shape=(), dtype=torch.float32)
+        plan = build_plan([r.manifest for r in made], [(["m"], [wanted])])
+        assert carry_out(plan)["scale"].item() == 2.5
+    assert plan.steps[0].bytes_to_move == 4
+
+
+def test_replicas_are_read_evenly() -> None:
+    """Four ranks hold all 37 tensors: no rank gives more than one tensor above another."""
+    sizes = [random.Random(7).randint(1, 5000) for _ in range(37)]
+    tensors = {f"t{n}": torch.randn(size) for n, size in enumerate(sizes)}
+    replica = [whole(name, data) for name, data in tensors.items()]
+    with offered_boxes(replica, replica, replica, replica) as made:
+        steps = [([name], [tensor_of(name, data)]) for name, data in tensors.items()]
+        plan = build_plan([r.manifest for r in made], steps)
+        landed = carry_out(plan)
+    assert all(torch.equal(landed[name], data) for name, data in tensors.items())
+    given_by = [0] * 4
+    for step in plan.steps:
+        for read in step.reads:
+            given_by[read.source] += int(read.descriptors[:, 2].sum())
+    assert sum(given_by) == sum(sizes) * 4
+    assert max(given_by) - min(given_by) <= 4 * max(sizes)
+
+
+# -- what is refused --------------------------------------------------------------------------
+
+
+def planned(shape: Sequence[int], *boxes: Box) -> FetchPlan:
+    """Plan one tensor from boxes that each lie on a rank of their own."""
+    ranks = [
+        [
+            SourceBox(
+                name="model.w", global_shape=tuple(shape), start=start, data=torch.zeros(extent)
+            )
+        ]
+        for start, extent in boxes
+    ]
+    wanted = LogicalTensor(name="model.w", shape=tuple(shape), dtype=torch.float32)
+    with offered_boxes(*ranks) as made:
+        return build_plan([r.manifest for r in made], [(["m"], [wanted])])
+
+
+def test_a_gap_is_an_error_that_names_tensor_and_boxes() -> None:
+    """What nobody offers would be served as whatever the buffer held before."""
+    with pytest.raises(PlanError, match=r"model\.w: .* 24 of 32 elements .*\[0:4, 0:4\]"):
+        planned((4, 8), ((0, 0), (4, 4)), ((0, 6), (4, 2)))
+
+
+def test_an_overlap_is_an_error_that_names_tensor_and_boxes() -> None:
+    """Two ranks that both claim an element may differ in it."""
+    with pytest.raises(PlanError, match=r"model\.w: .*\[0:4, 0:5\] and \[0:4, 4:8\] overlap"):
+        planned((4, 8), ((0, 0), (4, 5)), ((0, 4), (4, 4)))
+
+
+def test_a_tensor_that_nobody_offers_is_an_error() -> None:
+    """It cannot come from nowhere."""
+    wanted = LogicalTensor(name="absent", shape=(2,), dtype=torch.float32)
+    with offered_boxes([whole("w", torch.zeros(2))]) as (rank,), pytest.raises(PlanError) as error:
+        build_plan([rank.manifest], [(["m"], [wanted])])
+    assert "absent" in error.value.message
+
+
+@pytest.mark.parametrize("other", [torch.zeros(4, 3), torch.zeros(3, 4, dtype=torch.bfloat16)])
+def test_ranks_that_disagree_are_named(other: torch.Tensor) -> None:
+    """Another shape or another dtype of one tensor: both ranks and both facts are told."""
+    with offered_boxes([whole("w", torch.zeros(3, 4))], [whole("w", other)]) as made:
+        with pytest.raises(PlanError) as error:
+            logical_tensors([r.manifest for r in made])
+    text = error.value.message
+    assert text.startswith("w: trainer rank 0 says (3, 4) torch.float32, trainer rank 1 says")
+    assert f"{tuple(other.shape)} {other.dtype}" in text
