@@ -98,14 +98,26 @@ def _missing_names(parameter: str, givers: dict[str, dict[str, None]]) -> list[s
     """Names that the same parameter of another layer was given, and this one was not."""
     own = givers.get(parameter, {})
     numbers = _NUMBER.findall(parameter)
-    for other, names in givers.items():
-        alike = _NUMBER.sub("#", other) == _NUMBER.sub("#", parameter)
-        if not alike or other == parameter or len(names) <= len(own):
-            continue
-        # The first number of an HF name is its layer, as in the engine's own names.
-        here = [_NUMBER.sub(numbers[0], name, count=1) for name in names] if numbers else []
-        return [name for name in here if name not in own][:_SHOWN]
-    return []
+    pattern = _NUMBER.sub("#", parameter)
+    alike = [other for other in givers if _NUMBER.sub("#", other) == pattern]
+    fullest = max(alike, key=lambda other: len(givers[other]), default=parameter)
+    there = _NUMBER.findall(fullest)
+    here = [_renumbered(name, there, numbers) for name in givers.get(fullest, ())]
+    return [name for name in here if name not in own][:_SHOWN] if numbers else []
+
+
+def _renumbered(name: str, there: Sequence[str], here: Sequence[str]) -> str:
+    """The name of another layer's tensor in this layer.
+
+    The first numbers of an HF name are those of the engine's own name: the layer, the expert.
+    """
+    swaps = iter(zip(there, here, strict=True))
+
+    def swap(found: re.Match[str]) -> str:
+        old, new = next(swaps, ("", ""))
+        return new if found.group() == old else found.group()
+
+    return _NUMBER.sub(swap, name)
 
 
 def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[EngineStep]:
@@ -115,15 +127,20 @@ def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[Engi
     steps: list[EngineStep] = []
     for module in _model_order(trace, modules):
         names = modules[module]
-        step = next((step_of[name] for name in names if name in step_of), None)
-        if step is None:
-            step = ([], [])
-            steps.append(step)
-        step[0].append(module)
+        shared = {id(step_of[name]): step_of[name] for name in names if name in step_of}
+        first, *others = shared.values() or [([], [])]
+        if not shared:
+            steps.append(first)
+        for other in others:
+            first[0].extend(other[0])
+            first[1].extend(other[1])
+            step_of.update((tensor.name, first) for tensor in other[1])
+        steps = [step for step in steps if not any(step is other for other in others)]
+        first[0].append(module)
         for name in names:
             if name not in step_of:
-                step_of[name] = step
-                step[1].append(tensors[name])
+                step_of[name] = first
+                first[1].append(tensors[name])
     return steps
 
 

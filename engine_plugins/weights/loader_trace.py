@@ -179,11 +179,11 @@ class _CopyRecorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.ops.aten.copy_.default and self._record(args[0], args[1]):
-            return args[0]
+            return func(*args)  # without memory a copy only checks that the shapes fit
         if func in _FILLS and self._record(args[0], None):
             return args[0]
         result = func(*args, **(kwargs or {}))
-        self._follow(args, result)
+        self._follow(func, (args, kwargs), result)
         return result
 
     def _record(self, target: torch.Tensor, source: torch.Tensor | None) -> bool:
@@ -193,6 +193,7 @@ class _CopyRecorder(TorchDispatchMode):
             return False
         derived = source is not None and _storage_id(source) in self._derived
         source_dtype = target.dtype if source is None else source.dtype
+        broadcast = source is not None and source.shape != target.shape
         self.copies.append(
             TracedCopy(
                 sources=names,
@@ -202,24 +203,29 @@ class _CopyRecorder(TorchDispatchMode):
                 strides=tuple(target.stride()),
                 source_dtype=source_dtype,
                 parameter_dtype=target.dtype,
-                pure=not derived and source_dtype == target.dtype,
+                pure=not derived and not broadcast and source_dtype == target.dtype,
             )
         )
         return True
 
-    def _follow(self, args: tuple[Any, ...], result: Any) -> None:
-        """Remember which placeholders a new tensor was computed from."""
+    def _follow(self, func: Any, arguments: Any, result: Any) -> None:
+        """Remember which placeholders a tensor was computed from, or changed in place with."""
         names: dict[str, None] = {}
-        for leaf in tree_leaves(args):
+        for leaf in tree_leaves(arguments):
             if isinstance(leaf, torch.Tensor):
                 names.update(dict.fromkeys(self._sources.get(_storage_id(leaf), ())))
         if not names:
             return
         for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and _storage_id(leaf) not in self._sources:
+            if not isinstance(leaf, torch.Tensor):
+                continue
+            storage = _storage_id(leaf)
+            known = self._sources.get(storage)
+            # Otherwise it is a view of something known, with the same values.
+            if known is None or func._schema.is_mutable:
                 self._alive.append(leaf)
-                self._sources[_storage_id(leaf)] = tuple(names)
-                self._derived.add(_storage_id(leaf))
+                self._sources[storage] = tuple(dict.fromkeys((*(known or ()), *names)))
+                self._derived.add(storage)
 
 
 def _storage_id(tensor: torch.Tensor) -> int:

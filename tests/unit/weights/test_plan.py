@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -156,7 +156,11 @@ def _within_wider_rows(part: torch.Tensor) -> torch.Tensor:
     return view
 
 
-HELD = [torch.Tensor.clone, lambda part: part.contiguous(), lambda part: part, _within_wider_rows]
+HELD: list[Callable[[torch.Tensor], torch.Tensor]] = [
+    lambda part: part.clone(memory_format=torch.contiguous_format),
+    lambda part: part,
+    _within_wider_rows,
+]
 """How a rank may hold its part: by itself, inside the whole, or with gaps between rows."""
 
 
@@ -314,9 +318,9 @@ def test_a_tensor_that_nobody_offers_is_an_error() -> None:
 @pytest.mark.parametrize("other", [torch.zeros(4, 3), torch.zeros(3, 4, dtype=torch.bfloat16)])
 def test_ranks_that_disagree_are_named(other: torch.Tensor) -> None:
     """Another shape or another dtype of one tensor: both ranks and both facts are told."""
-    with offered_boxes([whole("w", torch.zeros(3, 4))], [whole("w", other)]) as made:
-        with pytest.raises(PlanError) as error:
-            logical_tensors([r.manifest for r in made])
+    first = whole("w", torch.zeros(3, 4))
+    with offered_boxes([first], [whole("w", other)]) as made, pytest.raises(PlanError) as error:
+        logical_tensors([r.manifest for r in made])
     text = error.value.message
     assert text.startswith("w: trainer rank 0 says (3, 4) torch.float32, trainer rank 1 says")
     assert f"{tuple(other.shape)} {other.dtype}" in text

@@ -1,0 +1,185 @@
+"""Whether an offer fits: said module by module, with the names that the trainer knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.coverage import EngineStep, engine_steps
+from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
+from tests.support.in_memory_model import InMemoryModel, hf_tensors, traced
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What an engine says of its loader."""
+
+    model_dtype: torch.dtype = torch.float32
+    ignorable: frozenset[str] = frozenset()
+
+    def may_go_unused(self, name: str) -> bool:
+        return name in self.ignorable
+
+
+def offer(**changes: LogicalTensor | None) -> list[LogicalTensor]:
+    """The model's own tensors; `None` takes one away (dots are written as `__`)."""
+    tensors = {
+        name: LogicalTensor(name=name, shape=tuple(data.shape), dtype=data.dtype)
+        for name, data in hf_tensors(seed=0).items()
+    }
+    for name, change in changes.items():
+        name = name.replace("__", ".")
+        if change is None:
+            del tensors[name]
+        else:
+            tensors[name] = change
+    return list(tensors.values())
+
+
+def steps_of(
+    tensors: list[LogicalTensor], rules: Rules | None = None, *, tp_rank: int = 0, tp_size: int = 1
+) -> tuple[list[EngineStep], list[str]]:
+    model = InMemoryModel(tp_rank=tp_rank, tp_size=tp_size)
+    return engine_steps(traced(model, tensors), tensors, rules or Rules())
+
+
+@pytest.mark.parametrize(("tp_rank", "tp_size"), [(0, 1), (0, 2), (1, 2)])
+def test_a_fitting_offer_becomes_steps_in_the_models_order(tp_rank: int, tp_size: int) -> None:
+    """Every tensor in one step, a fused module's tensors together, in whatever order they came."""
+    steps, unused = steps_of(offer()[::-1], tp_rank=tp_rank, tp_size=tp_size)
+    assert unused == []
+    assert [modules for modules, _ in steps] == [
+        ["embed"],
+        ["layers.0.attn.qkv"],
+        ["layers.0.attn.out"],
+        ["layers.1.attn.qkv"],
+        ["layers.1.attn.out"],
+        ["norm"],
+    ]
+    assert {t.name for t in steps[3][1]} == {f"model.layers.1.{p}_proj.weight" for p in "qkv"}
+    assert sorted(t.name for _, tensors in steps for t in tensors) == sorted(hf_tensors(seed=0))
+
+
+def test_a_missing_part_of_a_fused_parameter_is_named_by_its_checkpoint_name() -> None:
+    """The engine knows only `qkv`; what it got in another layer tells what it lacks here."""
+    with pytest.raises(WeightMismatchError) as error:
+        steps_of(offer(model__layers__1__k_proj__weight=None))
+    text = error.value.message
+    assert "model.layers.1.k_proj.weight missing (needed by layers.1.attn.qkv.weight)" in text
+    assert "layers.0" not in text
+    assert "v_proj" not in text
+
+
+def test_of_a_layer_that_is_missing_altogether_every_part_is_named() -> None:
+    """All three, although nothing at all reached the parameter."""
+    gone = {f"model__layers__0__{part}_proj__weight": None for part in "qkv"}
+    with pytest.raises(WeightMismatchError) as error:
+        steps_of(offer(**gone))
+    for part in "qkv":
+        assert f"model.layers.0.{part}_proj.weight" in error.value.message
+
+
+def test_layers_that_lack_different_parts_are_each_told_all_of_theirs() -> None:
+    """The fullest layer is the one to compare with, not the first that has more."""
+    copies = [
+        _copy(f"layers.{layer}.w", f"model.layers.{layer}.{part}", row)
+        for layer, parts in enumerate(["ab", "a", "abcd"])
+        for row, part in enumerate(parts)
+    ]
+    numel = {f"layers.{layer}.w": 4 for layer in range(3)}
+    with pytest.raises(WeightMismatchError) as error:
+        engine_steps(LoaderTrace(copies=tuple(copies), parameter_numel=numel), [], Rules())
+    assert "model.layers.0.c, model.layers.0.d missing" in error.value.message
+    assert "model.layers.1.b, model.layers.1.c, model.layers.1.d missing" in error.value.message
+
+
+def test_experts_that_are_modules_of_their_own_are_named_by_layer_and_expert() -> None:
+    """Two numbers in the engine's name are two in the checkpoint's."""
+    copies = [_copy(f"layers.{n}.experts.{e}.w", f"l.{n}.e.{e}.up", 0) for n, e in ((0, 0), (0, 3))]
+    numel = dict.fromkeys(("layers.0.experts.0.w", "layers.0.experts.3.w"), 1)
+    numel["layers.1.experts.3.w"] = 1
+    with pytest.raises(WeightMismatchError, match=r"l\.1\.e\.3\.up missing"):
+        engine_steps(LoaderTrace(copies=tuple(copies), parameter_numel=numel), [], Rules())
+
+
+def test_a_missing_tensor_without_a_likeness_is_named_by_the_engines_parameter() -> None:
+    """There is one final norm: nothing to compare it with."""
+    with pytest.raises(WeightMismatchError, match=r"norm\.weight has 16 elements, no tensor fill"):
+        steps_of(offer(model__norm__weight=None))
+
+
+def test_a_wrong_shape_is_named() -> None:
+    """The loader refuses it, and the tensor it was looking at is the culprit."""
+    wrong = LogicalTensor(name="model.norm.weight", shape=(15,), dtype=torch.float32)
+    with pytest.raises(WeightMismatchError, match=r"model\.norm\.weight: .*\(15,\)"):
+        steps_of(offer(model__norm__weight=wrong))
+
+
+def test_a_wrong_dtype_is_named_with_both_dtypes() -> None:
+    """A silent cast would install other values than the trainer's."""
+    wrong = LogicalTensor(name="model.norm.weight", shape=(16,), dtype=torch.float16)
+    with pytest.raises(
+        WeightMismatchError, match=r"model\.norm\.weight is float16, norm\.weight wants float32"
+    ):
+        steps_of(offer(model__norm__weight=wrong))
+
+
+def test_the_models_own_dtype_may_be_cast_as_the_engine_does_with_its_checkpoint() -> None:
+    """A router kept in float32 by a bfloat16 engine takes the checkpoint's bfloat16."""
+    wide = LogicalTensor(name="model.norm.weight", shape=(16,), dtype=BF16)
+    assert steps_of(offer(model__norm__weight=wide), Rules(model_dtype=BF16))
+
+
+def test_names_that_reach_nothing_are_told_apart_from_those_that_may_be_ignored() -> None:
+    """The caller decides over all ranks: another rank may have a use for them."""
+    extra = {
+        name: LogicalTensor(name=name, shape=(3,), dtype=torch.float32)
+        for name in ("rotary.inv_freq", "vision.w")
+    }
+    tensors = [*offer(), *extra.values()]
+    _, unused = steps_of(tensors, Rules(ignorable=frozenset({"rotary.inv_freq"})))
+    assert unused == ["vision.w"]
+
+
+def test_many_problems_are_counted_and_only_the_first_are_listed() -> None:
+    """A message stays readable whatever the model's size."""
+    copies = tuple(_copy(f"m{n}.w", f"t{n}", 0, dtype=torch.float16) for n in range(50))
+    numel = {f"m{n}.w": 1 for n in range(50)}
+    with pytest.raises(WeightMismatchError) as error:
+        engine_steps(LoaderTrace(copies=copies, parameter_numel=numel), [], Rules())
+    assert "(and 42 more)" in error.value.message
+    assert error.value.message.count("is float16") == 8
+
+
+def test_modules_that_share_tensors_share_a_step_however_they_are_linked() -> None:
+    """A module that shares one tensor with each of two others joins all three.
+
+    Otherwise it would be installed with the first, without what comes with the second.
+    """
+    places = {"a.w": "ta", "b.w": "tb", "mid.w": "t", "c.w": "ta", "c.v": "tb", "d.w": "tb"}
+    copies = tuple(_copy(parameter, source, 0) for parameter, source in places.items())
+    numel = dict.fromkeys(("a.w", "mid.w", "b.w", "c.w", "c.v", "d.w"), 1)
+    tensors = [LogicalTensor(name=n, shape=(), dtype=torch.float32) for n in ("ta", "tb", "t")]
+    steps, _ = engine_steps(LoaderTrace(copies=copies, parameter_numel=numel), tensors, Rules())
+    told = [(modules, [tensor.name for tensor in step]) for modules, step in steps]
+    assert told == [(["a", "b", "c", "d"], ["ta", "tb"]), (["mid"], ["t"])]
+
+
+def _copy(
+    parameter: str, source: str, offset: int, dtype: torch.dtype = torch.float32
+) -> TracedCopy:
+    return TracedCopy(
+        sources=(source,),
+        parameter=parameter,
+        offset=offset,
+        shape=(),
+        strides=(),
+        source_dtype=dtype,
+        parameter_dtype=torch.float32,
+        pure=True,
+    )
