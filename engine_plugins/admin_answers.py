@@ -60,6 +60,6 @@ class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True):
     pause: PauseMode = "keep"
     in_flight_kv: Literal["recompute", "keep"] = "recompute"
     flush: bool = True
-    resume: bool | None = True
+    resume: bool | None = None
     timeout_s: float = 300.0
     force: bool = False

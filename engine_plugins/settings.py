@@ -39,7 +39,7 @@ class Settings:
     admin_token_file: Path | None = None
     max_body_bytes: int = 1 << 20
     max_manifest_bytes: int = 256 << 20
-    max_manifest_entries: int = 4_000_000
+    max_manifest_entries: int = 1_000_000
     stall_timeout_s: float = 30.0
     staging_bytes: int = 0
     runtime_dir: Path | None = None

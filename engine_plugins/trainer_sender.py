@@ -170,7 +170,7 @@ class WeightSender:
         pause: PauseMode = "keep",
         in_flight_kv: Literal["recompute", "keep"] = "recompute",
         flush: bool = True,
-        resume: bool | None = True,
+        resume: bool | None = None,
         timeout_s: float = 300.0,
         force: bool = False,
         verify: Literal["none", "sample", "full"] = "none",

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from engine_plugins.errors import PeerLostError, TransferTimeoutError
+from engine_plugins.errors import TransferTimeoutError, TransportError
 from engine_plugins.weights.arena import Arena
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.plan import FetchPlan, PackedPiece, StepRead, schedule
 from engine_plugins.weights.transport.base import PreparedRead, Transport
+from engine_plugins.weights.transport.meeting import meet
 from engine_plugins.weights.transport.reads import run_reads
 
 __all__ = ["PreparedFetch"]
@@ -49,7 +50,7 @@ class PreparedFetch:
         self._transport = transport
         self._prepared: list[_PreparedStep] = []
         for manifest in manifests:
-            transport.add_peer(manifest.agent, manifest.agent_metadata)
+            meet(transport, manifest)
         self._arena = Arena(capacity + plan.scratch_bytes, transport)
         try:
             for index in range(len(plan.steps)):
@@ -92,7 +93,8 @@ class PreparedFetch:
         """Fetch one step; returns when all its bytes are in place.
 
         Raises:
-            PeerLostError, TransferTimeoutError: with the peer's and the tensors' names.
+            TransportError: with the peer's and the tensors' names. The reads are then in no state
+                to be posted again: `usable` is false.
         """
         prepared = self._prepared[index]
         self._run(index, prepared.reads, stall_timeout_s, deadline, cancelled)
@@ -129,7 +131,7 @@ class PreparedFetch:
         limit = min(patience, max(deadline - time.monotonic(), 0.001))
         try:
             run_reads(reads, deadline_s=limit, cancelled=cancelled)
-        except (PeerLostError, TransferTimeoutError) as error:
+        except TransportError as error:
             self.usable = False
             self.reads_may_be_active = isinstance(error, TransferTimeoutError)
             names = [landing.tensor.name for landing in self.plan.steps[index].landings]

@@ -98,6 +98,8 @@ class Transport(Protocol):
     def add_peer(self, agent: str, metadata: bytes) -> None:
         """Meet a peer, or meet it again after it restarted or registered more.
 
+        A living peer that describes itself as before stays as it is, and so do its reads.
+
         Reads that were prepared from an earlier meeting can no longer be posted. The metadata
         must have passed its checksum: a truncated copy can make NIXL refuse that name for good.
 

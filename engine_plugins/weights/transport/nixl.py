@@ -67,6 +67,7 @@ class _Peer:
     """One meeting with a peer; a peer met again is another one."""
 
     agent: str
+    metadata: bytes = b""
     lost: bool = False
 
 
@@ -200,8 +201,11 @@ class NixlTransport:
                 f"{agent}: a peer bears this agent's own name, so it cannot be met",
                 remedy="give every agent a name of its own",
             )
+        known = self._peers.get(agent)
+        if known is not None and known.metadata == metadata and not known.lost:
+            return
         self.remove_peer(agent)
-        peer = _Peer(agent)
+        peer = _Peer(agent, metadata)
         with self._translated("meeting it", peer):
             named = nixl.loadRemoteMD(metadata).decode(errors="replace")
         if named != agent:
