@@ -165,8 +165,17 @@ class WeightReceiver:
         return run.status()
 
     def finish(self) -> RankReport:
-        """End an update of which every step is installed."""
+        """End an update of which every step is installed.
+
+        Raises:
+            ConflictError: some are not; ending here would serve a mixture.
+        """
         run = self._current()
+        if run.installed < run.total:
+            raise ConflictError(
+                f"rank {self._tp_rank} has {run.installed} of {run.total} modules installed",
+                remedy="advance until all are installed, or abort",
+            )
         with run.timed_install():
             self._installer.finish()
         self._run = None
@@ -185,10 +194,11 @@ class WeightReceiver:
         if run is None:
             return False
         still_landing = not run.stop()
-        if run.wrote:
-            self._installer.abandon()
+        # First of all: whatever becomes of the engine, this memory must not be used again.
         if still_landing or run.lost_track_of_buffer:
             self._quarantine()
+        if run.wrote:
+            self._installer.abandon()
         return run.wrote
 
     def close(self) -> None:
@@ -232,9 +242,9 @@ class WeightReceiver:
         return self._fetch[1].arena_bytes if self._fetch is not None else 0
 
     def _release(self) -> None:
-        if self._fetch is not None:
-            self._fetch[1].close()
-            self._fetch = None
+        known, self._fetch = self._fetch, None
+        if known is not None:
+            known[1].close()
 
     def _quarantine(self) -> None:
         if self._fetch is not None:

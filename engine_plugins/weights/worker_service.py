@@ -21,15 +21,25 @@ from engine_plugins.weights.receiver import PullStatus, WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
 
 __all__ = [
+    "AbortAnswer",
     "ConnectAnswer",
+    "Failure",
     "StatusAnswer",
     "WorkerDescription",
     "WorkerService",
     "encode_call",
+    "raised",
     "read_answer",
 ]
 
 T = TypeVar("T")
+
+_ERRORS: dict[str, type[EnginePluginError]] = {
+    name: getattr(errors, name)
+    for name in errors.__all__
+    # A client's account of an HTTP answer; no worker raises it.
+    if name != "AdminAnswerError"
+}
 
 
 class Failure(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,9 +110,8 @@ def read_answer(body: bytes, kind: type[T]) -> T:
 
 def raised(failure: Failure) -> EnginePluginError:
     """The error that a `Failure` describes."""
-    kind = getattr(errors, failure.kind, EngineCallError)
-    error: EnginePluginError = kind(failure.message, remedy=failure.remedy)
-    return error
+    kind = _ERRORS.get(failure.kind, EngineCallError)
+    return kind(failure.message, remedy=failure.remedy)
 
 
 class WorkerService:
@@ -128,7 +137,7 @@ class WorkerService:
             method = self._calls.get(name)
             if method is None:
                 raise AdminRequestError(f"workers know no call {name!r}")
-            value = method(**msgspec.msgpack.decode(arguments))
+            value = msgspec.msgpack.encode(method(**msgspec.msgpack.decode(arguments)))
         except EnginePluginError as error:
             return msgspec.msgpack.encode(_Answer(failure=_failure(error)))
         except Exception as error:  # whatever the engine raised must travel as data
@@ -138,7 +147,7 @@ class WorkerService:
                 remedy="see the engine's log",
             )
             return msgspec.msgpack.encode(_Answer(failure=failure))
-        return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(msgspec.msgpack.encode(value))))
+        return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(value)))
 
     def _describe(self) -> WorkerDescription:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())

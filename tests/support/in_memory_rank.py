@@ -1,0 +1,100 @@
+"""One engine rank without an engine: a real receiver over the in-memory model and wire."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.receiver import ConnectResult, PullStatus, WeightReceiver
+from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.worker_service import WorkerService
+from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel
+
+__all__ = ["InMemoryRank"]
+
+_serial = itertools.count()
+
+
+class _BreakableReceiver(WeightReceiver):
+    """A receiver whose calls fail when a test says so, before they do anything."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.failures: dict[str, EnginePluginError] = {}
+
+    def connect(self, plan_id: str, manifests: Sequence[SourceManifest]) -> ConnectResult:
+        self._maybe_fail("connect")
+        return super().connect(plan_id, manifests)
+
+    def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> PullStatus:
+        self._maybe_fail("start")
+        return super().start(plan_id, staged=staged, timeout_s=timeout_s)
+
+    def advance(self, *, budget_s: float) -> PullStatus:
+        self._maybe_fail("advance")
+        return super().advance(budget_s=budget_s)
+
+    def finish(self) -> RankReport:
+        self._maybe_fail("finish")
+        return super().finish()
+
+    def _maybe_fail(self, call: str) -> None:
+        error = self.failures.pop(call, None)
+        if error is not None:
+            raise error
+
+
+class InMemoryRank:
+    """A worker's parts: model, installer, receiver, and the service that answers calls.
+
+    Args:
+        model: what this rank serves from.
+        tp_rank: its number.
+        stall_timeout_s: as for the receiver.
+    """
+
+    def __init__(
+        self, model: InMemoryModel, *, tp_rank: int = 0, stall_timeout_s: float = 5.0
+    ) -> None:
+        self.model = model
+        self.installer = InMemoryInstaller(model)
+        self.transports: list[InMemoryTransport] = []
+        self.receiver = _BreakableReceiver(
+            self.installer, self._transport, tp_rank=tp_rank, stall_timeout_s=stall_timeout_s
+        )
+        self.service = WorkerService(self.receiver, tp_rank=tp_rank)
+
+    def _transport(self) -> InMemoryTransport:
+        self.transports.append(InMemoryTransport(f"engine-{next(_serial)}"))
+        return self.transports[-1]
+
+    def fail_next(self, call: str, error: EnginePluginError) -> None:
+        """Have the next such call of the admin side fail."""
+        self.receiver.failures[call] = error
+
+    def wait(self, *, steps: int | None = None, within_s: float = 10.0) -> PullStatus:
+        """Poll until so many steps (all of them) are here, or the pull has failed."""
+        until = time.monotonic() + within_s
+        while True:
+            status = self.receiver.poll()
+            wanted = status.steps_total if steps is None else steps
+            if status.steps_ready >= wanted or status.error is not None:
+                return status
+            assert time.monotonic() < until, f"still {status}"
+            time.sleep(0.001)
+
+    def install_all(self, *, within_s: float = 10.0) -> RankReport:
+        """Advance until every step is installed, then finish."""
+        until = time.monotonic() + within_s
+        while (status := self.receiver.advance(budget_s=0.05)).steps_installed < status.steps_total:
+            assert time.monotonic() < until, f"still {status}"
+        return self.receiver.finish()
+
+    def close(self) -> None:
+        """Give everything back."""
+        self.receiver.close()

@@ -1,0 +1,161 @@
+"""Calls and answers between the admin side and a worker: plain bytes, and never an exception."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+
+from engine_plugins import errors
+from engine_plugins.errors import (
+    AdminAnswerError,
+    AdminRequestError,
+    ConflictError,
+    EngineCallError,
+    EnginePluginError,
+    PeerLostError,
+    UnknownIdError,
+)
+from engine_plugins.weights.manifest import encode_manifest
+from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.worker_service import (
+    AbortAnswer,
+    ConnectAnswer,
+    StatusAnswer,
+    WorkerDescription,
+    encode_call,
+    raised,
+    read_answer,
+)
+from tests.support.in_memory_model import InMemoryModel, hf_tensors
+from tests.support.in_memory_rank import InMemoryRank
+from tests.support.source_ranks import offered_tensors
+
+
+@pytest.fixture
+def rank() -> Iterator[InMemoryRank]:
+    made = InMemoryRank(InMemoryModel.loaded(hf_tensors(seed=0)), tp_rank=1)
+    yield made
+    made.close()
+
+
+def ask(rank: InMemoryRank, call: str, kind: Any, **arguments: Any) -> Any:
+    return read_answer(rank.service.call(call, encode_call(**arguments)), kind)
+
+
+ERRORS = [
+    kind
+    for kind in (getattr(errors, name) for name in errors.__all__)
+    if kind is not AdminAnswerError  # a client's, never a worker's
+]
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_every_error_of_ours_arrives_in_its_own_class(
+    rank: InMemoryRank, kind: type[EnginePluginError]
+) -> None:
+    """Class, text and remedy: the caller acts on them as if it had been there."""
+    rank.fail_next("connect", kind("seen: 3 of 5", remedy="do that"))
+    with pytest.raises(EnginePluginError) as error:
+        ask(rank, "connect", ConnectAnswer, plan_id="p", manifests=[])
+    assert type(error.value) is kind
+    assert (error.value.message, error.value.remedy) == ("seen: 3 of 5", "do that")
+
+
+@pytest.mark.parametrize("method", ["begin", "install"])
+def test_an_engines_own_exception_becomes_data(rank: InMemoryRank, method: str) -> None:
+    """Raised across an RPC it would leave other ranks' answers behind."""
+    with offered_tensors(hf_tensors(seed=1)) as trainer:
+        manifests = [encode_manifest(trainer.manifest)]
+        ask(rank, "connect", ConnectAnswer, plan_id="p", manifests=manifests)
+        ask(rank, "start", StatusAnswer, plan_id="p", staged=False, timeout_s=10)
+        rank.installer.failures[method] = 0
+        with pytest.raises(EngineCallError, match=rf"rank 1: advance: RuntimeError: .*{method}"):
+            ask(rank, "advance", StatusAnswer, budget_s=5)
+        assert ask(rank, "abort", AbortAnswer).wrote
+
+
+@pytest.mark.parametrize(
+    ("call", "arguments", "kind"),
+    [
+        ("no such call", encode_call(), AdminRequestError),
+        ("__class__", encode_call(), AdminRequestError),
+        ("poll", b"", EngineCallError),
+        ("poll", b"\xc1 garbage", EngineCallError),
+        ("poll", msgspec.msgpack.encode([1, 2]), EngineCallError),
+        ("poll", encode_call(surprise=1), EngineCallError),
+        ("connect", encode_call(plan_id="p", manifests=[b"garbage"]), EngineCallError),
+        ("poll", encode_call(), ConflictError),
+        ("finish", encode_call(), ConflictError),
+        ("start", encode_call(plan_id="p", staged=False, timeout_s=1), UnknownIdError),
+    ],
+)
+def test_whatever_is_asked_is_answered(
+    rank: InMemoryRank, call: str, arguments: bytes, kind: type[EnginePluginError]
+) -> None:
+    """Unknown calls, garbage, calls out of order: an answer with an error in it."""
+    answer = rank.service.call(call, arguments)
+    with pytest.raises(EnginePluginError) as error:
+        read_answer(answer, StatusAnswer)
+    assert type(error.value) is kind
+
+
+def test_a_failure_of_an_unknown_kind_is_still_an_error_of_ours() -> None:
+    """A newer worker may know classes that this side does not."""
+    body = msgspec.msgpack.encode(
+        {"failure": {"kind": "NewerError", "message": "m", "remedy": "r"}}
+    )
+    with pytest.raises(EngineCallError, match="m"):
+        read_answer(body, StatusAnswer)
+
+
+@pytest.mark.parametrize("kind", ["annotations", "__all__", "AdminAnswerError", "__name__"])
+def test_a_failure_can_only_become_an_error_class(kind: str) -> None:
+    """The name is looked up among the errors, and nowhere else."""
+    failure = msgspec.convert(
+        {"kind": kind, "message": "m", "remedy": "r"},
+        inspect.signature(raised, eval_str=True).parameters["failure"].annotation,
+    )
+    assert isinstance(raised(failure), EngineCallError)
+
+
+def test_a_whole_update_goes_through_calls(rank: InMemoryRank) -> None:
+    """Describe, connect, start, poll, advance, finish, drop: each answer in its own shape."""
+    assert ask(rank, "describe", WorkerDescription) == WorkerDescription(
+        tp_rank=1, pid=os.getpid(), host=os.uname().nodename
+    )
+    with offered_tensors(hf_tensors(seed=1)) as trainer:
+        manifests = [encode_manifest(trainer.manifest)]
+        connected = ask(rank, "connect", ConnectAnswer, plan_id="p", manifests=manifests)
+        assert connected.plan.tp_rank == 1
+        assert connected.plan.bytes_needed == trainer.source.nbytes
+        started = ask(rank, "start", StatusAnswer, plan_id="p", staged=True, timeout_s=10)
+        assert (started.steps_total, started.wrote, started.failure) == (6, False, None)
+        while (status := ask(rank, "poll", StatusAnswer)).steps_ready < status.steps_total:
+            pass
+        assert status.bytes_done == status.bytes_total == trainer.source.nbytes
+        assert ask(rank, "advance", StatusAnswer, budget_s=10).steps_installed == 6
+        report = ask(rank, "finish", RankReport)
+        assert (report.tp_rank, report.bytes_moved) == (1, trainer.source.nbytes)
+        assert not ask(rank, "abort", AbortAnswer).wrote
+        ask(rank, "drop", type(None), plan_id="p")
+    assert rank.model.equals(InMemoryModel.loaded(hf_tensors(seed=1)))
+
+
+def test_a_failed_pull_travels_in_the_status(rank: InMemoryRank) -> None:
+    """Polling never fails for it: where the update stands is told together with why it ended."""
+    with offered_tensors(hf_tensors(seed=1)) as trainer:
+        manifests = [encode_manifest(trainer.manifest)]
+        ask(rank, "connect", ConnectAnswer, plan_id="p", manifests=manifests)
+        trainer.transport.close()
+        ask(rank, "start", StatusAnswer, plan_id="p", staged=False, timeout_s=10)
+        rank.wait()
+        failure = ask(rank, "poll", StatusAnswer).failure
+    assert failure.kind == "PeerLostError"
+    error = raised(failure)
+    assert isinstance(error, PeerLostError)
+    assert error.message.startswith("rank 1: trainer-0")
