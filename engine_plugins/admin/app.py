@@ -6,12 +6,12 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_plugins.admin.auth import BearerAuth, TokenBook
 from engine_plugins.admin.body_limit import BodyLimit
 from engine_plugins.admin.error_responses import problem, problem_from
-from engine_plugins.admin.last_resort import LastResort
+from engine_plugins.admin.last_resort import LastResort, internal_problem
 from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
 from engine_plugins.admin.service import AdminService, StoredFailure
 from engine_plugins.errors import EnginePluginError
@@ -32,7 +32,26 @@ def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
         sources = scope["path"].endswith(SOURCES_PATH)
         return settings.max_manifest_bytes if sources else settings.max_body_bytes
 
-    return LastResort(BearerAuth(BodyLimit(app, limit), TokenBook(settings), SCOPES))
+    guarded = BearerAuth(BodyLimit(app, limit), TokenBook(settings), SCOPES)
+    return LastResort(_BelowMount(guarded))
+
+
+class _BelowMount:
+    """Gives paths their root path back where a proxy took it away.
+
+    Starlette's mounts add themselves to the root path, and what is inside a mount then expects
+    the whole of it in front of the path: without this every route is unknown behind such a proxy.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        root, path = scope.get("root_path", ""), scope.get("path", "")
+        if root and not path.startswith(f"{root}/"):
+            mounted_at = root.removeprefix(scope.get("app_root_path", ""))
+            scope = {**scope, "path": root + path.removeprefix(mounted_at)}
+        await self._app(scope, receive, send)
 
 
 def _answer_errors(app: FastAPI, service: AdminService) -> None:
@@ -59,6 +78,11 @@ def _answer_errors(app: FastAPI, service: AdminService) -> None:
             remedy=f"see {PREFIX}/openapi.json",
             state=service.state_name,
         )
+
+    # Without this one Starlette answers in plain text before the last resort can.
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return internal_problem(error, state=service.state_name)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:

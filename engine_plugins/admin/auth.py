@@ -36,7 +36,7 @@ class TokenBook:
     def __init__(self, settings: Settings) -> None:
         self._single = settings.admin_token
         self._file = settings.admin_token_file
-        self._stamp: tuple[int, int] | None = None
+        self._stamp: tuple[int, int, int] | None = None
         self._from_file: list[_Entry] = []
 
     def scopes_of(self, token: str) -> frozenset[TokenScope] | None:
@@ -61,7 +61,7 @@ class TokenBook:
             return single
         try:
             stat = self._file.stat()
-            stamp = (stat.st_mtime_ns, stat.st_ino)
+            stamp = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
             if stamp != self._stamp:
                 self._from_file = _read_token_file(self._file)
                 self._stamp = stamp
@@ -74,7 +74,7 @@ class TokenBook:
 
 def _read_token_file(path: Path) -> list[_Entry]:
     entries = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
@@ -150,13 +150,12 @@ class BearerAuth:
 def _route_path(scope: Scope) -> str:
     """The path below the mount point, whatever the server's root path is."""
     path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path.removeprefix(root) if root else path
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _bearer(scope: Scope) -> str:
     for name, value in scope["headers"]:
         if name == b"authorization":
-            kind, _, token = value.decode("latin-1").partition(" ")
+            kind, _, token = value.decode(errors="replace").partition(" ")
             return token.strip() if kind.lower() == "bearer" else ""
     return ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem
@@ -29,7 +30,10 @@ class BodyLimit:
             return
         limit = self._limit_bytes(scope)
         declared = _content_length(scope)
-        body = None if declared > limit else await _read(receive, limit)
+        try:
+            body = None if declared > limit else await _read(receive, limit)
+        except ClientDisconnect:
+            return  # half a body says nothing, and nobody waits for an answer
         if body is None:
             answer = problem(
                 413,
@@ -60,7 +64,7 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
     while True:
         message = await receive()
         if message["type"] != "http.request":
-            return b"".join(chunks)
+            raise ClientDisconnect
         chunk = message.get("body", b"")
         size += len(chunk)
         if size > limit:

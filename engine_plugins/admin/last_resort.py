@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem
 
-__all__ = ["LastResort"]
+__all__ = ["LastResort", "internal_problem"]
 
 logger = logging.getLogger(__name__)
+
+
+def internal_problem(error: Exception, *, state: str | None = None) -> Response:
+    """The answer for what nobody foresaw."""
+    return problem(
+        500,
+        "internal_error",
+        f"{type(error).__name__}: {error}",
+        remedy="this is a bug of engine-plugins: report it with the server's log",
+        state=state,
+    )
 
 
 class LastResort:
@@ -37,10 +49,4 @@ class LastResort:
             logger.exception("an admin route failed")
             if started or scope["type"] != "http":
                 return
-            answer = problem(
-                500,
-                "internal_error",
-                f"{type(error).__name__}: {error}",
-                remedy="this is a bug of engine-plugins: report it with the server's log",
-            )
-            await answer(scope, receive, send)
+            await internal_problem(error)(scope, receive, send)

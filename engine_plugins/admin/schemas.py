@@ -30,7 +30,7 @@ __all__ = [
 class _Body(BaseModel):
     """A body in which an unknown field is an error, not a silent default."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class PauseBody(_Body):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import re
 import secrets
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -45,9 +47,18 @@ from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescripti
 
 __all__ = ["AdminService", "StoredFailure"]
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
 MAX_SOURCES = 4096
 MAX_PLANS = 8
 MAX_ANSWERS = 256
+DESCRIBE_WAIT_S = 0.5
+"""How long /state waits to hear who the workers are, the first time."""
+RETRY_S = 0.05
+
+_SOURCE_ID = re.compile(r"source-[0-9a-f]{24}")
 
 
 class StoredFailure(EnginePluginError):
@@ -67,8 +78,8 @@ class AdminService:
         self._shared = shared
         self._settings = settings
         self._workers = WorkerCalls(control)
-        self._described: list[WorkerDescription] | None = None
-        self._timers: set[asyncio.Task[None]] = set()
+        self._describing: asyncio.Task[list[WorkerDescription]] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def state_name(self) -> str:
@@ -98,6 +109,10 @@ class AdminService:
 
     async def pause(self, body: PauseBody) -> StateView:
         """Stop scheduling, and say so in the state."""
+        await self._to_the_end(self._pause(body))
+        return await self.state()
+
+    async def _pause(self, body: PauseBody) -> None:
         with self._shared.operation("pause"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="pause")
@@ -112,9 +127,8 @@ class AdminService:
             until = None if body.hold_s is None else time.time() + body.hold_s
             pause = Pause(mode=body.mode, until=until)
             self._shared.change(lambda now: moved(now, "paused", pause=pause))
-            if body.hold_s is not None:
-                self._later(body.hold_s, self._end_pause(pause))
-        return await self.state()
+        if body.hold_s is not None:
+            self._keep(asyncio.create_task(self._end_pause(pause, body.hold_s)))
 
     async def resume(self) -> StateView:
         """Schedule again."""
@@ -186,17 +200,7 @@ class AdminService:
         given = self._shared.get("answers", key)
         if given is not None:
             return _answer_again(given)
-        with self._shared.operation("update"):
-            plan = self._plan(body.plan_id)
-            state = self._shared.read()
-            require(state, "serving", "paused", "fenced", doing="update")
-            _refuse_stale(state, body)
-            transaction = UpdateTransaction(
-                self._control, self._shared, body, plan, staged=self._staged(body, plan)
-            )
-            # In a task of its own: a client that hangs up must not stop it half way.
-            task = asyncio.create_task(self._carry_through(transaction, key))
-            return await asyncio.shield(task)
+        return await self._to_the_end(self._update(body, key))
 
     def weights(self) -> WeightsView:
         """The version that serves, past reports and known plans."""
@@ -212,6 +216,21 @@ class AdminService:
             plans=[msgspec.json.decode(plan) for plan in plans if plan is not None],
         )
 
+    async def _update(self, body: UpdateBody, key: str) -> UpdateReport:
+        with self._shared.operation("update"):
+            # The same request may have been answered while this one came to the lock.
+            given = self._shared.get("answers", key)
+            if given is not None:
+                return _answer_again(given)
+            plan = self._plan(body.plan_id)
+            state = self._shared.read()
+            require(state, "serving", "paused", "fenced", doing="update")
+            _refuse_stale(state, body)
+            transaction = UpdateTransaction(
+                self._control, self._shared, body, plan, staged=self._staged(body, plan)
+            )
+            return await self._carry_through(transaction, key)
+
     async def _carry_through(self, transaction: UpdateTransaction, key: str) -> UpdateReport:
         try:
             report = await transaction.run()
@@ -225,11 +244,14 @@ class AdminService:
                     "remedy": error.remedy,
                 },
             }
-            self._shared.put("answers", key, msgspec.json.encode(answer))
+            self._answered(key, answer)
             raise
-        self._shared.put("answers", key, msgspec.json.encode({"report": report}))
-        self._prune("answers", MAX_ANSWERS)
+        self._answered(key, {"report": report})
         return report
+
+    def _answered(self, key: str, answer: dict[str, Any]) -> None:
+        self._shared.put("answers", key, msgspec.json.encode(answer))
+        self._prune("answers", MAX_ANSWERS)
 
     def _staged(self, body: UpdateBody, plan: PlanSummary) -> bool:
         if body.mode == "auto":
@@ -241,10 +263,11 @@ class AdminService:
         bodies: list[bytes] = []
         agents: set[str] = set()
         for source_id in dict.fromkeys(body.source_ids):
-            kept = self._shared.get("sources", source_id) if source_id.isascii() else None
-            if kept is None or "/" in source_id:
+            ours = _SOURCE_ID.fullmatch(source_id)
+            kept = self._shared.get("sources", source_id) if ours else None
+            if kept is None:
                 raise UnknownIdError(
-                    f"no source {source_id!r} here", remedy="POST its manifest again"
+                    f"no source {source_id[:80]!r} here", remedy="POST its manifest again"
                 )
             manifest = msgspec.msgpack.decode(kept, type=SourceManifest)
             compare_facts(manifest.model, self._control.info.model_facts, who=manifest.source)
@@ -263,35 +286,58 @@ class AdminService:
             self._shared.get("plans", plan_id) if plan_id in self._shared.names("plans") else None
         )
         if kept is None:
-            raise UnknownIdError(f"no plan {plan_id!r} here", remedy="connect again")
+            raise UnknownIdError(f"no plan {plan_id[:80]!r} here", remedy="connect again")
         return msgspec.json.decode(kept, type=PlanSummary)
 
     async def _worker_views(self, state: EngineState) -> list[WorkerView]:
-        """Who the workers are; asked once, and not while they are busy with an update."""
-        if self._described is None and state.state != "updating":
-            self._described = await self._workers.describe()
+        """Who the workers are; asked once, not during an update, and not waited for too long."""
+        task = self._describing
+        if task is None or (task.done() and task.exception() is not None):
+            if state.state == "updating":
+                return []
+            task = self._describing = asyncio.create_task(self._workers.describe())
+            self._keep(task)
+        await asyncio.wait({task}, timeout=DESCRIBE_WAIT_S)
+        if not task.done() or task.exception() is not None:
+            return []
         return [
-            WorkerView(tp_rank=each.tp_rank, pid=each.pid, host=each.host)
-            for each in self._described or []
+            WorkerView(tp_rank=each.tp_rank, pid=each.pid, host=each.host) for each in task.result()
         ]
 
     def _prune(self, folder: str, most: int) -> None:
         for name in self._shared.names(folder)[:-most]:
             self._shared.drop(folder, name)
 
-    def _later(self, delay_s: float, work: Any) -> None:
-        async def wait() -> None:
-            await asyncio.sleep(delay_s)
-            await work
+    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """Work in a task of its own: a client that hangs up must not stop it half way."""
+        task = asyncio.create_task(work)
+        self._keep(task)
+        return await asyncio.shield(task)
 
-        task = asyncio.create_task(wait())
-        self._timers.add(task)
-        task.add_done_callback(self._timers.discard)
+    def _keep(self, task: asyncio.Task[Any]) -> None:
+        """Keep a task that nobody may be waiting for; the loop itself holds it only weakly."""
+        self._tasks.add(task)
+        task.add_done_callback(self._forget)
 
-    async def _end_pause(self, pause: Pause) -> None:
-        """End a pause whose holder said how long to hold it, if it is still that pause."""
-        if self._shared.read().pause == pause:
-            await self.resume()
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever asked was told; asyncio need not complain
+
+    async def _end_pause(self, pause: Pause, hold_s: float) -> None:
+        """End a pause whose holder said how long to hold it, if it is still that pause.
+
+        An update may be under way just then: the pause ends when that has.
+        """
+        await asyncio.sleep(hold_s)
+        while self._shared.read().pause == pause:
+            try:
+                await self.resume()
+            except ConflictError:
+                await asyncio.sleep(RETRY_S)
+            except EnginePluginError:
+                logger.exception("a pause of %g s could not be ended", hold_s)
+                return
 
 
 def _summary(plan_id: str, answers: list[ConnectAnswer]) -> PlanSummary:

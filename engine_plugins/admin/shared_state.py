@@ -15,7 +15,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -26,8 +26,12 @@ from engine_plugins.errors import ConflictError, EnginePluginError
 __all__ = ["SharedState", "create_runtime_dir"]
 
 PAGE_BYTES = 64 << 10
-_HEADER = struct.Struct("<QII")
-"""Sequence (odd while a writer is at work), payload length, CRC-32 of the payload."""
+_SEQUENCE = struct.Struct("<Q")
+"""At the page's start: how often the state was replaced. It also says which slot holds it."""
+_SLOT_HEADER = struct.Struct("<QII")
+"""Sequence, payload length, CRC-32 of the payload."""
+_SLOT_BYTES = (PAGE_BYTES - 64) // 2
+"""Two slots by turns: a writer that dies half way has spoiled only the one that nobody reads."""
 
 
 def create_runtime_dir(path: Path) -> None:
@@ -53,16 +57,19 @@ class SharedState:
     def read(self) -> EngineState:
         """The state as it is now."""
         for _ in range(1000):
-            sequence, length, checksum = _HEADER.unpack_from(self._page)
+            (sequence,) = _SEQUENCE.unpack_from(self._page)
             if self._last is not None and self._last[0] == sequence:
                 return self._last[1]
-            payload = self._page[_HEADER.size : _HEADER.size + length]
-            again = _HEADER.unpack_from(self._page)[0]
-            if sequence == again and sequence % 2 == 0 and zlib.crc32(payload) == checksum:
-                state = msgspec.msgpack.decode(payload, type=EngineState) if length else None
-                self._last = (sequence, state or EngineState(since=0.0))
+            slot = _slot(sequence)
+            written, length, checksum = _SLOT_HEADER.unpack_from(self._page, slot)
+            first = slot + _SLOT_HEADER.size
+            payload = self._page[first : first + length]
+            if sequence == 0:
+                return EngineState(since=0.0)
+            if written == sequence and zlib.crc32(payload) == checksum:
+                self._last = (sequence, msgspec.msgpack.decode(payload, type=EngineState))
                 return self._last[1]
-            time.sleep(0.0001)
+            time.sleep(0.0001)  # two writers passed while we read; look again
         raise EnginePluginError(f"the state page in {self.runtime_dir} cannot be read")
 
     def change(self, change: Callable[[EngineState], EngineState]) -> EngineState:
@@ -70,12 +77,14 @@ class SharedState:
         with self._writing():
             state = change(self.read())
             payload = msgspec.msgpack.encode(state)
-            if len(payload) > PAGE_BYTES - _HEADER.size:
+            if len(payload) > _SLOT_BYTES - _SLOT_HEADER.size:
                 raise EnginePluginError(f"a state of {len(payload)} bytes does not fit its page")
-            sequence = _HEADER.unpack_from(self._page)[0]
-            _HEADER.pack_into(self._page, 0, sequence + 1, 0, 0)
-            self._page[_HEADER.size : _HEADER.size + len(payload)] = payload
-            _HEADER.pack_into(self._page, 0, sequence + 2, len(payload), zlib.crc32(payload))
+            sequence = _SEQUENCE.unpack_from(self._page)[0] + 1
+            slot = _slot(sequence)
+            _SLOT_HEADER.pack_into(self._page, slot, sequence, len(payload), zlib.crc32(payload))
+            first = slot + _SLOT_HEADER.size
+            self._page[first : first + len(payload)] = payload
+            _SEQUENCE.pack_into(self._page, 0, sequence)
         return state
 
     @contextmanager
@@ -123,8 +132,12 @@ class SharedState:
 
     def names(self, folder: str) -> list[str]:
         """Names kept in a folder, oldest first."""
-        found = [path for path in (self.runtime_dir / folder).iterdir() if path.suffix != ".tmp"]
-        return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime_ns)]
+        found: list[tuple[int, str]] = []
+        for entry in os.scandir(self.runtime_dir / folder):
+            with suppress(FileNotFoundError):  # another process has just dropped it
+                if not entry.name.endswith(".tmp"):
+                    found.append((entry.stat().st_mtime_ns, entry.name))
+        return [name for _, name in sorted(found)]
 
     def drop(self, folder: str, name: str) -> None:
         """Forget a file."""
@@ -139,3 +152,7 @@ class SharedState:
             yield
         finally:
             os.close(descriptor)
+
+
+def _slot(sequence: int) -> int:
+    return 64 + _SLOT_BYTES * (sequence % 2)

@@ -41,6 +41,9 @@ POLL_S = 0.02
 ADVANCE_S = 0.25
 """The longest that one call keeps an engine's core from answering others."""
 
+GRACE_S = 0.5
+"""After the deadline a rank may still say for itself which peer kept it waiting, and for what."""
+
 _SETTLED: dict[StateName, StateName] = {"fenced": "serving", "serving": "serving"}
 
 
@@ -208,7 +211,8 @@ class UpdateTransaction:
         fence = Fence(
             code=error.code,
             detail=f"the update to version {self._body.version} failed half way: {error.message}",
-            remedy=f"repeat the update to version {self._body.version} or send a newer one",
+            remedy=f"repeat the update to version {self._body.version} or send a newer one, under "
+            "a new request_id",
             attempted_version=self._body.version,
         )
         self._shared.change(
@@ -225,22 +229,19 @@ class UpdateTransaction:
 
     def _mark_new_kv(self) -> None:
         """From here on no request may use KV of the weights before."""
-        mark = f"weights-{self._body.version}"
 
         def change(state: EngineState) -> EngineState:
-            known = state.kv_generation or ""
-            repeats = known == mark or known.startswith(mark + ".")
-            count = int(known[len(mark) + 1 :] or 0) + 1 if repeats else 0
-            return msgspec.structs.replace(
-                state, kv_generation=f"{mark}.{count}" if count else mark
-            )
+            # Counted, because the same version may come again with other weights.
+            count = int((state.kv_generation or ".0").rpartition(".")[2]) + 1
+            mark = f"weights-{self._body.version}.{count}"
+            return msgspec.structs.replace(state, kv_generation=mark)
 
         self._shared.change(change)
 
     def _progress(self, phase: str, statuses: list[StatusAnswer]) -> None:
         done = sum(status.bytes_done for status in statuses)
         self._show(phase, done)
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > self._deadline + GRACE_S:
             slowest = min(statuses, key=lambda status: status.bytes_done)
             raise TransferTimeoutError(
                 f"the update did not end within {self._body.timeout_s:g} s: rank "

@@ -1,0 +1,230 @@
+"""Tokens and scopes, checked before a request's body is looked at."""
+
+from __future__ import annotations
+
+import hmac
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.types import Message, Scope
+
+from engine_plugins.admin import auth
+from engine_plugins.admin.auth import TokenBook
+from engine_plugins.admin.routes import SCOPES
+from engine_plugins.errors import SettingsError
+from engine_plugins.settings import Settings
+from tests.support.admin_server import TOKEN, AdminServer
+
+pytestmark = pytest.mark.anyio
+
+MakeServer = Callable[..., AdminServer]
+ROUTES = sorted(SCOPES)
+
+
+async def raw(
+    server: AdminServer, method: str, path: str, *headers: tuple[bytes, bytes]
+) -> tuple[int, dict[str, Any], int]:
+    """Call the application without a client: status, problem, and how often the body was read."""
+    sent: list[Message] = []
+    reads = 0
+
+    async def receive() -> Message:
+        nonlocal reads
+        reads += 1
+        return {"type": "http.request", "body": b"\xff" * (1 << 20), "more_body": reads < 100}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": method,
+        "scheme": "http",
+        "path": f"/admin/v1{path}",
+        "raw_path": f"/admin/v1{path}".encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": list(headers),
+        "server": ("engine", 80),
+        "client": ("peer", 1),
+    }
+    await server.app(scope, receive, send)
+    body = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], httpx.Response(200, content=body).json(), reads
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_without_a_token_nothing_of_a_body_is_read(
+    make_server: MakeServer, method: str, path: str
+) -> None:
+    """100 MB of garbage cost nothing: 401 comes before the first byte is asked for."""
+    server = make_server()
+    for headers in (
+        [(b"content-length", b"104857600")],
+        [(b"authorization", b"Bearer wrong"), (b"content-type", b"application/json")],
+        [(b"authorization", b"Basic " + TOKEN.encode())],
+        [(b"authorization", TOKEN.encode())],
+        [(b"authorization", b"Bearer " + TOKEN.encode() + b"x")],
+        [(b"authorization", b"Bearer \xff\xfe")],
+    ):
+        status, problem, reads = await raw(server, method, path, *headers)
+        assert (status, problem["code"], reads) == (401, "unauthorized", 0)
+        assert "Bearer" in problem["remedy"]
+    server.engine.close()
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+async def test_a_server_without_a_token_is_closed(
+    make_server: MakeServer, method: str, path: str
+) -> None:
+    """503 on every route, naming both settings; no token opens it, not even an empty one."""
+    for settings in (Settings(), Settings(admin_token="")):
+        server = make_server(settings=settings)
+        for header in (b"Bearer ", b"Bearer None", b"Bearer x"):
+            status, problem, reads = await raw(server, method, path, (b"authorization", header))
+            assert (status, problem["code"], reads) == (503, "not_configured", 0)
+            assert "ENGINE_PLUGINS_ADMIN_TOKEN " in problem["remedy"]
+            assert "ENGINE_PLUGINS_ADMIN_TOKEN_FILE" in problem["remedy"]
+        server.engine.close()
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(
+        "# who may do what\n\nread r-token\ncontrol c-token\nweights w-token\n"
+        "read both\nweights both\n"
+    )
+    return path
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES)
+@pytest.mark.parametrize(
+    ("token", "scopes"),
+    [
+        ("r-token", {"read"}),
+        ("c-token", {"control"}),
+        ("w-token", {"weights"}),
+        ("both", {"read", "weights"}),
+        (TOKEN, {"read", "control", "weights"}),
+    ],
+)
+async def test_a_token_opens_the_routes_of_its_scopes(
+    make_server: MakeServer,
+    token_file: Path,
+    method: str,
+    path: str,
+    token: str,
+    scopes: set[str],
+) -> None:
+    """Others answer 403 before the body is read, and say what is missing."""
+    server = make_server(settings=Settings(admin_token=TOKEN, admin_token_file=token_file))
+    header = (b"authorization", b"bearer " + token.encode())
+    if SCOPES[method, path] not in scopes:
+        status, problem, reads = await raw(server, method, path, header)
+        assert (status, problem["code"], reads) == (403, "forbidden", 0)
+        assert SCOPES[method, path] in problem["detail"]
+        assert ", ".join(sorted(scopes)) in problem["detail"]
+    else:
+        server.http.headers["authorization"] = f"Bearer {token}"
+        answer = await server.http.request(method, path, content=b"{}")
+        assert answer.status_code not in (401, 403, 503)
+    server.engine.close()
+
+
+async def test_every_route_of_the_application_has_a_scope(make_server: MakeServer) -> None:
+    """A new route without one would be open to every token."""
+    server = make_server()
+    async with server.running():
+        paths = (await server.get("/openapi.json")).json()["paths"]
+    offered = {(method.upper(), path) for path, methods in paths.items() for method in methods}
+    assert offered == set(SCOPES)
+
+
+async def test_a_token_file_is_read_again_when_it_changes(
+    make_server: MakeServer, token_file: Path
+) -> None:
+    """Rotation without a restart: replaced, rewritten in place, broken, mended, taken away."""
+    server = make_server(settings=Settings(admin_token_file=token_file))
+
+    async def status(token: str) -> int:
+        server.http.headers["authorization"] = f"Bearer {token}"
+        return (await server.get("/state")).status_code
+
+    async with server.running():
+        assert await status("r-token") == 200
+        _replace(token_file, b"read second\n")
+        assert (await status("r-token"), await status("second")) == (401, 200)
+        _rewrite_unseen(token_file, b"read third-token\n")
+        assert (await status("second"), await status("third-token")) == (401, 200)
+        for broken in (b"read too many words\n", b"admin x\n", b"read\n", b"\xff\xfe\x00"):
+            _replace(token_file, broken)
+            answer = await server.get("/state")
+            assert (answer.status_code, answer.json()["code"]) == (503, "not_configured")
+            assert "line 1" in answer.json()["detail"]
+        _replace(token_file, b"read third-token\n")
+        assert await status("third-token") == 200
+        _replace(token_file, b"# nobody\n")
+        assert await status("third-token") == 503
+        _replace(token_file, None)
+        assert await status("third-token") == 503
+
+
+def _replace(path: Path, content: bytes | None) -> None:
+    if content is None:
+        path.unlink()
+        return
+    new = path.with_name("new")
+    new.write_bytes(content)
+    new.replace(path)
+
+
+def _rewrite_unseen(path: Path, content: bytes) -> None:
+    """In place and within one tick of the file system's clock: same file, same time."""
+    stamp = path.stat()
+    path.write_bytes(content)
+    os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def test_a_broken_line_is_told_by_its_number_and_not_by_its_token(tmp_path: Path) -> None:
+    """The message goes to whoever asks, token or not."""
+    path = tmp_path / "tokens"
+    path.write_text("read a\nroot topsecret\n")
+    with pytest.raises(SettingsError, match="line 2") as error:
+        TokenBook(Settings(admin_token_file=path)).entries()
+    assert "topsecret" not in error.value.message
+
+
+def test_tokens_are_compared_in_constant_time_and_all_of_them(
+    token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a common beginning nor a token's place in the file shows in the time taken."""
+    compared: list[tuple[bytes, bytes]] = []
+
+    def spy(ours: bytes, offered: bytes) -> bool:
+        compared.append((ours, offered))
+        return hmac.compare_digest(ours, offered)
+
+    monkeypatch.setattr(auth, "hmac", type("Spied", (), {"compare_digest": staticmethod(spy)}))
+    book = TokenBook(Settings(admin_token=TOKEN, admin_token_file=token_file))
+    for offered in (TOKEN, "r-token", "nobody's"):
+        compared.clear()
+        book.scopes_of(offered)
+        assert len(compared) == 6
+        assert {each for _, each in compared} == {offered.encode()}
+
+
+async def test_a_token_may_have_any_characters(make_server: MakeServer) -> None:
+    """Headers are bytes; a token typed in UTF-8 is compared as it was typed."""
+    server = make_server(settings=Settings(admin_token="geheim-ü"))
+    status, _, _ = await raw(
+        server, "POST", "/resume", (b"authorization", "Bearer geheim-ü".encode())
+    )
+    assert status == 413
+    server.engine.close()

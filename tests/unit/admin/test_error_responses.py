@@ -1,0 +1,185 @@
+"""Every error of ours has a status, and every error answer has one shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from engine_plugins import errors
+from engine_plugins.admin.error_responses import problem_from, status_of
+from engine_plugins.errors import AdminAnswerError, EnginePluginError
+from tests.support.admin_server import AdminServer
+
+STATUS = {
+    "AdminAnswerError": 500,
+    "AdminRequestError": 400,
+    "BodyTooLargeError": 413,
+    "ConflictError": 409,
+    "EngineCallError": 500,
+    "EnginePluginError": 500,
+    "EngineUnreachableError": 500,
+    "FencedError": 503,
+    "ManifestError": 422,
+    "NotConfiguredError": 503,
+    "PauseTimeoutError": 504,
+    "PeerError": 422,
+    "PeerLostError": 503,
+    "PlanError": 422,
+    "SettingsError": 500,
+    "SourceError": 500,
+    "StaleVersionError": 409,
+    "TransferTimeoutError": 504,
+    "TransportError": 500,
+    "UnknownIdError": 404,
+    "UnsupportedError": 422,
+    "UpdateFailedError": 500,
+    "WeightMismatchError": 422,
+}
+"""As the contract says; 500 where the fault is the server's own, or a client's class."""
+
+FIELDS = {"type", "title", "status", "detail", "code", "state", "remedy"}
+
+
+def made(name: str) -> EnginePluginError:
+    kind: type[EnginePluginError] = getattr(errors, name)
+    if kind is AdminAnswerError:
+        return AdminAnswerError(
+            url="http://e", status=409, code="c", state="serving", detail="seen", remedy="do"
+        )
+    return kind("seen", remedy="do")
+
+
+def test_the_table_above_is_of_every_class() -> None:
+    """A new error is given a status on purpose."""
+    assert sorted(STATUS) == errors.__all__
+
+
+def test_codes_are_unique() -> None:
+    """A client tells errors apart by `code`."""
+    codes = [getattr(errors, name).code for name in errors.__all__]
+    assert len(set(codes)) == len(codes)
+
+
+@pytest.mark.parametrize("name", errors.__all__)
+def test_every_class_becomes_a_problem_with_its_status(name: str) -> None:
+    """RFC 9457, with our three fields."""
+    error = made(name)
+    answer = problem_from(error, state="paused")
+    body = json.loads(bytes(answer.body))
+    assert answer.status_code == status_of(error) == STATUS[name]
+    assert answer.media_type == answer.headers["content-type"] == "application/problem+json"
+    assert set(body) == FIELDS
+    assert body["status"] == STATUS[name]
+    assert body["code"] == error.code
+    assert body["type"].endswith(error.code)
+    assert body["detail"] == error.message
+    assert (body["state"], body["remedy"]) == ("paused", "do")
+
+
+def test_a_class_of_later_days_has_its_parents_status() -> None:
+    """Looked up along the tree."""
+
+    class NarrowerError(errors.PeerLostError):
+        pass
+
+    assert status_of(NarrowerError("x")) == 503
+
+
+BAD_REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
+    ("POST", "/pause", {"content": b"{not json"}, 400, "malformed_request"),
+    ("POST", "/pause", {"content": b"\xff\xfe"}, 400, "malformed_request"),
+    ("POST", "/pause", {"content": b"[" * 100_000}, 400, "http_error"),
+    ("POST", "/pause", {"json": {"mode": "never"}}, 400, "malformed_request"),
+    ("POST", "/pause", {"json": {"modus": "keep"}}, 400, "malformed_request"),
+    ("POST", "/pause", {"json": {"timeout_s": 0}}, 400, "malformed_request"),
+    ("POST", "/pause", {"content": b'{"timeout_s": NaN}'}, 400, "malformed_request"),
+    ("POST", "/pause", {"content": b'{"timeout_s": Infinity}'}, 400, "malformed_request"),
+    ("POST", "/pause", {"content": b'{"hold_s": 1e999}'}, 400, "malformed_request"),
+    ("POST", "/pause", {"json": {"hold_s": -1}}, 400, "malformed_request"),
+    ("POST", "/flush", {"json": []}, 400, "malformed_request"),
+    ("POST", "/weights/connect", {"json": {"source_ids": []}}, 400, "malformed_request"),
+    ("POST", "/weights/connect", {"json": {}}, 400, "malformed_request"),
+    ("POST", "/weights/update", {"content": b""}, 400, "malformed_request"),
+    ("POST", "/weights/update", {"json": {"plan_id": "p"}}, 400, "malformed_request"),
+    (
+        "POST",
+        "/weights/update",
+        {"json": {"plan_id": "p", "version": -1}},
+        400,
+        "malformed_request",
+    ),
+    (
+        "POST",
+        "/weights/update",
+        {"content": b'{"plan_id": "p", "version": 1, "request_id": "\\ud800"}'},
+        400,
+        "malformed_request",
+    ),
+    ("POST", "/weights/update", {"json": {"plan_id": "p", "version": 1}}, 404, "unknown_id"),
+    ("POST", "/weights/update", {"json": {"plan_id": "../..", "version": 1}}, 404, "unknown_id"),
+    *(
+        ("POST", "/weights/connect", {"json": {"source_ids": [name]}}, 404, "unknown_id")
+        for name in ("source-1", "..", ".", "", "a/b", "../plans/x", "x" * 5000, "a\0b", "ü")
+    ),
+    (
+        "POST",
+        "/weights/connect",
+        {"json": {"source_ids": ["source-1"], "direction": "push"}},
+        422,
+        "unsupported",
+    ),
+    (
+        "POST",
+        "/weights/update",
+        {"json": {"plan_id": "p", "version": 1, "verify": "full"}},
+        422,
+        "unsupported",
+    ),
+    ("POST", "/weights/sources", {"content": b"garbage"}, 400, "malformed_request"),
+    ("POST", "/weights/sources", {"content": b""}, 400, "malformed_request"),
+    ("GET", "/nothing", {}, 404, "unknown_route"),
+    ("GET", "/pause", {}, 405, "method_not_allowed"),
+    ("DELETE", "/state", {}, 405, "method_not_allowed"),
+]
+
+
+@pytest.mark.anyio
+async def test_bad_requests_are_problems_and_change_nothing(
+    make_server: Callable[..., AdminServer],
+) -> None:
+    """Whatever is sent: the status that fits, the same fields, and an engine that serves on."""
+    server = make_server()
+    async with server.running():
+        before = server.shared.read()
+        for method, path, request, status, code in BAD_REQUESTS:
+            answer = await server.http.request(method, path, **request)
+            told = f"{method} {path} {str(request)[:80]}: {answer.text[:200]}"
+            assert (answer.status_code, answer.json()["code"]) == (status, code), told
+            assert answer.headers["content-type"] == "application/problem+json", told
+            assert set(answer.json()) == FIELDS, told
+            assert answer.json()["state"] == "serving"
+            assert answer.json()["detail"]
+        assert server.shared.read() == before
+        assert server.engine.serves(seed=0)
+        assert "pause keep" not in server.engine.calls
+
+
+@pytest.mark.anyio
+async def test_a_bug_of_ours_is_a_problem_too(
+    make_server: Callable[..., AdminServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The application around us never sees the exception; the log has it."""
+    server = make_server()
+
+    async def broken() -> None:
+        raise ZeroDivisionError("one by none")
+
+    server.engine.request_counts = broken  # type: ignore[assignment, method-assign]
+    async with server.running():
+        answer = await server.get("/state")
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
+    assert "ZeroDivisionError: one by none" in answer.json()["detail"]
+    assert "an admin route failed" in caplog.text
