@@ -49,11 +49,17 @@ def main() -> int:
             except ChildFailedError:
                 children.keep = True  # for its logs
                 raise
+            except KeyboardInterrupt:
+                console.print("\ninterrupted: stopping every process of the demo ...")
+                raise
+            finally:
+                if children.keep:
+                    console.print(f"model and logs are in {children.folder}")
     except ChildFailedError as error:
         console.print(f"\n{error}", style="red", markup=False)
         return 1
     except KeyboardInterrupt:
-        console.print("\ninterrupted: every process of the demo is stopped")
+        console.print("stopped")
         return 130
 
 

@@ -25,7 +25,6 @@ import psutil
 __all__ = ["Child", "ChildFailedError", "Children"]
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-GRACE_S = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ class Children:
     While it lasts SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt.
 
     Attributes:
-        folder: a temporary folder, removed at the end unless `keep` is set.
+        folder: a temporary folder, the children's too; removed at the end unless `keep` is set.
     """
 
     def __init__(self, *, keep: bool = False) -> None:
@@ -90,7 +89,7 @@ class Children:
         for number in ENDING:
             signal.signal(number, self._interrupt)
         with _signals_held():
-            self.folder = Path(tempfile.mkdtemp(prefix="engine-plugins-demo-"))
+            self.folder = Path(tempfile.mkdtemp(prefix="demo-"))
         return self
 
     def __exit__(
@@ -113,7 +112,7 @@ class Children:
         with _signals_held(), log.open("w") as output:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **env},
+                env={**os.environ, **env, "TMPDIR": str(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if piped else output,
                 stderr=output,
@@ -132,17 +131,27 @@ class Children:
             raise KeyboardInterrupt
 
     def _end_all(self) -> None:
-        """Let every leader end its group in good order; SIGKILL what is left after a while."""
-        for child in self._children:
-            child.process.terminate()
-        deadline = time.monotonic() + GRACE_S
-        while (left := [child for child in self._children if child.group_runs()]) and (
-            time.monotonic() < deadline
+        """Ask every leader to end its group in good order; end by force what is left then.
+
+        vLLM ignores SIGTERM while it starts. The last resort comes late: it also hits the helper
+        process of Python's multiprocessing that removes shared memory after the others.
+        """
+        for leader, group, patience_s in (
+            (signal.SIGTERM, None, 5.0),
+            (signal.SIGKILL, signal.SIGTERM, 3.0),
+            (signal.SIGKILL, signal.SIGKILL, 3.0),
         ):
-            time.sleep(0.1)
-        for child in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.process.pid, signal.SIGKILL)
+            for child in self._running():
+                child.process.send_signal(leader)
+                if group is not None:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.killpg(child.process.pid, group)
+            deadline = time.monotonic() + patience_s
+            while self._running() and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def _running(self) -> list[Child]:
+        return [child for child in self._children if child.group_runs()]
 
 
 @contextlib.contextmanager
