@@ -6,9 +6,10 @@ Every setting is `ENGINE_PLUGINS_<NAME>`; engines may pass a mapping with the lo
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Settings:
         runtime_dir: where this server's processes share state; set by the plugin.
     """
 
-    admin_token: str | None = None
+    admin_token: str | None = field(default=None, repr=False)
     admin_token_file: Path | None = None
     max_body_bytes: int = 1 << 20
     max_manifest_bytes: int = 256 << 20
@@ -48,7 +49,7 @@ class Settings:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{PREFIX}{name.upper()} must be positive")
-        if not self.stall_timeout_s > 0:
+        if not 0 < self.stall_timeout_s < math.inf:
             raise SettingsError(f"{PREFIX}STALL_TIMEOUT_S must be positive seconds")
         if self.staging_bytes < 0:
             raise SettingsError(f"{PREFIX}STAGING_BYTES must not be negative")
@@ -65,7 +66,7 @@ class Settings:
             SettingsError: an override that does not exist, or a value of the wrong kind.
         """
         environ = os.environ if environ is None else environ
-        known = {field.name: str(field.type) for field in fields(cls)}
+        known = {each.name: str(each.type) for each in fields(cls)}
         values: dict[str, Any] = {
             name: environ[PREFIX + name.upper()]
             for name in known
@@ -81,11 +82,18 @@ class Settings:
 
 
 def _read(name: str, kind: str, value: Any) -> Any:
+    if value is None and kind.endswith("None"):
+        return None
+    text = isinstance(value, str)
     try:
-        if kind == "int":
+        if kind == "int" and (text or type(value) is int):
             return int(value)
-        if kind == "float":
+        if kind == "float" and (text or type(value) in (int, float)):
             return float(value)
-        return Path(value) if kind.startswith("Path") else str(value)
+        if kind.startswith("Path"):
+            return Path(value)
+        if kind.startswith("str") and text:
+            return value
     except (TypeError, ValueError) as error:
         raise SettingsError(f"{PREFIX}{name.upper()}: {value!r} is not {kind}") from error
+    raise SettingsError(f"{PREFIX}{name.upper()}: a {type(value).__name__} is not {kind}")

@@ -1,0 +1,296 @@
+"""The page and the files that a server's processes share: real processes, killed for real."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from engine_plugins.admin.shared_state import PAGE_BYTES, SharedState, create_runtime_dir
+from engine_plugins.admin.state import EngineState, Pause, UpdateProgress, moved
+from engine_plugins.errors import ConflictError, EnginePluginError
+
+ROOT = Path(__file__).parents[3]
+
+
+def program(body: str, *arguments: object) -> subprocess.Popen[str]:
+    """Another process of the server; it has `shared`, and nothing of torch or the engine."""
+    head = """
+        import os, sys, time
+        import msgspec
+        from pathlib import Path
+        from engine_plugins.admin.shared_state import SharedState
+        from engine_plugins.admin.state import Pause, moved
+        shared = SharedState(Path(sys.argv[1]))
+    """
+    code = textwrap.dedent(head) + textwrap.dedent(body)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@contextmanager
+def started(body: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A process that has printed its first line."""
+    process = program(body, *arguments)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip() == "ready"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_fresh_page_says_serving(runtime_dir: Path) -> None:
+    """With the time from which on it is true; laid out for this user alone, and only once."""
+    shared = SharedState(runtime_dir)
+    first = shared.read()
+    assert first.state == "serving"
+    assert time.time() - 60 < first.since <= time.time()
+    shared.change(lambda state: moved(state, "paused"))
+    create_runtime_dir(runtime_dir)
+    assert shared.read().state == "paused", "an existing state is not laid out anew"
+    folders = [runtime_dir, *(each for each in runtime_dir.iterdir() if each.is_dir())]
+    assert {stat.S_IMODE(folder.stat().st_mode) for folder in folders} == {0o700}
+
+
+def test_what_one_process_writes_another_reads(runtime_dir: Path) -> None:
+    """Both ways, through the page alone."""
+    body = """
+        shared.change(lambda state: moved(state, "paused", pause=Pause(mode="wait", until=5.0)))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(shared.read().state, flush=True)
+    """
+    shared = SharedState(runtime_dir)
+    assert shared.read().state == "serving"
+    with started(body, runtime_dir) as process:
+        assert shared.read().pause == Pause(mode="wait", until=5.0)
+        shared.change(lambda state: moved(state, "asleep"))
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip() == "asleep"
+
+
+def test_no_change_of_concurrent_writers_is_lost_and_no_read_is_torn(runtime_dir: Path) -> None:
+    """Three processes and two threads count together; readers see only whole states."""
+    rounds = 300
+    body = f"""
+        def count(state):
+            done = int(state.kv_generation or 0) + 1
+            pad = "x" * (done * 37 % 3000)
+            fence = None
+            return msgspec.structs.replace(
+                state, kv_generation=str(done), since=float(done), pause=None,
+                update=UpdateProgress(
+                    request_id=pad, version=done, phase=str(len(pad)), bytes_done=0, bytes_total=0
+                ),
+            )
+        from engine_plugins.admin.state import UpdateProgress
+        for _ in range({rounds}):
+            shared.change(count)
+    """
+    shared = SharedState(runtime_dir)
+    processes = [program(body, runtime_dir) for _ in range(3)]
+    stop = threading.Event()
+    torn: list[object] = []
+
+    def watch() -> None:
+        mine = SharedState(runtime_dir)
+        last = 0
+        while not stop.is_set():
+            try:
+                state = mine.read()
+            except Exception as error:  # of any kind: that is what is looked for
+                torn.append(error)
+                return
+            done = int(state.kv_generation or 0)
+            update = state.update
+            whole = done == 0 or (
+                update is not None
+                and update.version == done == state.since
+                and len(update.request_id) == int(update.phase)
+            )
+            if not whole or done < last:
+                torn.append(state)
+            last = done
+
+    watchers = [threading.Thread(target=watch) for _ in range(2)]
+    for watcher in watchers:
+        watcher.start()
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    stop.set()
+    for watcher in watchers:
+        watcher.join()
+    assert torn == []
+    assert shared.read().kv_generation == str(3 * rounds)
+
+
+def test_a_writer_that_dies_anywhere_spoils_nothing(runtime_dir: Path) -> None:
+    """Killed before each line of `change` in turn: the state is the old or the new one, whole.
+
+    And the next writer writes: the kernel freed the dead one's lock.
+    """
+    body = """
+        lines = int(sys.argv[2])
+        def trace(frame, event, argument):
+            global lines
+            if frame.f_code.co_name not in ("change", "_slot"):
+                return trace if event == "call" else None
+            if event == "line":
+                lines -= 1
+                if lines == 0:
+                    os.kill(os.getpid(), 9)
+            return trace
+        sys.settrace(trace)
+        shared.change(lambda state: msgspec.structs.replace(state, kv_generation="new" * 500))
+        sys.settrace(None)
+    """
+    shared = SharedState(runtime_dir)
+    for lines in range(1, 40):
+        shared.change(lambda state: msgspec.structs.replace(state, kv_generation="old" * 700))
+        process = program(body, runtime_dir, lines)
+        process.communicate(timeout=60)
+        for reader in (shared, SharedState(runtime_dir)):
+            assert reader.read().kv_generation in ("old" * 700, "new" * 500)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert lines > 8, "the writer was killed at every line"
+    assert shared.read().kv_generation == "new" * 500
+
+
+def test_one_operation_at_a_time_among_processes_and_within_one(runtime_dir: Path) -> None:
+    """Refused at once, with what is under way; free again when the holder ends or dies."""
+    body = """
+        with shared.operation("update"):
+            print("ready", flush=True)
+            sys.stdin.readline()
+        print("free", flush=True)
+        sys.stdin.readline()
+    """
+    shared = SharedState(runtime_dir)
+    with started(body, runtime_dir) as process:
+        began = time.monotonic()
+        with pytest.raises(ConflictError, match="cannot pause: another call"):
+            enter(shared, "pause")
+        shared.change(lambda state: moved(state, "updating", update=progress(version=7)))
+        with pytest.raises(ConflictError, match="cannot resume: the update to version 7"):
+            enter(shared, "resume")
+        assert time.monotonic() - began < 1
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline().strip() == "free"
+        enter(shared, "resume")
+    with started(body, runtime_dir) as process:
+        process.kill()
+        process.wait()
+        enter(shared, "update")
+    with shared.operation("pause"), pytest.raises(ConflictError):
+        enter(SharedState(runtime_dir), "flush")
+    with pytest.raises(ZeroDivisionError), shared.operation("pause"):
+        raise ZeroDivisionError
+    enter(shared, "flush")
+
+
+def enter(shared: SharedState, name: str) -> None:
+    with shared.operation(name):
+        pass
+
+
+def progress(*, version: int) -> UpdateProgress:
+    return UpdateProgress(
+        request_id="r", version=version, phase="pull", bytes_done=0, bytes_total=1
+    )
+
+
+def test_a_program_that_the_holder_starts_does_not_hold_the_lock(runtime_dir: Path) -> None:
+    """Descriptors are not inherited: a child that lives on would keep the server locked."""
+    shared = SharedState(runtime_dir)
+    with shared.operation("update"):
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        enter(shared, "pause")
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_files_are_seen_whole_and_oldest_first(runtime_dir: Path) -> None:
+    """By every process; forgotten ones are gone, twice is harmless."""
+    shared, other = SharedState(runtime_dir), SharedState(runtime_dir)
+    for name in ("b", "a", "c"):
+        shared.put("plans", name, name.encode() * 3)
+        time.sleep(0.01)
+    assert other.names("plans") == ["b", "a", "c"]
+    assert other.get("plans", "a") == b"aaa"
+    shared.put("plans", "b", b"new")
+    assert other.names("plans") == ["a", "c", "b"]
+    assert other.get("plans", "b") == b"new"
+    other.drop("plans", "a")
+    other.drop("plans", "a")
+    assert shared.names("plans") == ["c", "b"]
+    assert shared.get("plans", "a") is None
+    (runtime_dir / "plans" / "half.1.tmp").write_bytes(b"ha")
+    assert shared.names("plans") == ["c", "b"]
+
+
+def test_listing_survives_files_that_others_drop_meanwhile(runtime_dir: Path) -> None:
+    """One process prunes while another looks."""
+    shared = SharedState(runtime_dir)
+    body = """
+        print("ready", flush=True)
+        while True:
+            for n in range(50):
+                shared.put("answers", f"a{n}", b"x")
+            for n in range(50):
+                shared.drop("answers", f"a{n}")
+    """
+    with started(body, runtime_dir):
+        until = time.monotonic() + 0.5
+        while time.monotonic() < until:
+            shared.names("answers")
+
+
+def test_a_state_that_does_not_fit_is_refused_and_the_old_one_stays(runtime_dir: Path) -> None:
+    """A message of any length must not write past its place."""
+    shared = SharedState(runtime_dir)
+    before = shared.read()
+    too_long = "x" * PAGE_BYTES
+    with pytest.raises(EnginePluginError, match="does not fit"):
+        shared.change(lambda state: msgspec.structs.replace(state, kv_generation=too_long))
+    assert shared.read() == SharedState(runtime_dir).read() == before
+
+
+def test_reading_is_quick(runtime_dir: Path) -> None:
+    """It is asked on every request of the engine."""
+    shared = SharedState(runtime_dir)
+    shared.read()
+    began = time.perf_counter()
+    for _ in range(10_000):
+        shared.read()
+    assert time.perf_counter() - began < 1
+    assert isinstance(shared.read(), EngineState)
+    assert os.path.getsize(runtime_dir / "state.page") == PAGE_BYTES

@@ -1,0 +1,109 @@
+"""Settings come from the environment; what an engine's own configuration says goes above it."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_plugins.errors import SettingsError
+from engine_plugins.settings import PREFIX, Settings
+
+
+def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
+    """Strings become numbers and paths."""
+    environ = {
+        "ENGINE_PLUGINS_ADMIN_TOKEN": "t",
+        "ENGINE_PLUGINS_ADMIN_TOKEN_FILE": "/etc/tokens",
+        "ENGINE_PLUGINS_MAX_BODY_BYTES": "10",
+        "ENGINE_PLUGINS_MAX_MANIFEST_BYTES": "20",
+        "ENGINE_PLUGINS_MAX_MANIFEST_ENTRIES": "30",
+        "ENGINE_PLUGINS_STALL_TIMEOUT_S": "0.5",
+        "ENGINE_PLUGINS_STAGING_BYTES": "40",
+        "ENGINE_PLUGINS_RUNTIME_DIR": "/run/x",
+        "PATH": "/bin",
+    }
+    settings = Settings.load(environ=environ)
+    assert settings == Settings(
+        admin_token="t",
+        admin_token_file=Path("/etc/tokens"),
+        max_body_bytes=10,
+        max_manifest_bytes=20,
+        max_manifest_entries=30,
+        stall_timeout_s=0.5,
+        staging_bytes=40,
+        runtime_dir=Path("/run/x"),
+    )
+    assert len(environ) - 1 == len(fields(Settings)), "a new setting belongs in this test"
+    for field in fields(Settings):
+        wanted = {"int": int, "float": float, "str | None": str, "Path | None": Path}
+        assert isinstance(getattr(settings, field.name), wanted[str(field.type)])
+
+
+def test_the_defaults_are_safe() -> None:
+    """No token, so no admin route; nothing staged; empty variables are as good as none."""
+    assert Settings.load(environ={}) == Settings()
+    assert Settings.load(environ={f"{PREFIX}ADMIN_TOKEN": "", f"{PREFIX}STAGING_BYTES": ""}) == (
+        Settings()
+    )
+    assert Settings().admin_token is None
+    assert Settings().staging_bytes == 0
+
+
+def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a server starts."""
+    monkeypatch.setenv("ENGINE_PLUGINS_STAGING_BYTES", "77")
+    assert Settings.load().staging_bytes == 77
+
+
+def test_an_engines_configuration_goes_above_the_environment() -> None:
+    """Typed values or strings, both."""
+    environ = {"ENGINE_PLUGINS_STALL_TIMEOUT_S": "5", "ENGINE_PLUGINS_MAX_BODY_BYTES": "10"}
+    settings = Settings.load({"stall_timeout_s": 7, "staging_bytes": "3"}, environ)
+    assert (settings.stall_timeout_s, settings.max_body_bytes) == (7.0, 10)
+    assert settings.staging_bytes == 3
+    unset = Settings.load({"admin_token": None}, {"ENGINE_PLUGINS_ADMIN_TOKEN": "t"})
+    assert unset.admin_token is None, "null is no token, and above all not the token `None`"
+
+
+def test_a_setting_that_does_not_exist_is_told_with_those_that_do() -> None:
+    """A typing error must not pass for a setting."""
+    with pytest.raises(SettingsError, match=r"stal_timeout_s.*stall_timeout_s") as error:
+        Settings.load({"stal_timeout_s": 5}, {})
+    assert error.value.code == "bad_setting"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_body_bytes", "many"),
+        ("max_body_bytes", "1.5"),
+        ("max_body_bytes", "0"),
+        ("max_manifest_bytes", "-1"),
+        ("max_manifest_entries", "0"),
+        ("stall_timeout_s", "soon"),
+        ("stall_timeout_s", "0"),
+        ("stall_timeout_s", "-3"),
+        ("stall_timeout_s", "nan"),
+        ("stall_timeout_s", "inf"),
+        ("staging_bytes", "-1"),
+        ("max_body_bytes", None),
+        ("max_body_bytes", [1]),
+        ("staging_bytes", True),
+        ("staging_bytes", 1.5),
+        ("admin_token", 5),
+        ("admin_token", ["t"]),
+        ("admin_token_file", 5),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_by_the_settings_name(name: str, value: Any) -> None:
+    """At the start, not at the first update."""
+    with pytest.raises(SettingsError, match=PREFIX + name.upper()):
+        Settings.load({name: value}, {})
+
+
+def test_secrets_do_not_show_where_settings_are_printed() -> None:
+    """Settings end up in logs and tracebacks."""
+    assert "s3cret" not in repr(Settings(admin_token="s3cret"))
