@@ -75,7 +75,7 @@ def demo(children: Children, steps: int) -> int:
         server = start_server(children, model, url)
     console.print(
         f"vllm serve (process {server.process.pid}) answers on {url} "
-        f"after {time.monotonic() - began:.0f} s"
+        f"after {time.monotonic() - began:.0f} s\n"
     )
 
     with waiting("training, and updating the server after every step"):
@@ -124,6 +124,8 @@ def follow(trainer: Child, server: Child, long_request: LongRequest) -> int:
     steps: list[dict[str, Any]] = []
     checks: list[dict[str, Any]] = []
     for line in trainer.output:
+        if not line.startswith("{"):
+            continue  # UCX, under NIXL, writes its warnings to stdout
         said = json.loads(line)
         if "ready" in said:
             long_request.start()

@@ -137,8 +137,8 @@ class Children:
         process of Python's multiprocessing that removes shared memory after the others.
         """
         for leader, group, patience_s in (
-            (signal.SIGTERM, None, 5.0),
-            (signal.SIGKILL, signal.SIGTERM, 3.0),
+            (signal.SIGTERM, None, 4.0),
+            (signal.SIGKILL, signal.SIGTERM, 1.0),
             (signal.SIGKILL, signal.SIGKILL, 3.0),
         ):
             for child in self._running():
