@@ -109,13 +109,13 @@ def _missing_names(parameter: str, givers: dict[str, dict[str, None]]) -> list[s
 def _renumbered(name: str, there: Sequence[str], here: Sequence[str]) -> str:
     """The name of another layer's tensor in this layer.
 
-    The first numbers of an HF name are those of the engine's own name: the layer, the expert.
+    The engine's numbers (the layer, the expert) come in the HF name too, in their order, perhaps
+    among others.
     """
-    swaps = iter(zip(there, here, strict=True))
+    swaps = list(zip(there, here, strict=True))
 
     def swap(found: re.Match[str]) -> str:
-        old, new = next(swaps, ("", ""))
-        return new if found.group() == old else found.group()
+        return swaps.pop(0)[1] if swaps and found.group() == swaps[0][0] else found.group()
 
     return _NUMBER.sub(swap, name)
 

@@ -64,6 +64,7 @@ class InMemoryEngine:
         calls: every call of the control, in order.
         versions: labels published, in order.
         dead: whether calls fail as those of a dead engine do.
+        fail_once: calls whose next one fails.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class InMemoryEngine:
         self.calls: list[str] = []
         self.versions: list[int] = []
         self.dead = False
+        self.fail_once: set[str] = set()
         self.prefix_cache: dict[tuple[str | None, tuple[int, ...]], list[str]] = {}
         self._generation = generation
         self._requests: list[Request] = []
@@ -225,8 +227,9 @@ class InMemoryEngine:
 
     def _called(self, call: str) -> None:
         self.calls.append(call)
-        if self.dead:
-            raise EngineCallError(f"the engine is dead: {call}", remedy="start it anew")
+        if self.dead or call in self.fail_once:
+            self.fail_once.discard(call)
+            raise EngineCallError(f"the engine did not answer: {call}", remedy="start it anew")
 
     async def _generate(self) -> None:
         for _ in itertools.count():

@@ -517,6 +517,23 @@ async def test_a_failure_after_a_write_fences_the_engine_until_an_update_complet
         assert outcomes == ["installed", "failed", "installed"]
 
 
+@pytest.mark.parametrize("call", ["flush", "isolate_kv", "publish_version", "resume"])
+async def test_a_failure_after_every_rank_has_finished_fences_too(
+    make_server: MakeServer, trainer: SourceRank, call: str
+) -> None:
+    """The weights are whole by then, but caches or labels may be old: nothing serves from that."""
+    async with connected(make_server, trainer) as (server, plan_id):
+        server.engine.fail_once.add(call)
+        answer = await update(server, plan_id, 3)
+        assert (answer.status_code, answer.json()["state"]) == (500, "fenced")
+        assert call in answer.json()["detail"]
+        assert server.engine.paused
+        assert (await server.state())["weights"]["version"] is None
+        assert (await update(server, plan_id, 3)).status_code == 200
+        assert (await server.state())["weights"]["version"] == 3
+        assert not server.engine.paused
+
+
 async def test_a_newer_version_or_an_older_one_by_force_lifts_the_fence(
     make_server: MakeServer, trainer: SourceRank
 ) -> None:

@@ -100,10 +100,12 @@ def test_layers_that_lack_different_parts_are_each_told_all_of_theirs() -> None:
 
 def test_experts_that_are_modules_of_their_own_are_named_by_layer_and_expert() -> None:
     """Two numbers in the engine's name are two in the checkpoint's."""
-    copies = [_copy(f"layers.{n}.experts.{e}.w", f"l.{n}.e.{e}.up", 0) for n, e in ((0, 0), (0, 3))]
+    copies = [
+        _copy(f"layers.{n}.experts.{e}.w", f"h2.l.{n}.e.{e}.up", 0) for n, e in ((0, 0), (0, 3))
+    ]
     numel = dict.fromkeys(("layers.0.experts.0.w", "layers.0.experts.3.w"), 1)
     numel["layers.1.experts.3.w"] = 1
-    with pytest.raises(WeightMismatchError, match=r"l\.1\.e\.3\.up missing"):
+    with pytest.raises(WeightMismatchError, match=r"h2\.l\.1\.e\.3\.up missing"):
         engine_steps(LoaderTrace(copies=tuple(copies), parameter_numel=numel), [], Rules())
 
 
