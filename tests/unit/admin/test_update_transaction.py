@@ -21,8 +21,8 @@ from tests.support.source_ranks import SourceRank, offered_tensors
 pytestmark = pytest.mark.anyio
 
 MakeServer = Callable[..., AdminServer]
-SLOW = 1e4
-"""Bytes per second at which the pull of the test's model lasts about half a second."""
+SLOW = 2e4
+"""Bytes per second at which the pull of the test's model lasts half a second."""
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ async def test_during_a_pull_another_update_is_409_at_once_and_the_state_is_quic
         second = make_server(engine=server.engine)
         async with second.http:
             await second.state()
-            trainer.transport.bytes_per_s = SLOW
+            trainer.transport.bytes_per_s = SLOW / 2
             request = server.engine.submit(1)
             running = asyncio.create_task(update(server, plan_id, 3, mode="staged"))
             await server.until("updating", phase="pull")
