@@ -5,6 +5,29 @@ maps, plans, transports, the admin contract and the trainer's sender. It never i
 vllm, sglang or triton; `vllm_ext` and `sglang_ext` connect it to the engines.
 """
 
-__all__ = ["__version__"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine_plugins.sender.report import SenderReport as SenderReport
+    from engine_plugins.trainer_sender import WeightSender as WeightSender
+    from engine_plugins.weights.megatron_rank import MegatronChunk as MegatronChunk
+    from engine_plugins.weights.megatron_rank import MegatronRank as MegatronRank
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "MegatronChunk": "engine_plugins.weights.megatron_rank",
+    "MegatronRank": "engine_plugins.weights.megatron_rank",
+    "SenderReport": "engine_plugins.sender.report",
+    "WeightSender": "engine_plugins.trainer_sender",
+}
+"""What a trainer imports; loaded when asked for, since engines import this package too."""
+
+__all__ = ["MegatronChunk", "MegatronRank", "SenderReport", "WeightSender", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

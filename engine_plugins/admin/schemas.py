@@ -73,8 +73,8 @@ class UpdateBody(_Body):
     flush: bool = True
     resume: bool | None = Field(
         default=None,
-        description="null: serve again if the engine was serving or fenced; true: always; "
-        "false: stay paused",
+        description="null: serve again, unless a caller had paused the engine before; true: "
+        "always; false: stay paused",
     )
     timeout_s: float = Field(default=300.0, gt=0)
     force: bool = Field(default=False, description="install a version that is not newer")

@@ -183,6 +183,7 @@ class AdminService:
             for old in self._shared.names("plans")[:-MAX_PLANS]:
                 await self._workers.drop(old)
                 self._shared.drop("plans", old)
+                self._shared.drop("used", old)
         return plan
 
     async def update(self, body: UpdateBody) -> UpdateReport:
@@ -226,6 +227,9 @@ class AdminService:
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", doing="update")
             _refuse_stale(state, body)
+            if body.plan_id in self._shared.names("used"):
+                plan = msgspec.structs.replace(plan, connect_s=0.0, plan_s=0.0)
+            self._shared.put("used", body.plan_id, b"")
             transaction = UpdateTransaction(
                 self._control, self._shared, body, plan, staged=self._staged(body, plan)
             )

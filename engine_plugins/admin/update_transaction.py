@@ -23,7 +23,7 @@ from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import (
     EngineState,
     Fence,
-    StateName,
+    Pause,
     UpdateProgress,
     WeightsInstalled,
     moved,
@@ -43,8 +43,6 @@ ADVANCE_S = 0.25
 
 GRACE_S = 0.5
 """After the deadline a rank may still say for itself which peer kept it waiting, and for what."""
-
-_SETTLED: dict[StateName, StateName] = {"fenced": "serving", "serving": "serving"}
 
 
 class UpdateTransaction:
@@ -132,12 +130,13 @@ class UpdateTransaction:
 
     async def _install(self) -> None:
         self._touched = True
+        self._show("install", None)
         self._mark_new_kv()
         while True:
             statuses = await self._workers.advance(budget_s=ADVANCE_S)
-            self._progress("install", statuses)
             if all(status.steps_installed == status.steps_total for status in statuses):
                 return
+            self._progress("install", statuses)
 
     async def _finish(self) -> list[RankReport]:
         return await self._workers.finish()
@@ -154,7 +153,7 @@ class UpdateTransaction:
         await self._control.publish_version(self._body.version)
         resume = self._body.resume
         if resume is None:
-            resume = self._before.state in _SETTLED
+            resume = self._before.pause is None
         weights = WeightsInstalled(
             version=self._body.version,
             request_id=self._body.request_id,
@@ -166,13 +165,14 @@ class UpdateTransaction:
             with self._timed("resume_s"):
                 await self._control.resume()
         self._paused_s = time.perf_counter() - self._still_since
+        left_paused = Pause(mode=self._body.pause, until=None)
         self._shared.change(
             lambda state: moved(
                 state,
                 "serving" if resume else "paused",
                 update=None,
                 fence=None,
-                pause=None if resume else self._before.pause,
+                pause=None if resume else self._before.pause or left_paused,
             )
         )
 
@@ -221,7 +221,6 @@ class UpdateTransaction:
                 "fenced",
                 fence=fence,
                 update=None,
-                pause=None,
                 weights=WeightsInstalled(),
             )
         )

@@ -65,6 +65,11 @@ class SenderReport:
             gbps=moved / max(seconds, 1e-9) / 1e9,
         )
 
+    @property
+    def paused_s(self) -> float:
+        """Wall seconds for which generation stood still on the engine that waited longest."""
+        return max((report.paused_s for report in self.engines.values()), default=0.0)
+
     def __str__(self) -> str:
         head = (
             f"version {self.version} on {len(self.engines)} "

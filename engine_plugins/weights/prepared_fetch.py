@@ -126,11 +126,15 @@ class PreparedFetch:
     ) -> None:
         if not reads:
             return
-        began = time.perf_counter()
+        began, before = time.perf_counter(), self.bytes_done
+
+        def count(done: int, _total: int) -> None:
+            self.bytes_done = before + done
+
         patience = stall_timeout_s + sum(read.nbytes for read in reads) / SLOWEST_BYTES_PER_S
         limit = min(patience, max(deadline - time.monotonic(), 0.001))
         try:
-            run_reads(reads, deadline_s=limit, cancelled=cancelled)
+            run_reads(reads, deadline_s=limit, on_progress=count, cancelled=cancelled)
         except TransportError as error:
             self.usable = False
             self.reads_may_be_active = isinstance(error, TransferTimeoutError)
@@ -142,7 +146,6 @@ class PreparedFetch:
             )
             raise
         self.wire_s += time.perf_counter() - began
-        self.bytes_done += sum(read.nbytes for read in reads)
 
     def _prepare_step(self, index: int) -> _PreparedStep:
         step = self.plan.steps[index]

@@ -12,7 +12,10 @@ Outcome = Literal["installed", "failed"]
 
 
 class Phases(msgspec.Struct, frozen=True, kw_only=True):
-    """Wall seconds by phase; phases of one update may overlap (pull and install do)."""
+    """Wall seconds by phase; phases of one update may overlap (pull and install do).
+
+    Connecting and planning are paid by the first update of a plan; later ones show 0.
+    """
 
     connect_s: float = 0.0
     plan_s: float = 0.0

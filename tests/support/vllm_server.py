@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class VllmServer:
     log: Path
     http: httpx.Client
     admin: httpx.Client
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def greedy(self, prompt: Sequence[int], tokens: int = 16) -> list[int]:
         """Greedy token ids for a prompt."""
@@ -90,9 +89,13 @@ def vllm_server(
     api_servers: int = 1,
     extension: str = EXTENSION,
     environment: dict[str, str] | None = None,
-    arguments: Sequence[str] = (),
+    api_key: str | None = None,
 ) -> Iterator[VllmServer]:
-    """Start a server and wait until it answers; end its whole process group afterwards."""
+    """Start a server and wait until it answers; end its whole process group afterwards.
+
+    A group but no session of its own: kernels that schedule by session give a session of two
+    spinning workers so little that its API servers stand still for seconds.
+    """
     port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm")),
@@ -102,7 +105,7 @@ def vllm_server(
         *("--skip-tokenizer-init", "--worker-extension-cls", extension),
         *("--tensor-parallel-size", str(tensor_parallel)),
         *("--api-server-count", str(api_servers)),
-        *arguments,
+        *(() if api_key is None else ("--api-key", api_key)),
     ]
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -112,14 +115,19 @@ def vllm_server(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,
         )
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_ready(url, process, log)
         limits = httpx.Limits(max_keepalive_connections=0)
         with (
-            httpx.Client(base_url=url, timeout=120, limits=limits) as http,
+            httpx.Client(
+                base_url=url,
+                timeout=120,
+                limits=limits,
+                headers={} if api_key is None else {"Authorization": f"Bearer {api_key}"},
+            ) as http,
             httpx.Client(
                 base_url=url + "/admin/v1",
                 timeout=120,
