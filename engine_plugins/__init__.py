@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine_plugins.sender.report import EnginesFailedError as EnginesFailedError
     from engine_plugins.sender.report import SenderReport as SenderReport
     from engine_plugins.trainer_sender import WeightSender as WeightSender
     from engine_plugins.weights.megatron_rank import MegatronChunk as MegatronChunk
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "EnginesFailedError": "engine_plugins.sender.report",
     "MegatronChunk": "engine_plugins.weights.megatron_rank",
     "MegatronRank": "engine_plugins.weights.megatron_rank",
     "SenderReport": "engine_plugins.sender.report",
@@ -24,7 +26,14 @@ _HOMES = {
 }
 """What a trainer imports; loaded when asked for, since engines import this package too."""
 
-__all__ = ["MegatronChunk", "MegatronRank", "SenderReport", "WeightSender", "__version__"]
+__all__ = [
+    "EnginesFailedError",
+    "MegatronChunk",
+    "MegatronRank",
+    "SenderReport",
+    "WeightSender",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

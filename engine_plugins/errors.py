@@ -15,7 +15,6 @@ __all__ = [
     "EngineCallError",
     "EnginePluginError",
     "EngineUnreachableError",
-    "FencedError",
     "ManifestError",
     "NotConfiguredError",
     "PauseTimeoutError",
@@ -91,12 +90,6 @@ class StaleVersionError(ConflictError):
     """The version offered is not newer than the one installed."""
 
     code = "stale_version"
-
-
-class FencedError(EnginePluginError):
-    """The engine may hold half-new weights and refuses to serve until an update completes."""
-
-    code = "fenced"
 
 
 class UnsupportedError(EnginePluginError):

@@ -24,9 +24,10 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from engine_plugins.admin.app import PREFIX as ADMIN_PREFIX
 from engine_plugins.admin.app import create_admin_app
-from engine_plugins.admin.error_responses import problem
+from engine_plugins.admin.error_responses import problem, problem_from
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import PREFIX, Settings
 from vllm_ext.engine_control import VllmEngineControl
 
@@ -102,7 +103,11 @@ class _LateAdmin:
                 answer = problem(503, "not_configured", "the engine is still starting")
                 await answer(scope, receive, send)
                 return
-            self._admin = _admin_app(client)
+            try:
+                self._admin = _admin_app(client)
+            except EnginePluginError as error:
+                await problem_from(error, state=None)(scope, receive, send)
+                return
         await self._admin(scope, receive, send)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import shutil
 import sys
@@ -21,12 +22,13 @@ from engine_plugins.settings import PREFIX
 __all__ = ["RUNTIME_DIR", "register"]
 
 RUNTIME_DIR = PREFIX + "RUNTIME_DIR"
+_OWNER = PREFIX + "RUNTIME_OWNER"
 
 
 def register() -> None:
     """Entry point of group `vllm.general_plugins`; safe to call more than once."""
     _speak_through_vllm()
-    if RUNTIME_DIR not in os.environ:
+    if _is_first_process():
         _become_first_process()
     if "vllm.v1.engine.core" in sys.modules:
         from vllm_ext.core_hooks import hook_engine_core
@@ -40,11 +42,23 @@ def register() -> None:
         hook_admission()
 
 
+def _is_first_process() -> bool:
+    """Whether this process starts a server of its own.
+
+    vLLM starts all others through multiprocessing. A directory that was merely inherited, from a
+    program that had loaded the plugin itself and then ran `vllm serve`, is another server's.
+    """
+    if multiprocessing.parent_process() is not None:
+        return RUNTIME_DIR not in os.environ
+    return os.environ.get(_OWNER) != str(os.getpid())
+
+
 def _become_first_process() -> None:
     path = Path(tempfile.mkdtemp(prefix="engine-plugins-"))
     create_runtime_dir(path)
     os.environ[RUNTIME_DIR] = str(path)
     owner = os.getpid()
+    os.environ[_OWNER] = str(owner)
 
     def remove() -> None:
         if os.getpid() == owner:

@@ -13,10 +13,11 @@ from typing import Any
 
 from vllm.config import set_current_vllm_config
 
+from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import Settings
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.transport.base import Transport
-from engine_plugins.weights.worker_service import WorkerService
+from engine_plugins.weights.worker_service import WorkerService, refuse
 from vllm_ext.versions import check_vllm
 from vllm_ext.weight_installer import VllmWeightInstaller
 
@@ -36,7 +37,10 @@ class EnginePluginsWorkerExtension:
         """
         service: WorkerService | None = getattr(self, _SERVICE, None)
         if service is None:
-            service = _make_service(self)
+            try:
+                service = _make_service(self)
+            except EnginePluginError as error:
+                return refuse(error)
             setattr(self, _SERVICE, service)
         with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
             return service.call(call, arguments)

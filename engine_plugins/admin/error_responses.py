@@ -23,7 +23,7 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.WeightMismatchError: 422,
     errors.PeerError: 422,
     errors.UnsupportedError: 422,
-    errors.FencedError: 503,
+    errors.SettingsError: 503,
     errors.NotConfiguredError: 503,
     errors.PeerLostError: 503,
     errors.PauseTimeoutError: 504,

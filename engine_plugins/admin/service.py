@@ -54,7 +54,7 @@ T = TypeVar("T")
 MAX_SOURCES = 4096
 MAX_PLANS = 8
 MAX_ANSWERS = 256
-DESCRIBE_WAIT_S = 0.5
+DESCRIBE_WAIT_S = 0.05
 """How long /state waits to hear who the workers are, the first time."""
 RETRY_S = 0.05
 
@@ -200,7 +200,7 @@ class AdminService:
         key = hashlib.sha256(body.request_id.encode()).hexdigest()[:32]
         given = self._shared.get("answers", key)
         if given is not None:
-            return _answer_again(given)
+            return _answer_again(given, body)
         return await self._to_the_end(self._update(body, key))
 
     def weights(self) -> WeightsView:
@@ -222,7 +222,7 @@ class AdminService:
             # The same request may have been answered while this one came to the lock.
             given = self._shared.get("answers", key)
             if given is not None:
-                return _answer_again(given)
+                return _answer_again(given, body)
             plan = self._plan(body.plan_id)
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", doing="update")
@@ -392,8 +392,15 @@ def _refuse_stale(state: EngineState, body: UpdateBody) -> None:
         )
 
 
-def _answer_again(kept: bytes) -> UpdateReport:
+def _answer_again(kept: bytes, body: UpdateBody) -> UpdateReport:
     answer = msgspec.json.decode(kept)
+    given = answer["report"]
+    if (given["version"], given["plan_id"]) != (body.version, body.plan_id):
+        raise ConflictError(
+            f"request_id {body.request_id!r} named the update to version {given['version']} from "
+            f"{given['plan_id']} before",
+            remedy="give every update a request_id of its own",
+        )
     if "failed" in answer:
         raise StoredFailure(**answer["failed"])
     return msgspec.convert(answer["report"], UpdateReport)

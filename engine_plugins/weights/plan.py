@@ -16,6 +16,7 @@ from operator import mul
 import numpy as np
 
 from engine_plugins.errors import PlanError
+from engine_plugins.weights.coverage import EngineStep
 from engine_plugins.weights.dtypes import dtype_named
 from engine_plugins.weights.loader_trace import LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
@@ -30,6 +31,7 @@ __all__ = [
     "StepRead",
     "Window",
     "build_plan",
+    "coalesced",
     "logical_tensors",
     "schedule",
 ]
@@ -172,6 +174,27 @@ def logical_tensors(manifests: Sequence[SourceManifest]) -> list[LogicalTensor]:
                     remedy="every rank must publish the same model, sharded alike",
                 )
     return [tensor for tensor, _ in known.values()]
+
+
+def coalesced(steps: Sequence[EngineStep]) -> list[EngineStep]:
+    """Join neighbouring small modules into one step, so that norms do not travel one by one.
+
+    A joined step stays below a quarter of the largest module: several still fit the receive
+    buffer, and the next ones are fetched while one is installed.
+    """
+    sizes = [sum(tensor.nbytes for tensor in tensors) for _, tensors in steps]
+    limit = max(sizes, default=0) // 4
+    joined: list[EngineStep] = []
+    room = 0
+    for (modules, tensors), size in zip(steps, sizes, strict=True):
+        if joined and size <= room:
+            joined[-1][0].extend(modules)
+            joined[-1][1].extend(tensors)
+            room -= size
+        else:
+            joined.append(([*modules], [*tensors]))
+            room = limit - size
+    return joined
 
 
 def build_plan(

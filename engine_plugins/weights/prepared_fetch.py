@@ -21,8 +21,10 @@ __all__ = ["PreparedFetch"]
 HEADROOM = 4
 """In place, the arena holds the largest module and a quarter more for the next ones."""
 
+BATCH_BYTES = 64 << 20
+"""The most that is fetched in one go; a step that is larger goes alone."""
 SLOWEST_BYTES_PER_S = 100e6
-"""A step may take the stall time and, on top, as long as it takes at this rate."""
+"""A fetch may take the stall time and, on top, as long as it takes at this rate."""
 
 
 class PreparedFetch:
@@ -82,29 +84,44 @@ class PreparedFetch:
             for landing in self.plan.steps[index].landings
         ]
 
-    def run_step(
+    def steps_with_room(self, index: int, installed: int) -> range:
+        """Steps from `index` on that may be fetched together, once `installed` are installed.
+
+        Together they cost one wait instead of one each. They take half of the arena at most, so
+        that the other half can be installed meanwhile; a step that is larger goes alone.
+        """
+        limit = min(self._scratch_offset // 2, BATCH_BYTES)
+        end, size = index + 1, self.plan.steps[index].nbytes
+        while end < len(self.windows) and self.windows[end].installed_before <= installed:
+            size += self.plan.steps[end].nbytes
+            if size > limit:
+                break
+            end += 1
+        return range(index, end)
+
+    def run_steps(
         self,
-        index: int,
+        steps: range,
         *,
         stall_timeout_s: float,
         deadline: float,
         cancelled: Callable[[], bool],
     ) -> None:
-        """Fetch one step; returns when all its bytes are in place.
+        """Fetch steps; returns when all their bytes are in place.
 
         Raises:
             TransportError: with the peer's and the tensors' names. The reads are then in no state
                 to be posted again: `usable` is false.
         """
-        prepared = self._prepared[index]
-        self._run(index, prepared.reads, stall_timeout_s, deadline, cancelled)
-        if not prepared.batches:
-            return
-        targets = [tensor for _, tensor in self.tensors(index)]
-        for batch, reads in zip(self.plan.steps[index].packed, prepared.batches, strict=True):
-            self._run(index, reads, stall_timeout_s, deadline, cancelled)
-            for piece in batch:
-                self._spread(piece, targets[piece.landing])
+        direct = [read for index in steps for read in self._prepared[index].reads]
+        self._run(steps, direct, stall_timeout_s, deadline, cancelled)
+        for index in steps:
+            batches = self._prepared[index].batches
+            targets = [tensor for _, tensor in self.tensors(index)] if batches else []
+            for batch, reads in zip(self.plan.steps[index].packed, batches, strict=True):
+                self._run(range(index, index + 1), reads, stall_timeout_s, deadline, cancelled)
+                for piece in batch:
+                    self._spread(piece, targets[piece.landing])
 
     def close(self) -> None:
         """Release the reads, then the arena."""
@@ -118,7 +135,7 @@ class PreparedFetch:
 
     def _run(
         self,
-        index: int,
+        steps: range,
         reads: Sequence[PreparedRead],
         stall_timeout_s: float,
         deadline: float,
@@ -138,7 +155,8 @@ class PreparedFetch:
         except TransportError as error:
             self.usable = False
             self.reads_may_be_active = isinstance(error, TransferTimeoutError)
-            names = [landing.tensor.name for landing in self.plan.steps[index].landings]
+            landings = [each for index in steps for each in self.plan.steps[index].landings]
+            names = [landing.tensor.name for landing in landings]
             error.message += (
                 f"; it was giving {', '.join(names[:3])}"
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}, after "

@@ -42,7 +42,7 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     staged_bytes: int
     loader_bytes: int
     steps: int
-    """Modules that are fetched and installed one after the other."""
+    """Fetched and installed one after the other; each is a module, or a few small ones."""
     largest_step_bytes: int
     arena_bytes: int
     """Receive buffer of this rank, all of it."""

@@ -92,7 +92,7 @@ def _refuse_wrapped(name: str, tensor: torch.Tensor) -> None:
         raise UnsupportedError(
             f"{name}: a DTensor (FSDP2, tensor parallel) is one rank's share; reading its "
             "placements comes with a later release",
-            remedy="give `tensor.full_tensor()` for now, and keep it alive",
+            remedy="gather into a plain tensor that you keep and refill before every update",
         )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise UnsupportedError(

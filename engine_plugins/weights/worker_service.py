@@ -30,6 +30,7 @@ __all__ = [
     "encode_call",
     "raised",
     "read_answer",
+    "refuse",
 ]
 
 T = TypeVar("T")
@@ -114,6 +115,11 @@ def raised(failure: Failure) -> EnginePluginError:
     return kind(failure.message, remedy=failure.remedy)
 
 
+def refuse(error: EnginePluginError) -> bytes:
+    """The answer to a call that met an error before it reached a service."""
+    return msgspec.msgpack.encode(_Answer(failure=_failure(error)))
+
+
 class WorkerService:
     """Answers the admin side's calls with one worker's receiver."""
 
@@ -139,7 +145,7 @@ class WorkerService:
                 raise AdminRequestError(f"workers know no call {name!r}")
             value = msgspec.msgpack.encode(method(**msgspec.msgpack.decode(arguments)))
         except EnginePluginError as error:
-            return msgspec.msgpack.encode(_Answer(failure=_failure(error)))
+            return refuse(error)
         except Exception as error:  # whatever the engine raised must travel as data
             failure = Failure(
                 kind="EngineCallError",

@@ -287,6 +287,18 @@ async def test_a_repeated_request_is_answered_and_not_carried_out_again(
         assert server.engine.serves(seed=1)
 
 
+async def test_a_request_id_names_one_update_only(
+    make_server: MakeServer, trainer: SourceRank
+) -> None:
+    """Another version under a request_id that was used is 409, not the old answer."""
+    async with connected(make_server, trainer) as (server, plan_id):
+        assert (await update(server, plan_id, 1, request_id="same")).status_code == 200
+        other = await update(server, plan_id, 2, request_id="same")
+        assert (other.status_code, other.json()["code"]) == (409, "illegal_state")
+        assert "version 1" in other.json()["detail"]
+        assert server.engine.versions == [1]
+
+
 async def test_a_refusal_may_be_repeated_under_its_request_id(
     make_server: MakeServer, trainer: SourceRank
 ) -> None:

@@ -319,7 +319,7 @@ def test_a_peer_that_dies_in_mid_pull_is_named_with_what_it_was_giving(
     assert isinstance(status.error, PeerLostError)
     text = status.error.message
     assert text.startswith(f"rank 0: {trainer.manifest.agent}")
-    assert "model.layers.0" in text
+    assert "model.layers." in text
     assert f"{status.bytes_done} of {trainer.source.nbytes} bytes" in text
     with pytest.raises(PeerLostError):
         rank.receiver.advance(budget_s=10)

@@ -1,0 +1,68 @@
+"""Which process lays out the runtime directory; in real processes, as vLLM starts them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SHOW = (
+    "import os; from vllm_ext.plugin import RUNTIME_DIR, register; register(); "
+    "print(os.environ[RUNTIME_DIR])"
+)
+
+
+def _in_a_program_of_its_own(environment: dict[str, str]) -> Path:
+    said = subprocess.run(
+        [sys.executable, "-c", SHOW], env=environment, capture_output=True, text=True, check=True
+    )
+    return Path(said.stdout.strip().splitlines()[-1])
+
+
+def _in_a_child(folder: str) -> None:
+    from vllm_ext.plugin import RUNTIME_DIR, register
+
+    register()
+    Path(folder, "seen").write_text(os.environ[RUNTIME_DIR])
+
+
+@pytest.fixture
+def environment() -> dict[str, str]:
+    """This environment without a runtime directory."""
+    return {key: value for key, value in os.environ.items() if "ENGINE_PLUGINS" not in key}
+
+
+def test_a_server_gets_a_directory_and_takes_it_away(environment: dict[str, str]) -> None:
+    """Made at start, for this user alone; gone at exit."""
+    folder = _in_a_program_of_its_own(environment)
+    assert folder.name.startswith("engine-plugins-")
+    assert not folder.exists()
+
+
+def test_a_directory_that_was_merely_inherited_is_another_servers(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    """A program that loaded the plugin and then runs `vllm serve` shares nothing with it."""
+    inherited = {
+        **environment,
+        "ENGINE_PLUGINS_RUNTIME_DIR": str(tmp_path),
+        "ENGINE_PLUGINS_RUNTIME_OWNER": str(os.getpid()),
+    }
+    assert _in_a_program_of_its_own(inherited) != tmp_path
+    assert tmp_path.exists()
+
+
+def test_the_processes_that_a_server_starts_share_its_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The core, workers and API servers come through multiprocessing."""
+    monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", str(os.getpid()))
+    child = multiprocessing.get_context("spawn").Process(target=_in_a_child, args=(str(tmp_path),))
+    child.start()
+    child.join(60)
+    assert (tmp_path / "seen").read_text() == str(tmp_path)
