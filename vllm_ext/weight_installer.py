@@ -29,6 +29,7 @@ from engine_plugins.weights.loader_trace import (
     LogicalTensor,
     trace_loader,
 )
+from engine_plugins.weights.peak_memory import return_free_memory
 from vllm_ext.loader_model import loader_model
 
 __all__ = ["VllmWeightInstaller"]
@@ -43,6 +44,7 @@ class VllmWeightInstaller:
         self._vllm_config = vllm_config
         self._model = model
         self._modules = dict(model.named_modules())
+        self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._traced: tuple[tuple[LogicalTensor, ...], LoaderTrace] | None = None
 
     @property
@@ -88,6 +90,8 @@ class VllmWeightInstaller:
                 info = layerwise.get_layerwise_info(layer)
                 if info.can_load() and not is_deferred_attention_layer(layer):
                     layerwise._layerwise_process(layer, info)
+        if self._on_cpu:
+            return_free_memory()
 
     def finish(self) -> None:
         """Put back what has nothing to load, and bring derived copies up to date."""

@@ -41,6 +41,8 @@ class PreparedFetch:
         self.plan = plan
         self.staged = staged
         self.usable = True
+        self.touched = False
+        """Whether bytes have been fetched into the arena, which makes it resident."""
         self.reads_may_be_active = False
         self.bytes_total = sum(step.bytes_to_move for step in plan.steps)
         self.reset_counters()
@@ -143,6 +145,7 @@ class PreparedFetch:
     ) -> None:
         if not reads:
             return
+        self.touched = True
         began, before = time.perf_counter(), self.bytes_done
 
         def count(done: int, _total: int) -> None:

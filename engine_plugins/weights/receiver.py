@@ -240,7 +240,10 @@ class WeightReceiver:
         return fetch
 
     def _held_bytes(self) -> int:
-        return self._fetch[1].arena_bytes if self._fetch is not None else 0
+        """Of the receive buffer, what an earlier update has made resident."""
+        if self._fetch is None or not self._fetch[1].touched:
+            return 0
+        return self._fetch[1].arena_bytes
 
     def _release(self) -> None:
         known, self._fetch = self._fetch, None

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from engine_plugins import WeightSender
 from engine_plugins.weights.report import UpdateReport
+from tests.support.sized_models import sized_qwen3
 from tests.support.vllm_server import TOKEN, vllm_server
 
 UPDATES = 5
@@ -31,7 +31,7 @@ PHASES: dict[str, Callable[[UpdateReport], float]] = {
 
 def update_phases(folder: Path) -> Table:
     """Milliseconds by phase: the first update, then medians of later ones, in both modes."""
-    model = _model()
+    model = sized_qwen3()
     model.save_pretrained(folder / "served")
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
     with (
@@ -51,24 +51,6 @@ def update_phases(folder: Path) -> Table:
     table.add_row("wire GB/s", *(_rate(runs) for runs in (first, in_place, staged)))
     table.add_row("peak extra MiB", *(_peak(runs) for runs in (first, in_place, staged)))
     return table
-
-
-def _model() -> Any:
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=8192,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    return Qwen3ForCausalLM(config).float()
 
 
 def _updates(sender: WeightSender, versions: range, mode: Any) -> list[UpdateReport]:

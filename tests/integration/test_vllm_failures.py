@@ -147,37 +147,6 @@ def test_our_token_and_vllms_key_do_not_open_each_others_doors(server: VllmServe
     assert server.greedy([5, 6, 7], 1)
 
 
-def test_a_ten_second_pull_leaves_everything_else_at_once(
-    server: VllmServer, trainer: TrainerProcess, background: ThreadPoolExecutor
-) -> None:
-    """Over both API servers: /state within 100 ms, a second update 409, generation goes on."""
-    plan = _connect(server, trainer)
-    version = _next_version(server)
-    trainer.signal(signal.SIGSTOP)
-    began = time.monotonic()
-    pull = background.submit(_update, server, plan, version)
-    _wait_for(server, "pulling", phase="pull")
-    took: list[float] = []
-    while time.monotonic() - began < 10:
-        asked = time.monotonic()
-        state = server.state()
-        took.append(time.monotonic() - asked)
-        assert state["state"] == "updating"
-        second = _update(server, plan, version + 1)
-        assert second.status_code == 409, second.text
-        assert f"the update to version {version}" in second.json()["detail"]
-        for route in ("/pause", "/resume", "/flush"):
-            assert server.admin.post(route).status_code == 409
-        assert server.greedy(OLD.prompts()[0]) == OLD.expected()[0], "the old weights serve on"
-    trainer.signal(signal.SIGCONT)
-    done = pull.result(30)
-    assert done.status_code == 200, done.text
-    assert done.json()["seconds"] > 9
-    assert NEW.wrong_answers(server.greedy) == []
-    # A machine that stands still for a moment delays a call or two, a blocked server all.
-    assert sorted(took)[len(took) * 9 // 10] < 0.1, took
-
-
 @pytest.mark.parametrize("mode", ["in_place", "staged"])
 def test_a_trainer_that_dies_before_anything_is_installed(
     server: VllmServer, trainer: TrainerProcess, background: ThreadPoolExecutor, mode: str
