@@ -22,7 +22,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import layerwise
 
-from engine_plugins.errors import WeightMismatchError
+from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
     LoadWeights,
@@ -64,6 +64,7 @@ class VllmWeightInstaller:
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
         """Record the loader's copies on a second model without memory; cached by tensors."""
+        self._refuse_what_would_go_wrong()
         key = tuple(tensors)
         if self._traced is None or self._traced[0] != key:
             with loader_model(self._vllm_config) as model:
@@ -71,6 +72,20 @@ class VllmWeightInstaller:
                 trace = trace_loader(parameters, _loader(model), tensors)
             self._traced = (key, trace)
         return self._traced[1]
+
+    def _refuse_what_would_go_wrong(self) -> None:
+        """Settings under which vLLM's reload is known to install something else, and says 200."""
+        if self._on_cpu and self._vllm_config.quant_config is not None:
+            raise UnsupportedError(
+                "vLLM's reload of quantized weights on the CPU installs zeros",
+                remedy="serve the model unquantized, or on a GPU",
+            )
+        if self._vllm_config.parallel_config.enable_eplb:
+            raise UnsupportedError(
+                "under expert load balancing (EPLB) experts move between ranks while they are "
+                "loaded",
+                remedy="serve without --enable-eplb",
+            )
 
     def begin(self) -> None:
         """Put every layer on meta, its kernel tensors kept aside."""
@@ -83,7 +98,8 @@ class VllmWeightInstaller:
         that no checkpoint fills would keep them to the end, so each is completed here.
         """
         layers = [self._modules[name] for name in modules]
-        _forget_moe_kernels(layers)
+        if self._on_cpu:
+            _forget_moe_kernels(layers)
         with torch.no_grad():
             _loader(self._model)(iter(tensors))
             for layer in layers:
@@ -130,10 +146,10 @@ def _has_packed_copy(layer: nn.Module) -> bool:
 
 
 def _forget_moe_kernels(layers: Sequence[nn.Module]) -> None:
-    """Have CPU experts packed from scratch.
+    """Have experts on the CPU packed from scratch.
 
-    With a kernel present vLLM takes the reload for an update of packed weights and corrupts
-    them without a word.
+    With a kernel present vLLM takes the reload for an update of packed weights and, on the CPU,
+    corrupts them without a word. On a GPU the kernel must stay: graphs have captured it.
     """
     for layer in layers:
         method = getattr(layer, "quant_method", None)

@@ -13,7 +13,8 @@ from engine_plugins.admin.body_limit import BodyLimit
 from engine_plugins.admin.error_responses import problem, problem_from
 from engine_plugins.admin.last_resort import LastResort, internal_problem
 from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
-from engine_plugins.admin.service import AdminService, StoredFailure
+from engine_plugins.admin.service import AdminService
+from engine_plugins.admin.update_answers import StoredFailure
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import Settings
 

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine_plugins.admin.engine_control import EngineControl
-from engine_plugins.admin.error_responses import status_of
 from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.schemas import (
     ConnectBody,
@@ -29,6 +28,7 @@ from engine_plugins.admin.schemas import (
 )
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, Pause, moved, require
+from engine_plugins.admin.update_answers import UpdateAnswers
 from engine_plugins.admin.update_transaction import UpdateTransaction
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import (
@@ -45,7 +45,7 @@ from engine_plugins.weights.model_facts import compare_facts
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescription
 
-__all__ = ["AdminService", "StoredFailure"]
+__all__ = ["AdminService"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +53,11 @@ T = TypeVar("T")
 
 MAX_SOURCES = 4096
 MAX_PLANS = 8
-MAX_ANSWERS = 256
 DESCRIBE_WAIT_S = 0.05
 """How long /state waits to hear who the workers are, the first time."""
 RETRY_S = 0.05
 
 _SOURCE_ID = re.compile(r"source-[0-9a-f]{24}")
-
-
-class StoredFailure(EnginePluginError):
-    """An update that failed before, answered again because its request_id came again."""
-
-    def __init__(self, *, status: int, code: str, detail: str, remedy: str) -> None:
-        super().__init__(detail, remedy=remedy)
-        self.status = status
-        self.failed_with = code
 
 
 class AdminService:
@@ -78,6 +68,7 @@ class AdminService:
         self._shared = shared
         self._settings = settings
         self._workers = WorkerCalls(control)
+        self._answers = UpdateAnswers(shared)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -197,32 +188,24 @@ class AdminService:
             raise UnsupportedError(
                 f"verify {body.verify} is not built yet", remedy="update with verify none"
             )
-        key = hashlib.sha256(body.request_id.encode()).hexdigest()[:32]
-        given = self._shared.get("answers", key)
-        if given is not None:
-            return _answer_again(given, body)
-        return await self._to_the_end(self._update(body, key))
+        given = self._answers.again(body)
+        return given if given is not None else await self._to_the_end(self._update(body))
 
     def weights(self) -> WeightsView:
         """The version that serves, past reports and known plans."""
-        reports = []
-        for name in reversed(self._shared.names("answers")):
-            answer = msgspec.json.decode(self._shared.get("answers", name) or b"{}")
-            if "report" in answer:
-                reports.append(answer["report"])
         plans = [self._shared.get("plans", name) for name in self._shared.names("plans")]
         return WeightsView(
             version=self._shared.read().weights.version,
-            history=reports,
+            history=self._answers.reports(),
             plans=[msgspec.json.decode(plan) for plan in plans if plan is not None],
         )
 
-    async def _update(self, body: UpdateBody, key: str) -> UpdateReport:
+    async def _update(self, body: UpdateBody) -> UpdateReport:
         with self._shared.operation("update"):
             # The same request may have been answered while this one came to the lock.
-            given = self._shared.get("answers", key)
+            given = self._answers.again(body)
             if given is not None:
-                return _answer_again(given, body)
+                return given
             plan = self._plan(body.plan_id)
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", doing="update")
@@ -233,29 +216,16 @@ class AdminService:
             transaction = UpdateTransaction(
                 self._control, self._shared, body, plan, staged=self._staged(body, plan)
             )
-            return await self._carry_through(transaction, key)
+            return await self._carry_through(transaction)
 
-    async def _carry_through(self, transaction: UpdateTransaction, key: str) -> UpdateReport:
+    async def _carry_through(self, transaction: UpdateTransaction) -> UpdateReport:
         try:
             report = await transaction.run()
         except EnginePluginError as error:
-            answer = {
-                "report": transaction.failure_report(error),
-                "failed": {
-                    "status": status_of(error),
-                    "code": error.code,
-                    "detail": error.message,
-                    "remedy": error.remedy,
-                },
-            }
-            self._answered(key, answer)
+            self._answers.keep(transaction.failure_report(error), error)
             raise
-        self._answered(key, {"report": report})
+        self._answers.keep(report)
         return report
-
-    def _answered(self, key: str, answer: dict[str, Any]) -> None:
-        self._shared.put("answers", key, msgspec.json.encode(answer))
-        self._prune("answers", MAX_ANSWERS)
 
     def _staged(self, body: UpdateBody, plan: PlanSummary) -> bool:
         if body.mode == "auto":
@@ -390,17 +360,3 @@ def _refuse_stale(state: EngineState, body: UpdateBody) -> None:
             f"version {body.version} is not newer than the installed {state.weights.version}",
             remedy="send a newer version, or set force",
         )
-
-
-def _answer_again(kept: bytes, body: UpdateBody) -> UpdateReport:
-    answer = msgspec.json.decode(kept)
-    given = answer["report"]
-    if (given["version"], given["plan_id"]) != (body.version, body.plan_id):
-        raise ConflictError(
-            f"request_id {body.request_id!r} named the update to version {given['version']} from "
-            f"{given['plan_id']} before",
-            remedy="give every update a request_id of its own",
-        )
-    if "failed" in answer:
-        raise StoredFailure(**answer["failed"])
-    return msgspec.convert(answer["report"], UpdateReport)

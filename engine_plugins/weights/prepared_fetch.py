@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import psutil
 import torch
 
-from engine_plugins.errors import TransferTimeoutError, TransportError
+from engine_plugins.errors import TransferTimeoutError, TransportError, UnsupportedError
 from engine_plugins.weights.arena import Arena
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.plan import FetchPlan, PackedPiece, StepRead, schedule
@@ -48,6 +49,8 @@ class PreparedFetch:
         self.reset_counters()
         largest = plan.largest_step_bytes
         capacity = plan.total_bytes if staged else largest + largest // HEADROOM
+        if staged:
+            _check_memory(capacity)
         self.windows = schedule([step.nbytes for step in plan.steps], capacity)
         self._scratch_offset = capacity
         self._sources = manifests
@@ -216,6 +219,17 @@ class PreparedFetch:
             for read in prepared.reads + [each for batch in prepared.batches for each in batch]:
                 read.release()
         self._prepared = []
+
+
+def _check_memory(wanted_bytes: int) -> None:
+    """Refuse to stage what this machine cannot hold: the kernel would end the engine for it."""
+    available = psutil.virtual_memory().available
+    if wanted_bytes > available:
+        raise UnsupportedError(
+            f"staging needs {wanted_bytes / 2**30:.1f} GiB of memory on this rank and "
+            f"{available / 2**30:.1f} are available; nothing was fetched",
+            remedy="update with mode in_place",
+        )
 
 
 class _PreparedStep:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from engine_plugins.errors import (
     TransferTimeoutError,
     TransportError,
     UnknownIdError,
+    UnsupportedError,
     WeightMismatchError,
 )
 from engine_plugins.weights.arena import quarantined_bytes
@@ -65,6 +67,20 @@ def connect(rank: InMemoryRank, *trainers: SourceRank, plan_id: str = "plan") ->
 
 
 # -- whole updates ----------------------------------------------------------------------------
+
+
+def test_staging_more_than_the_machine_holds_is_refused(
+    rank: InMemoryRank, trainer: SourceRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With both figures, before a byte is fetched; in place goes on as usual."""
+    connect(rank, trainer)
+    little = psutil.virtual_memory()._replace(available=1000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
+    with pytest.raises(UnsupportedError, match=r"staging needs .* 0\.0 are available"):
+        rank.receiver.start("plan", staged=True, timeout_s=10)
+    rank.receiver.start("plan", staged=False, timeout_s=10)
+    rank.install_all()
+    assert serves(rank, seed=1)
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -355,8 +371,7 @@ def test_a_stalled_peer_ends_in_a_timeout_that_names_everything(trainer: SourceR
     rank = InMemoryRank(
         InMemoryModel.loaded(hf_tensors(seed=0, layers=LAYERS)), tp_rank=3, stall_timeout_s=0.2
     )
-    connect(rank, trainer)
-    held = rank.receiver._held_bytes()
+    held = rank.receiver.connect("plan", [trainer.manifest]).plan.arena_bytes
     rank.receiver.start("plan", staged=False, timeout_s=60)
     before = quarantined_bytes()
     rank.wait(steps=1)
