@@ -33,7 +33,6 @@ class Settings:
         stall_timeout_s: a pull that moves nothing for so long is given up, and says who stalled.
         staging_bytes: receive buffer per rank that `mode: auto` may use to stage a whole update
             while the old weights serve; 0 installs in place, module by module.
-        runtime_dir: where this server's processes share state; set by the plugin.
     """
 
     admin_token: str | None = field(default=None, repr=False)
@@ -43,7 +42,6 @@ class Settings:
     max_manifest_entries: int = 1_000_000
     stall_timeout_s: float = 30.0
     staging_bytes: int = 0
-    runtime_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
