@@ -4,10 +4,11 @@
 PYTHON ?= python3.11
 VLLM_ENV := .venv/vllm
 VLLM_PYTHON := $(VLLM_ENV)/bin/python
+SGLANG_PYTHON := .venv/sglang/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fmt setup setup-vllm clean
+.PHONY: help demo test check lint bench fmt setup setup-vllm setup-sglang clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -16,6 +17,7 @@ demo: setup-vllm ## train a tiny model and update a live vLLM server with it
 	$(VLLM_PYTHON) examples/live_update_demo.py $(ARGS)
 
 test: setup ## all tests, real engines included (ARGS="-k name" narrows them)
+	$(SGLANG_PYTHON) -m pytest tests/unit -q $(ARGS)
 	$(VLLM_PYTHON) -m pytest tests $(ARGS)
 
 check: lint ## the quick loop: lint, types, import contracts, unit tests
@@ -34,13 +36,13 @@ fmt: setup-vllm ## format, and fix what ruff can fix by itself
 	$(VLLM_ENV)/bin/ruff check --fix .
 	$(VLLM_ENV)/bin/ruff format .
 
-setup: setup-vllm ## install every engine environment
+setup: setup-vllm setup-sglang ## install every engine environment
 
-setup-vllm: ## install .venv/vllm
+setup-vllm setup-sglang: setup-%: ## install one engine environment, .venv/vllm or .venv/sglang
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "setup: error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11 ..." >&2; \
 	  exit 1; }
-	@$(PYTHON) scripts/setup_env.py vllm
+	@$(PYTHON) scripts/setup_env.py $*
 
 clean: ## remove the environments, caches and builds
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

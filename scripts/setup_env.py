@@ -65,6 +65,7 @@ ENVIRONMENTS = [
         needed_disk_gib=6.0,
         stand_ins={"vllm": ROOT / "scripts" / "vllm_cpu_dist"},
     ),
+    EngineEnvironment(name="sglang", needed_disk_gib=5.0),
 ]
 
 

@@ -134,6 +134,6 @@ def test_the_report_says_what_was_moved_and_bounds_its_memory(
         assert rank.bytes_moved == planned["bytes_needed"] == whole
         largest = planned["largest_step_bytes"]
         assert planned["arena_bytes"] < 2 * largest
-        assert 0 < rank.peak_extra_bytes < 3.5 * largest + (32 << 20)
+        assert 0 <= rank.peak_extra_bytes < 3.5 * largest + (32 << 20)
     assert update.phases.install_s > 0
     assert update.gbps > 0

@@ -50,7 +50,8 @@ class AdminServer:
         )
         self.settings = settings or Settings(admin_token=TOKEN)
         self.service = AdminService(self.engine, self.shared, self.settings)
-        self.app = FastAPI(root_path=root_path)
+        self.app = FastAPI()
+        self.app.root_path = root_path
         self.app.mount(PREFIX, create_admin_app(self.service, self.settings))
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=self.app),
