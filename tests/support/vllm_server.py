@@ -111,7 +111,7 @@ def vllm_server(
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment(environment or {}),
+            env=_environment({"TMPDIR": str(log.parent), **(environment or {})}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

@@ -19,6 +19,7 @@ from engine_plugins.weights.plan import (
     SHORT_RUN_BYTES,
     FetchPlan,
     build_plan,
+    coalesced,
     logical_tensors,
     schedule,
 )
@@ -324,3 +325,37 @@ def test_ranks_that_disagree_are_named(other: torch.Tensor) -> None:
     text = error.value.message
     assert text.startswith("w: trainer rank 0 says (3, 4) torch.float32, trainer rank 1 says")
     assert f"{tuple(other.shape)} {other.dtype}" in text
+
+
+@given(sizes=st.lists(st.integers(1, 400), min_size=1, max_size=40))
+def test_small_neighbours_travel_together_and_nothing_else_changes(sizes: list[int]) -> None:
+    """Modules and tensors keep their order; no joined step outgrows a quarter of the largest."""
+    steps = [
+        (
+            [f"module{index}"],
+            [LogicalTensor(name=f"t{index}", shape=(size,), dtype=torch.float32)],
+        )
+        for index, size in enumerate(sizes)
+    ]
+    joined = coalesced(steps)
+    flat = itertools.chain.from_iterable
+    assert list(flat(modules for modules, _ in joined)) == list(flat(m for m, _ in steps))
+    assert list(flat(tensors for _, tensors in joined)) == list(flat(t for _, t in steps))
+    for modules, tensors in joined:
+        if len(modules) > 1:
+            assert sum(tensor.nbytes for tensor in tensors) <= 4 * max(sizes) // 4
+
+
+def test_norms_between_matrices_cost_no_trip_of_their_own() -> None:
+    """As in a transformer: two norms ride with each other, matrices stay steps."""
+    sizes = {"norm0": 8, "norm1": 8, "qkv": 3000, "norm2": 8, "mlp": 9000}
+    steps = [
+        ([name], [LogicalTensor(name=name, shape=(size,), dtype=torch.float32)])
+        for name, size in sizes.items()
+    ]
+    assert [modules for modules, _ in coalesced(steps)] == [
+        ["norm0", "norm1"],
+        ["qkv"],
+        ["norm2"],
+        ["mlp"],
+    ]
