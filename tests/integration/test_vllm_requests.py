@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
+import torch
 
 from tests.integration.conftest import StartServer
 from tests.support.hf_reference import cache_of, continue_greedy, greedy, reference_model
@@ -251,3 +253,25 @@ def test_flush_works_while_paused_and_while_serving(server: VllmServer) -> None:
     assert only.json() == {"flushed": ["prefix_cache"]}
     server.admin.post("/resume").raise_for_status()
     assert server.greedy(PROMPT) == OLD.expected()[0]
+
+
+def test_sources_outlive_what_their_trainer_forgets(server: VllmServer) -> None:
+    """Copies of tensors that cannot be read in place live as long as the offer does.
+
+    Everything that can be freed is freed and written over with NaN, and pulled twice.
+    """
+    scattered = {
+        name: tensor.t().contiguous().t() if tensor.ndim == 2 else tensor.clone()
+        for name, tensor in NEW.tensors().items()
+    }
+    assert not scattered["lm_head.weight"].is_contiguous()
+    with offered(server.admin, scattered) as offer:
+        assert offer.source.copied_bytes > 0
+        sizes = [tensor.shape for tensor in scattered.values()]
+        del scattered
+        for _ in range(2):
+            gc.collect()
+            junk = [torch.full(size, float("nan")) for size in sizes * 3]
+            _install(server, offer)
+            assert NEW.wrong_answers(server.greedy) == []
+            del junk
