@@ -10,7 +10,6 @@ weights serving until everything is here (staged).
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -356,8 +355,7 @@ class _Run:
 
     def _pull(self) -> None:
         try:
-            with _prompt_thread_switches():
-                self._pull_steps()
+            self._pull_steps()
         except EnginePluginError as error:
             self._fail(error)
         except Exception as error:  # a thread's failure must reach whoever polls
@@ -390,21 +388,6 @@ class _Run:
             self._error = error
             self.lost_track_of_buffer = self._fetch.reads_may_be_active
             self._news.notify_all()
-
-
-@contextmanager
-def _prompt_thread_switches() -> Iterator[None]:
-    """Have Python threads take turns every 0.1 ms instead of every 5 for the length of a pull.
-
-    An engine's main thread spins while it waits for work. With the usual interval the pull then
-    stands in line 5 ms after every read: 0.9 GB/s where the wire gives 3.8 (docs/benchmarks.md).
-    """
-    usual = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(usual)
 
 
 def _rank_plan(plan: FetchPlan, tp_rank: int, arena_bytes: int) -> RankPlan:

@@ -93,8 +93,8 @@ def vllm_server(
 ) -> Iterator[VllmServer]:
     """Start a server and wait until it answers; end its whole process group afterwards.
 
-    A group but no session of its own: kernels that schedule by session give a session of two
-    spinning workers so little that its API servers stand still for seconds.
+    A group but no session of its own: with one, API servers stood still for seconds
+    (docs/decisions.md, D15).
     """
     port = free_port()
     command = [
