@@ -26,8 +26,6 @@ from engine_plugins.errors import ConflictError, EnginePluginError
 __all__ = ["SharedState", "create_runtime_dir"]
 
 PAGE_BYTES = 64 << 10
-_SEQUENCE = struct.Struct("<Q")
-"""At the page's start: how often the state was replaced. It also says which slot holds it."""
 _SLOT_HEADER = struct.Struct("<QII")
 """Sequence, payload length, CRC-32 of the payload."""
 _SLOT_BYTES = (PAGE_BYTES - 64) // 2
@@ -52,12 +50,17 @@ class SharedState:
         self.runtime_dir = runtime_dir
         with (runtime_dir / "state.page").open("r+b") as file:
             self._page = mmap.mmap(file.fileno(), PAGE_BYTES)
+        self._sequence = memoryview(self._page)[:8].cast("Q")
+        """How often the state was replaced, which also says the slot that holds it.
+
+        A memory view stores its item at once; `struct` zeroes the bytes before it fills them.
+        """
         self._last: tuple[int, EngineState] | None = None
 
     def read(self) -> EngineState:
         """The state as it is now."""
         for _ in range(1000):
-            (sequence,) = _SEQUENCE.unpack_from(self._page)
+            sequence = self._sequence[0]
             if self._last is not None and self._last[0] == sequence:
                 return self._last[1]
             slot = _slot(sequence)
@@ -79,12 +82,12 @@ class SharedState:
             payload = msgspec.msgpack.encode(state)
             if len(payload) > _SLOT_BYTES - _SLOT_HEADER.size:
                 raise EnginePluginError(f"a state of {len(payload)} bytes does not fit its page")
-            sequence = _SEQUENCE.unpack_from(self._page)[0] + 1
+            sequence = self._sequence[0] + 1
             slot = _slot(sequence)
             _SLOT_HEADER.pack_into(self._page, slot, sequence, len(payload), zlib.crc32(payload))
             first = slot + _SLOT_HEADER.size
             self._page[first : first + len(payload)] = payload
-            _SEQUENCE.pack_into(self._page, 0, sequence)
+            self._sequence[0] = sequence
         return state
 
     @contextmanager

@@ -90,6 +90,24 @@ def test_what_one_process_writes_another_reads(runtime_dir: Path) -> None:
         assert process.stdout.readline().strip() == "asleep"
 
 
+def test_the_sequence_of_the_page_never_goes_back(runtime_dir: Path) -> None:
+    """Not even between two bytes of a store: a reader would take the page for an unwritten one."""
+    body = """
+        print("ready", flush=True)
+        for _ in range(20_000):
+            shared.change(lambda state: state)
+    """
+    sequence = SharedState(runtime_dir)._sequence
+    with started(body, runtime_dir) as process:
+        last = 0
+        while process.poll() is None:
+            for _ in range(10_000):
+                now = sequence[0]
+                assert now >= last
+                last = now
+    assert last == 20_001
+
+
 def test_no_change_of_concurrent_writers_is_lost_and_no_read_is_torn(runtime_dir: Path) -> None:
     """Three processes and two threads count together; readers see only whole states."""
     rounds = 300
