@@ -6,18 +6,17 @@ Patches of `AsyncLLM`, idempotent. vLLM has no plugin point for admission; remov
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import AsyncGenerator
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any
 
 from vllm.exceptions import GracefulHTTPError, RetryableRequestError
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.settings import PREFIX
-from vllm_ext.versions import check_vllm
+from engine_plugins.admin.state import refusal
+from vllm_ext.versions import VLLM
 
 __all__ = ["hook_admission"]
 
@@ -28,18 +27,11 @@ def hook_admission() -> None:
     """Wrap the admission check and the token stream of this API process."""
     if hasattr(AsyncLLM, _HOOKED):
         return
-    check_vllm("vllm.v1.engine.async_llm")
-    shared = SharedState(Path(os.environ[PREFIX + "RUNTIME_DIR"]))
+    VLLM.check("vllm.v1.engine.async_llm")
+    shared = shared_state()
     _refuse_while_fenced(shared)
     _explain_ended_requests(shared)
     setattr(AsyncLLM, _HOOKED, True)
-
-
-def _refusal(shared: SharedState) -> str | None:
-    fence = shared.read().fence
-    if fence is None:
-        return None
-    return f"this engine is fenced and does not serve: {fence.detail}. Way out: {fence.remedy}"
 
 
 def _refuse_while_fenced(shared: SharedState) -> None:
@@ -47,9 +39,9 @@ def _refuse_while_fenced(shared: SharedState) -> None:
 
     @functools.wraps(original)
     def check_admission(self: AsyncLLM, n: int = 1, request_id: str | None = None) -> None:
-        refusal = _refusal(shared)
-        if refusal is not None:
-            raise GracefulHTTPError(refusal, HTTPStatus.SERVICE_UNAVAILABLE)
+        refused = refusal(shared.read())
+        if refused is not None:
+            raise GracefulHTTPError(refused, HTTPStatus.SERVICE_UNAVAILABLE)
         original(self, n, request_id)
 
     AsyncLLM.check_admission = check_admission
@@ -64,9 +56,9 @@ def _explain_ended_requests(shared: SharedState) -> None:
         sent = False
         async for output in original(self, *args, **kwargs):
             ended = any(each.finish_reason == "error" for each in output.outputs)
-            refusal = _refusal(shared) if ended and not sent else None
-            if refusal is not None:
-                raise RetryableRequestError(refusal)
+            refused = refusal(shared.read()) if ended and not sent else None
+            if refused is not None:
+                raise RetryableRequestError(refused)
             sent = sent or any(each.token_ids for each in output.outputs)
             yield output
 

@@ -7,17 +7,16 @@ when it does.
 from __future__ import annotations
 
 import functools
-import os
-from pathlib import Path
 from typing import Any
 
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import Request, RequestStatus
 
+from engine_plugins.admin.kv_mark import marked
+from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.settings import PREFIX
-from vllm_ext.versions import check_vllm
+from vllm_ext.versions import VLLM
 
 __all__ = ["hook_engine_core"]
 
@@ -26,8 +25,8 @@ def hook_engine_core() -> None:
     """Add our methods to the engine core of this process."""
     if hasattr(EngineCore, "engine_plugins_request_counts"):
         return
-    check_vllm("vllm.v1.engine.core")
-    shared = SharedState(Path(os.environ[PREFIX + "RUNTIME_DIR"]))
+    VLLM.check("vllm.v1.engine.core")
+    shared = shared_state()
     _salt_new_requests(shared)
     EngineCore.engine_plugins_request_counts = _request_counts
     EngineCore.engine_plugins_isolate_waiting = functools.partialmethod(_isolate_waiting, shared)
@@ -43,18 +42,10 @@ def _salt_new_requests(shared: SharedState) -> None:
 
     @functools.wraps(original)
     def preprocess_add_request(self: EngineCore, request: EngineCoreRequest) -> Any:
-        request.cache_salt = _salted(request.cache_salt, shared.read().kv_generation)
+        request.cache_salt = marked(request.cache_salt, shared.read().kv_generation)
         return original(self, request)
 
     EngineCore.preprocess_add_request = preprocess_add_request
-
-
-_MARK = "\x00engine-plugins:"
-
-
-def _salted(salt: str | None, generation: str | None) -> str | None:
-    own = (salt or "").partition(_MARK)[0]
-    return f"{own}{_MARK}{generation}" if generation is not None else salt
 
 
 def _request_counts(self: EngineCore) -> list[int]:
@@ -71,7 +62,7 @@ def _isolate_waiting(self: EngineCore, shared: SharedState) -> int:
     changed = 0
     for request in list(self.scheduler.requests.values()):
         if request.num_computed_tokens == 0 and not request.is_finished():
-            _rehash(request, _salted(request.cache_salt, generation))
+            _rehash(request, marked(request.cache_salt, generation))
             changed += 1
     return changed
 

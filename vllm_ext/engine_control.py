@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Awaitable
-from typing import Any, TypeVar
+import functools
+from typing import Any
 
 import vllm
 
 import engine_plugins
-from engine_plugins.admin.engine_control import EngineInfo, PauseMode, RequestCounts
-from engine_plugins.errors import EngineCallError, EnginePluginError
+from engine_plugins.admin.engine_control import (
+    EngineInfo,
+    PauseMode,
+    RequestCounts,
+    engine_answer,
+)
+from engine_plugins.errors import EngineCallError
 from engine_plugins.weights.model_facts import model_facts
 
 __all__ = ["VllmEngineControl"]
 
-logger = logging.getLogger(__name__)
 
-COUNTS_WAIT_S = 0.05
-"""How long /state waits for a core that may be busy; afterwards the counts are unknown."""
-
-T = TypeVar("T")
+_vllm = functools.partial(engine_answer, engine="vLLM")
 
 
 class VllmEngineControl:
@@ -43,7 +42,6 @@ class VllmEngineControl:
             pipeline_parallel_size=config.parallel_config.pipeline_parallel_size,
             model_facts=model_facts(config.model_config.hf_config),
         )
-        self._counting: asyncio.Task[list[int]] | None = None
 
     @property
     def info(self) -> EngineInfo:
@@ -52,22 +50,22 @@ class VllmEngineControl:
 
     async def pause(self, mode: PauseMode) -> None:
         """Pause without touching caches: an update flushes after the new weights are in."""
-        await _engine(self._client.pause_generation(mode=mode, clear_cache=False))
+        await _vllm(self._client.pause_generation(mode=mode, clear_cache=False))
 
     async def resume(self) -> None:
         """Schedule again."""
-        await _engine(self._client.resume_generation())
+        await _vllm(self._client.resume_generation())
 
     async def flush(self, *, prefix_cache: bool, multimodal_cache: bool) -> list[str]:
         """Empty caches; requests that hold KV are preempted and will recompute it."""
         flushed: list[str] = []
         if prefix_cache:
-            if not await _engine(self._client.reset_prefix_cache(reset_running_requests=True)):
+            if not await _vllm(self._client.reset_prefix_cache(reset_running_requests=True)):
                 raise EngineCallError("vLLM could not reset its prefix cache")
             flushed.append("prefix_cache")
         if multimodal_cache:
-            await _engine(self._client.reset_mm_cache())
-            await _engine(self._client.reset_encoder_cache())
+            await _vllm(self._client.reset_mm_cache())
+            await _vllm(self._client.reset_encoder_cache())
             flushed.append("multimodal_cache")
         return flushed
 
@@ -80,23 +78,17 @@ class VllmEngineControl:
         return int(await self._core("engine_plugins_fail_requests"))
 
     async def request_counts(self) -> RequestCounts:
-        """Ask the core, but do not wait for one that is busy."""
-        if self._counting is None or self._counting.done():
-            self._counting = asyncio.create_task(self._core("engine_plugins_request_counts"))
-            self._counting.add_done_callback(_observe)
-        done, _ = await asyncio.wait({self._counting}, timeout=COUNTS_WAIT_S)
-        if not done or self._counting.exception() is not None:
-            return RequestCounts(running=None, waiting=None)
-        running, waiting = self._counting.result()
+        """Ask the core."""
+        running, waiting = await self._core("engine_plugins_request_counts")
         return RequestCounts(running=running, waiting=waiting)
 
     async def publish_version(self, version: int) -> None:
         """Have vLLM note on every output which weights made it."""
-        await _engine(self._client.update_weight_version(str(version)))
+        await _vllm(self._client.update_weight_version(str(version)))
 
     async def call_workers(self, call: str, arguments: bytes) -> list[bytes]:
         """One answer per worker. No timeout is passed: an expired call kills the engine."""
-        answers = await _engine(
+        answers = await _vllm(
             self._client.collective_rpc(
                 "engine_plugins_call", kwargs={"call": call, "arguments": arguments}
             )
@@ -104,23 +96,4 @@ class VllmEngineControl:
         return [bytes(answer) for answer in answers]
 
     async def _core(self, method: str) -> Any:
-        return await _engine(self._client.engine_core.call_utility_async(method))
-
-
-async def _engine(call: Awaitable[T]) -> T:
-    """Await a call of vLLM's; whatever it raises becomes an error of ours."""
-    try:
-        return await call
-    except EnginePluginError:
-        raise
-    except Exception as error:
-        raise EngineCallError(
-            f"vLLM answered with {type(error).__name__}: {error}",
-            remedy="see the server's log; a dead engine must be started anew",
-        ) from error
-
-
-def _observe(task: asyncio.Task[list[int]]) -> None:
-    """Have a late failure noticed, so that asyncio does not complain of it."""
-    if not task.cancelled():
-        task.exception()
+        return await _vllm(self._client.engine_core.call_utility_async(method))

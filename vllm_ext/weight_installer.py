@@ -8,7 +8,6 @@ holds. What the official route gets wrong on CPU is put right here, one function
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -23,6 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
+from engine_plugins.weights.coverage import left_out_by_design
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
     LoadWeights,
@@ -34,8 +34,6 @@ from vllm_ext.loader_model import loader_model
 
 __all__ = ["VllmWeightInstaller"]
 
-_NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
-
 
 class VllmWeightInstaller:
     """The `WeightInstaller` of one vLLM worker."""
@@ -45,7 +43,6 @@ class VllmWeightInstaller:
         self._model = model
         self._modules = dict(model.named_modules())
         self._on_cpu = next(model.parameters()).device.type == "cpu"
-        self._traced: tuple[tuple[LogicalTensor, ...], LoaderTrace] | None = None
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -57,21 +54,14 @@ class VllmWeightInstaller:
 
     def may_go_unused(self, name: str) -> bool:
         """Names that vLLM's loaders leave out by design."""
-        tied = bool(
-            getattr(self._vllm_config.model_config.hf_text_config, "tie_word_embeddings", False)
-        )
-        return bool(_NEVER_LOADED.search(name)) or (tied and name == "lm_head.weight")
+        config = self._vllm_config.model_config.hf_text_config
+        return left_out_by_design(name, tied=bool(getattr(config, "tie_word_embeddings", False)))
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
-        """Record the loader's copies on a second model without memory; cached by tensors."""
+        """Record the loader's copies on a second model without memory."""
         self._refuse_what_would_go_wrong()
-        key = tuple(tensors)
-        if self._traced is None or self._traced[0] != key:
-            with loader_model(self._vllm_config) as model:
-                parameters = dict(model.named_parameters())
-                trace = trace_loader(parameters, _loader(model), tensors)
-            self._traced = (key, trace)
-        return self._traced[1]
+        with loader_model(self._vllm_config) as model:
+            return trace_loader(dict(model.named_parameters()), _loader(model), tensors)
 
     def _refuse_what_would_go_wrong(self) -> None:
         """Settings under which vLLM's reload is known to install something else, and says 200."""

@@ -6,19 +6,14 @@ worker already has would be refused.
 
 from __future__ import annotations
 
-import os
-import secrets
-import socket
 from typing import Any
 
 from vllm.config import set_current_vllm_config
 
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import Settings
-from engine_plugins.weights.receiver import WeightReceiver
-from engine_plugins.weights.transport.base import Transport
-from engine_plugins.weights.worker_service import WorkerService, refuse
-from vllm_ext.versions import check_vllm
+from engine_plugins.weights.worker_service import WorkerService, make_worker_service, refuse
+from vllm_ext.versions import VLLM
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 __all__ = ["EnginePluginsWorkerExtension"]
@@ -47,21 +42,9 @@ class EnginePluginsWorkerExtension:
 
 
 def _make_service(worker: Any) -> WorkerService:
-    check_vllm("vllm.model_executor.model_loader.reload.layerwise")
+    VLLM.check("vllm.model_executor.model_loader.reload.layerwise")
     config = worker.vllm_config
     settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
     tp_rank = int(worker.rank) % int(config.parallel_config.tensor_parallel_size)
-    receiver = WeightReceiver(
-        VllmWeightInstaller(config, worker.model_runner.get_model()),
-        lambda: _nixl_transport(tp_rank),
-        tp_rank=tp_rank,
-        stall_timeout_s=settings.stall_timeout_s,
-    )
-    return WorkerService(receiver, tp_rank=tp_rank)
-
-
-def _nixl_transport(tp_rank: int) -> Transport:
-    from engine_plugins.weights.transport.nixl import NixlTransport
-
-    name = f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"
-    return NixlTransport(name)
+    installer = VllmWeightInstaller(config, worker.model_runner.get_model())
+    return make_worker_service(installer, tp_rank=tp_rank, settings=settings)

@@ -5,10 +5,22 @@ An engine is driven through its own hooks; nothing here knows which engine it is
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
-__all__ = ["EngineControl", "EngineInfo", "InFlightKV", "PauseMode", "RequestCounts"]
+from engine_plugins.errors import EngineCallError, EnginePluginError
+
+__all__ = [
+    "EngineControl",
+    "EngineInfo",
+    "InFlightKV",
+    "PauseMode",
+    "RequestCounts",
+    "engine_answer",
+]
+
+T = TypeVar("T")
 
 PauseMode = Literal["keep", "wait", "abort"]
 """`keep` freezes requests where they are, `wait` lets them finish, `abort` ends them."""
@@ -67,7 +79,7 @@ class EngineControl(Protocol):
         ...
 
     async def request_counts(self) -> RequestCounts:
-        """How many requests there are; must not wait for a busy engine."""
+        """How many requests there are, as soon as the engine can say."""
         ...
 
     async def publish_version(self, version: int) -> None:
@@ -77,3 +89,20 @@ class EngineControl(Protocol):
     async def call_workers(self, call: str, arguments: bytes) -> list[bytes]:
         """Have every worker answer a call of `weights.worker_service`, in rank order."""
         ...
+
+
+async def engine_answer(call: Awaitable[T], *, engine: str) -> T:
+    """Await a call of the engine's own; whatever it raises becomes an error of ours.
+
+    Raises:
+        EngineCallError: the engine raised; the text says what.
+    """
+    try:
+        return await call
+    except EnginePluginError:
+        raise
+    except Exception as error:
+        raise EngineCallError(
+            f"{engine} answered with {type(error).__name__}: {error}",
+            remedy="see the server's log; a dead engine must be started anew",
+        ) from error

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.admin.engine_control import EngineControl, RequestCounts
 from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.schemas import (
     ConnectBody,
@@ -53,8 +53,8 @@ T = TypeVar("T")
 
 MAX_SOURCES = 4096
 MAX_PLANS = 8
-DESCRIBE_WAIT_S = 0.05
-"""How long /state waits to hear who the workers are, the first time."""
+BUSY_WAIT_S = 0.05
+"""How long /state waits for an engine that may be busy; what it has not said then is unknown."""
 RETRY_S = 0.05
 
 _SOURCE_ID = re.compile(r"source-[0-9a-f]{24}")
@@ -70,6 +70,7 @@ class AdminService:
         self._workers = WorkerCalls(control)
         self._answers = UpdateAnswers(shared)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
+        self._counting: asyncio.Task[RequestCounts] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -80,7 +81,7 @@ class AdminService:
     async def state(self) -> StateView:
         """Everything about the engine that can be said at once."""
         state = self._shared.read()
-        counts = await self._control.request_counts()
+        counts = await self._request_counts()
         info = self._control.info
         plain = msgspec.to_builtins(state)
         plain.pop("kv_generation")
@@ -263,6 +264,17 @@ class AdminService:
             raise UnknownIdError(f"no plan {plan_id[:80]!r} here", remedy="connect again")
         return msgspec.json.decode(kept, type=PlanSummary)
 
+    async def _request_counts(self) -> RequestCounts:
+        """Ask the engine, but do not wait for a busy one, nor ask it twice at a time."""
+        task = self._counting
+        if task is None or task.done():
+            task = self._counting = asyncio.create_task(self._control.request_counts())
+            self._keep(task)
+        await asyncio.wait({task}, timeout=BUSY_WAIT_S)
+        if not task.done() or task.exception() is not None:
+            return RequestCounts(running=None, waiting=None)
+        return task.result()
+
     async def _worker_views(self, state: EngineState) -> list[WorkerView]:
         """Who the workers are; asked once, not during an update, and not waited for too long."""
         task = self._describing
@@ -271,7 +283,7 @@ class AdminService:
                 return []
             task = self._describing = asyncio.create_task(self._workers.describe())
             self._keep(task)
-        await asyncio.wait({task}, timeout=DESCRIBE_WAIT_S)
+        await asyncio.wait({task}, timeout=BUSY_WAIT_S)
         if not task.done() or task.exception() is not None:
             return []
         return [

@@ -18,6 +18,7 @@ __all__ = [
     "UpdateProgress",
     "WeightsInstalled",
     "moved",
+    "refusal",
     "require",
 ]
 
@@ -97,3 +98,11 @@ def require(state: EngineState, *allowed: StateName, doing: str) -> None:
         return
     why = f" ({state.fence.code}: {state.fence.detail})" if state.fence is not None else ""
     raise ConflictError(f"cannot {doing} while {state.state}{why}", remedy=_WAY_OUT[state.state])
+
+
+def refusal(state: EngineState) -> str | None:
+    """What a request is told that a fenced engine does not serve; None when it may pass."""
+    fence = state.fence
+    if fence is None:
+        return None
+    return f"this engine is fenced and does not serve: {fence.detail}. Way out: {fence.remedy}"

@@ -11,13 +11,14 @@ import torch
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
 
-__all__ = ["EngineStep", "LoaderRules", "engine_steps"]
+__all__ = ["EngineStep", "LoaderRules", "engine_steps", "left_out_by_design"]
 
 EngineStep = tuple[list[str], list[LogicalTensor]]
 """Engine modules, and the HF tensors that fill them."""
 
 _SHOWN = 8
 _NUMBER = re.compile(r"\d+")
+_NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 
 
 class LoaderRules(Protocol):
@@ -31,6 +32,16 @@ class LoaderRules(Protocol):
     def model_dtype(self) -> torch.dtype:
         """The dtype that the engine serves in."""
         ...
+
+
+def left_out_by_design(name: str, *, tied: bool) -> bool:
+    """Names of a checkpoint that the loaders of both engines leave out, and rightly.
+
+    Args:
+        name: the HF name.
+        tied: whether the output head shares the embedding's parameter.
+    """
+    return bool(_NEVER_LOADED.search(name)) or (tied and name == "lm_head.weight")
 
 
 def engine_steps(

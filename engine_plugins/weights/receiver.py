@@ -96,6 +96,7 @@ class WeightReceiver:
         self._plans: dict[str, tuple[FetchPlan, Sequence[SourceManifest]]] = {}
         self._fetch: tuple[str, PreparedFetch] | None = None
         self._run: _Run | None = None
+        self._traced: tuple[tuple[LogicalTensor, ...], LoaderTrace] | None = None
 
     def connect(self, plan_id: str, manifests: Sequence[SourceManifest]) -> ConnectResult:
         """Plan the fetch of this rank and meet the peers.
@@ -108,7 +109,7 @@ class WeightReceiver:
         self._refuse_while_running()
         planning = time.perf_counter()
         tensors = logical_tensors(manifests)
-        steps, unused = engine_steps(self._installer.trace(tensors), tensors, self._installer)
+        steps, unused = engine_steps(self._trace(tensors), tensors, self._installer)
         plan = build_plan(manifests, coalesced(steps))
         connecting = time.perf_counter()
         fetch = self._prepare(plan_id, plan, manifests, staged=False)
@@ -208,6 +209,13 @@ class WeightReceiver:
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+    def _trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
+        """The engine's trace; a trainer that connects anew has the tensors that it had before."""
+        key = tuple(tensors)
+        if self._traced is None or self._traced[0] != key:
+            self._traced = (key, self._installer.trace(tensors))
+        return self._traced[1]
 
     def _refuse_while_running(self) -> None:
         if self._run is not None:

@@ -8,6 +8,7 @@ in some engines, to be taken for those of the next call.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -16,9 +17,11 @@ import msgspec
 
 from engine_plugins import errors
 from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
+from engine_plugins.settings import Settings
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.receiver import PullStatus, WeightReceiver
+from engine_plugins.weights.receiver import PullStatus, WeightInstaller, WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
+from engine_plugins.weights.transport.base import Transport
 
 __all__ = [
     "AbortAnswer",
@@ -28,6 +31,7 @@ __all__ = [
     "WorkerDescription",
     "WorkerService",
     "encode_call",
+    "make_worker_service",
     "raised",
     "read_answer",
     "refuse",
@@ -120,6 +124,19 @@ def refuse(error: EnginePluginError) -> bytes:
     return msgspec.msgpack.encode(_Answer(failure=_failure(error)))
 
 
+def make_worker_service(
+    installer: WeightInstaller, *, tp_rank: int, settings: Settings
+) -> WorkerService:
+    """The service of one engine rank over NIXL, whose agent is made when a plan first needs it."""
+    receiver = WeightReceiver(
+        installer,
+        lambda: _nixl_transport(tp_rank),
+        tp_rank=tp_rank,
+        stall_timeout_s=settings.stall_timeout_s,
+    )
+    return WorkerService(receiver, tp_rank=tp_rank)
+
+
 class WorkerService:
     """Answers the admin side's calls with one worker's receiver."""
 
@@ -201,3 +218,10 @@ class WorkerService:
 
 def _failure(error: EnginePluginError) -> Failure:
     return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)
+
+
+def _nixl_transport(tp_rank: int) -> Transport:
+    from engine_plugins.weights.transport.nixl import NixlTransport
+
+    name = f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"
+    return NixlTransport(name)

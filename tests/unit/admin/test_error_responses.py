@@ -173,12 +173,12 @@ async def test_a_bug_of_ours_is_a_problem_too(
     """The application around us never sees the exception; the log has it."""
     server = make_server()
 
-    async def broken() -> None:
+    async def broken(**caches: bool) -> None:
         raise ZeroDivisionError("one by none")
 
-    server.engine.request_counts = broken  # type: ignore[assignment, method-assign]
+    server.engine.flush = broken  # type: ignore[assignment, method-assign]
     async with server.running():
-        answer = await server.get("/state")
+        answer = await server.post("/flush")
     assert (answer.status_code, answer.json()["code"]) == (500, "internal_error")
     assert "ZeroDivisionError: one by none" in answer.json()["detail"]
     assert "an admin route failed" in caplog.text

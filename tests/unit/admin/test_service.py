@@ -59,7 +59,7 @@ async def test_the_state_is_answered_although_the_engine_is_busy_or_dead(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who the workers are is told later; the rest at once."""
-    monkeypatch.setattr(service_module, "DESCRIBE_WAIT_S", 0.05)
+    monkeypatch.setattr(service_module, "BUSY_WAIT_S", 0.05)
     server = make_server()
     async with server.running():
         async with server.engine.busy():

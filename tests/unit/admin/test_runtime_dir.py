@@ -1,4 +1,4 @@
-"""Which process lays out the runtime directory; in real processes, as vLLM starts them."""
+"""Which process lays out the runtime directory; in real processes, as engines start them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 SHOW = (
-    "import os; from vllm_ext.plugin import RUNTIME_DIR, register; register(); "
+    "import os; from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir; "
+    "ensure_runtime_dir(); "
     "print(os.environ[RUNTIME_DIR])"
 )
 
@@ -24,9 +25,9 @@ def _in_a_program_of_its_own(environment: dict[str, str]) -> Path:
 
 
 def _in_a_child(folder: str) -> None:
-    from vllm_ext.plugin import RUNTIME_DIR, register
+    from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir
 
-    register()
+    ensure_runtime_dir()
     Path(folder, "seen").write_text(os.environ[RUNTIME_DIR])
 
 
@@ -46,7 +47,7 @@ def test_a_server_gets_a_directory_and_takes_it_away(environment: dict[str, str]
 def test_a_directory_that_was_merely_inherited_is_another_servers(
     environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """A program that loaded the plugin and then runs `vllm serve` shares nothing with it."""
+    """A program that loaded the plugin and then runs a server shares nothing with it."""
     inherited = {
         **environment,
         "ENGINE_PLUGINS_RUNTIME_DIR": str(tmp_path),
