@@ -1,8 +1,25 @@
-"""What every test shares: nothing leaves this machine."""
+"""What every test shares: nothing leaves this machine, and SGLang finds the tests' shims."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
+
+SGLANG_SHIMS = Path(__file__).parent / "support" / "sglang_shims"
 
 # Before UCX loads, here and in every child: over tcp it would listen on other addresses too.
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
+def _use_sglang_shims() -> None:
+    """Here and in every child, before anything imports torchvision or SGLang."""
+    sys.path.insert(0, str(SGLANG_SHIMS))
+    inherited = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SGLANG_SHIMS), inherited]))
+    importlib.import_module("tests.support.sglang_shims.sitecustomize")
+
+
+if importlib.util.find_spec("sglang") is not None:
+    _use_sglang_shims()
