@@ -30,6 +30,7 @@ __all__ = ["EndpointPlugin", "endpoint_plugin", "hook_app"]
 
 logger = logging.getLogger(__name__)
 
+
 class EndpointPlugin:
     """vLLM's official hook for routes."""
 

@@ -1,14 +1,15 @@
 """The mark that keeps KV of other weights from being found.
 
 Engines hash or key their prefix cache by what a request brings along (vLLM's `cache_salt`,
-SGLang's `extra_key`); the mark of the weights goes in behind the request's own.
+SGLang's `extra_key`); the mark of the weights goes in front of the request's own. In front,
+because SGLang hangs the name of a LoRA adapter on at the end.
 """
 
 from __future__ import annotations
 
 __all__ = ["marked"]
 
-_MARK = "\x00engine-plugins:"
+_BEGIN, _END = "\x00engine-plugins:", "\x00"
 
 
 def marked(key: str | None, generation: str | None) -> str | None:
@@ -16,5 +17,9 @@ def marked(key: str | None, generation: str | None) -> str | None:
 
     Before the first update there is no generation, and the key is the request's own.
     """
-    own = (key or "").partition(_MARK)[0]
-    return f"{own}{_MARK}{generation}" if generation is not None else key
+    if generation is None:
+        return key
+    own = key or ""
+    if own.startswith(_BEGIN):
+        own = own.removeprefix(_BEGIN).partition(_END)[2]
+    return f"{_BEGIN}{generation}{_END}{own}"

@@ -30,11 +30,11 @@ class WorkerCalls:
 
     async def describe(self) -> list[WorkerDescription]:
         """Who the workers are."""
-        return await self._all("describe", WorkerDescription)
+        return await self.ask("describe", WorkerDescription)
 
     async def connect(self, plan_id: str, manifests: list[bytes]) -> list[ConnectAnswer]:
         """Plan on every rank."""
-        return await self._all("connect", ConnectAnswer, plan_id=plan_id, manifests=manifests)
+        return await self.ask("connect", ConnectAnswer, plan_id=plan_id, manifests=manifests)
 
     async def drop(self, plan_id: str) -> None:
         """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
@@ -54,7 +54,7 @@ class WorkerCalls:
 
     async def finish(self) -> list[RankReport]:
         """End the load on every rank."""
-        return await self._all("finish", RankReport)
+        return await self.ask("finish", RankReport)
 
     async def abort(self) -> bool:
         """Give up on every rank; whether live weights had been touched anywhere.
@@ -70,13 +70,18 @@ class WorkerCalls:
         return wrote
 
     async def _statuses(self, call: str, **arguments: Any) -> list[StatusAnswer]:
-        statuses = await self._all(call, StatusAnswer, **arguments)
+        statuses = await self.ask(call, StatusAnswer, **arguments)
         for status in statuses:
             if status.failure is not None:
                 raise raised(status.failure)
         return statuses
 
-    async def _all(self, call: str, kind: type[T], **arguments: Any) -> list[T]:
+    async def ask(self, call: str, kind: type[T], **arguments: Any) -> list[T]:
+        """Make one call of every rank.
+
+        Raises:
+            EnginePluginError: the first failure, once every rank has answered.
+        """
         bodies = await self._control.call_workers(call, encode_call(**arguments))
         answers: list[T] = []
         failures: list[EnginePluginError] = []

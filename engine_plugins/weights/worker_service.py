@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -125,7 +125,11 @@ def refuse(error: EnginePluginError) -> bytes:
 
 
 def make_worker_service(
-    installer: WeightInstaller, *, tp_rank: int, settings: Settings
+    installer: WeightInstaller,
+    *,
+    tp_rank: int,
+    settings: Settings,
+    calls: Mapping[str, Callable[..., Any]] | None = None,
 ) -> WorkerService:
     """The service of one engine rank over NIXL, whose agent is made when a plan first needs it."""
     receiver = WeightReceiver(
@@ -134,13 +138,25 @@ def make_worker_service(
         tp_rank=tp_rank,
         stall_timeout_s=settings.stall_timeout_s,
     )
-    return WorkerService(receiver, tp_rank=tp_rank)
+    return WorkerService(receiver, tp_rank=tp_rank, calls=calls)
 
 
 class WorkerService:
-    """Answers the admin side's calls with one worker's receiver."""
+    """Answers the admin side's calls with one worker's receiver.
 
-    def __init__(self, receiver: WeightReceiver, *, tp_rank: int) -> None:
+    Args:
+        receiver: does what the calls say.
+        tp_rank: this rank, as errors will name it.
+        calls: further calls of an engine, by name; what they return must be plain data.
+    """
+
+    def __init__(
+        self,
+        receiver: WeightReceiver,
+        *,
+        tp_rank: int,
+        calls: Mapping[str, Callable[..., Any]] | None = None,
+    ) -> None:
         self._receiver = receiver
         self._tp_rank = tp_rank
         self._calls: dict[str, Callable[..., Any]] = {
@@ -152,6 +168,7 @@ class WorkerService:
             "advance": self._advance,
             "finish": self._finish,
             "abort": self._abort,
+            **(calls or {}),
         }
 
     def call(self, name: str, arguments: bytes) -> bytes:

@@ -1,0 +1,97 @@
+"""A fenced engine takes no request: 503 before any stream opens, and for those held here.
+
+SGLang holds new requests of a paused engine in its API process; they never reached a scheduler
+that could end them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from contextvars import ContextVar
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine_plugins.admin.error_responses import problem
+from engine_plugins.admin.runtime_dir import shared_state
+from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import refusal
+
+__all__ = ["RefuseBeforeStream", "generate_request"]
+
+LOOK_AGAIN_S = 0.25
+"""How often a held request looks whether the engine has been fenced."""
+
+_refused: ContextVar[list[str] | None] = ContextVar("engine_plugins_refused", default=None)
+"""Why the HTTP request that is being answered was refused, for `RefuseBeforeStream`."""
+
+
+async def generate_request(
+    original: Any, manager: Any, *args: Any, **kwargs: Any
+) -> AsyncGenerator[Any, None]:
+    """Around `TokenizerManager.generate_request`, through which every route generates."""
+    await _admitted(manager, shared_state())
+    async with aclosing(original(manager, *args, **kwargs)) as outputs:
+        async for output in outputs:
+            yield output
+
+
+async def _admitted(manager: Any, shared: SharedState) -> None:
+    """Wait as long as SGLang is paused.
+
+    Raises:
+        HTTPException: 503, when the engine is fenced or is being fenced meanwhile.
+    """
+    while True:
+        why = refusal(shared.read())
+        if why is not None:
+            note = _refused.get()
+            if note is not None:
+                note.append(why)
+            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
+        if not manager.is_pause:
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_AGAIN_S), manager.is_pause_cond:
+                await manager.is_pause_cond.wait_for(lambda: not manager.is_pause)
+
+
+class RefuseBeforeStream:
+    """Answers 503 where a fenced engine's refusal would come too late.
+
+    A streaming route sends its 200 before it asks for the first token. While the engine is
+    fenced that start is kept back until the route has either sent something or been refused.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._shared = shared_state()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or self._shared.read().fence is None:
+            await self._app(scope, receive, send)
+            return
+        refused: list[str] = []
+        _refused.set(refused)
+        kept: list[Message] = []
+
+        async def watched(message: Message) -> None:
+            if refused:
+                return
+            if message["type"] == "http.response.start":
+                kept.append(message)
+                return
+            while kept:
+                await send(kept.pop(0))
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            if refused:
+                answer = problem(503, "fenced", refused[0], state="fenced")
+                await answer(scope, receive, send)

@@ -1,0 +1,82 @@
+"""The plugin of group `sglang.srt.plugins`: loaded by SGLang in every process of a server.
+
+A server without a flag of ours is left alone. Otherwise its first process lays out the runtime
+directory, and each process gets the hooks that belong to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir
+from sglang_ext import server_flags
+from sglang_ext.hooks import install
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Entry point; SGLang calls it once in each process."""
+    logging.getLogger("sglang_ext").setLevel(logging.INFO)
+    if multiprocessing.parent_process() is None:
+        if any(argument.startswith(server_flags.FLAG) for argument in sys.argv):
+            ensure_runtime_dir()
+            _hook_first_process()
+    elif RUNTIME_DIR in os.environ and "sglang.srt.managers.scheduler" in sys.modules:
+        _hook_scheduler()
+
+
+def _hook_first_process() -> None:
+    from sglang_ext import admin_mount
+
+    install(
+        "sglang.srt.server_args.prepare_server_args",
+        HookType.AROUND,
+        server_flags.prepare_server_args,
+    )
+    install(
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server",
+        HookType.BEFORE,
+        admin_mount.before_http_server,
+    )
+    install(
+        "sglang.srt.utils.auth.add_api_key_middleware",
+        HookType.AFTER,
+        admin_mount.after_key_check,
+    )
+    _hook_api_process()
+
+
+def _hook_api_process() -> None:
+    from sglang_ext import admission_hook, scheduler_calls
+
+    install(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_communicators",
+        HookType.AFTER,
+        scheduler_calls.attach_to_tokenizer_manager,
+    )
+    install(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+        HookType.AROUND,
+        admission_hook.generate_request,
+    )
+
+
+def _hook_scheduler() -> None:
+    from sglang_ext import core_hooks, scheduler_extension
+
+    install(
+        "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
+        HookType.AFTER,
+        scheduler_extension.attach_to_scheduler,
+    )
+    install(
+        "sglang.srt.managers.scheduler.Scheduler.handle_generate_request",
+        HookType.BEFORE,
+        core_hooks.mark_new_request,
+    )

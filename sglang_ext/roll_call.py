@@ -1,0 +1,34 @@
+"""Whether every scheduler rank of this host is there with all our hooks.
+
+A rank leaves a note when its scheduler knows our message. The first process reads the notes
+before it serves: a rank without them would leave every call unanswered.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine_plugins.admin.runtime_dir import shared_state
+from sglang_ext.versions import SGLANG
+
+__all__ = ["absences", "report_present"]
+
+
+def report_present(tp_rank: int, missing: list[str]) -> None:
+    """Leave this rank's note."""
+    shared_state().put("ranks", f"tp{tp_rank}", msgspec.json.encode(missing))
+
+
+def absences(tp_size: int) -> list[str]:
+    """What is wrong with which rank; empty when the server may start."""
+    notes = {rank: shared_state().get("ranks", f"tp{rank}") for rank in range(tp_size)}
+    found = []
+    for rank, note in notes.items():
+        if note is None:
+            found.append(
+                f"scheduler rank {rank} runs without engine-plugins (is it left out of "
+                f"SGLANG_PLUGINS, or is this not SGLang {', '.join(SGLANG.probed)}?)"
+            )
+        elif hooks := msgspec.json.decode(note, type=list[str]):
+            found.append(f"scheduler rank {rank} could not hook {', '.join(hooks)}")
+    return found

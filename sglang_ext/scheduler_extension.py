@@ -1,0 +1,89 @@
+"""Our part of every scheduler rank: one message that carries every call.
+
+SGLang lets rank 0 alone answer, and an exception in a handler ends the server. So a call never
+raises, and all ranks' outcomes are gathered before rank 0 answers.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch.distributed
+from sglang.utils import TypeBasedDispatcher
+
+from engine_plugins.errors import EngineCallError, EnginePluginError
+from engine_plugins.settings import Settings
+from engine_plugins.weights.worker_service import WorkerService, make_worker_service, refuse
+from sglang_ext.core_hooks import SchedulerHooks
+from sglang_ext.hooks import missing
+from sglang_ext.messages import EngineAnswer, EngineCall, register_messages
+from sglang_ext.roll_call import report_present
+from sglang_ext.versions import SGLANG
+from sglang_ext.weight_installer import SglangWeightInstaller
+
+__all__ = ["SchedulerExtension", "attach_to_scheduler"]
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerExtension:
+    """Answers the calls that an API process makes to all ranks.
+
+    Args:
+        scheduler: SGLang's scheduler of this process.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self._scheduler = scheduler
+        self._group = scheduler.tp_cpu_group
+        self._service: WorkerService | None = None
+
+    def answer(self, request: EngineCall) -> EngineAnswer:
+        """Handle one call on this rank and gather what the others say."""
+        own = self._outcome(request.call, request.arguments)
+        return EngineAnswer(serial=request.serial, ranks=self._gathered(own))
+
+    def _outcome(self, call: str, arguments: bytes) -> bytes:
+        """This rank's answer; never raises, because the others wait for it."""
+        try:
+            if self._service is None:
+                self._service = self._make_service()
+            return self._service.call(call, arguments)
+        except EnginePluginError as error:
+            return refuse(error)
+        except Exception as error:
+            logger.exception("%s failed", call)
+            return refuse(
+                EngineCallError(f"{call}: {type(error).__name__}: {error}", remedy="see the log")
+            )
+
+    def _gathered(self, own: bytes) -> list[bytes]:
+        size = torch.distributed.get_world_size(self._group)
+        if size == 1:
+            return [own]
+        ranks: list[Any] = [None] * size
+        torch.distributed.all_gather_object(ranks, own, group=self._group)
+        return ranks
+
+    def _make_service(self) -> WorkerService:
+        SGLANG.check(
+            "sglang.srt.managers.scheduler",
+            "sglang.srt.managers.scheduler_components.weight_updater",
+            "sglang.srt.model_executor.model_runner_components.weight_updater",
+            "sglang.srt.model_loader.loader",
+        )
+        return make_worker_service(
+            SglangWeightInstaller(self._scheduler),
+            tp_rank=torch.distributed.get_rank(self._group),
+            settings=Settings.load(),
+            calls=SchedulerHooks(self._scheduler).calls,
+        )
+
+
+def attach_to_scheduler(result: None, scheduler: Any) -> None:
+    """After `Scheduler.init_request_dispatcher`: our message has a handler on this rank."""
+    register_messages()
+    extension = SchedulerExtension(scheduler)
+    scheduler._request_dispatcher += TypeBasedDispatcher([(EngineCall, extension.answer)])
+    report_present(torch.distributed.get_rank(scheduler.tp_cpu_group), missing())

@@ -1,0 +1,118 @@
+"""The flags `--engine-plugins-*` of an SGLang server.
+
+Each setting of `engine_plugins.settings` has one; any of them turns the plugin on, and
+`--engine-plugins-enable` is for those with nothing to set. They are taken out of the command line
+before SGLang reads it and handed to every process through the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from engine_plugins.errors import EnginePluginError, SettingsError
+from engine_plugins.settings import PREFIX, Settings
+from sglang_ext.hooks import missing
+from sglang_ext.versions import SGLANG
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["FLAG", "prepare_server_args", "refuse_to_start"]
+
+FLAG = "--engine-plugins"
+_NO_FLAG = ("admin_token",)
+"""A secret on a command line is everybody's who can list processes."""
+
+_UNSUPPORTED: dict[str, tuple[object, str]] = {
+    "pp_size": (1, "pipeline parallelism"),
+    "dp_size": (1, "data parallelism in one server; start one server per replica"),
+    "nnodes": (1, "a server on several hosts"),
+    "grpc_mode": (False, "the gRPC server"),
+    "smg_grpc_mode": (False, "the gRPC server"),
+    "encoder_only": (False, "an encoder-only server"),
+    "use_ray": (False, "Ray"),
+    "disaggregation_mode": ("null", "disaggregated prefill and decode"),
+}
+"""Settings of SGLang's with the one value that our hooks were probed with."""
+
+
+def prepare_server_args(original: Callable[..., Any], argv: Sequence[str]) -> Any:
+    """Around SGLang's function of this name."""
+    rest = _take_ours(argv)
+    arguments = original(rest)
+    _refuse_unsupported(arguments)
+    return arguments
+
+
+def refuse_to_start(why: str) -> NoReturn:
+    """End the process with one line that says why."""
+    raise SystemExit(f"engine-plugins: error: {why}")
+
+
+def _take_ours(argv: Sequence[str]) -> list[str]:
+    parser = _parser()
+    given, rest = parser.parse_known_args(list(argv))
+    if "-h" in rest or "--help" in rest:
+        parser.print_help()
+        return rest
+    for flag in rest:
+        if flag.startswith(FLAG):
+            parser.error(f"there is no flag {flag}; there are: {', '.join(_flags(parser))}")
+    values = {name: value for name, value in vars(given).items() if name != "enable"}
+    try:
+        Settings.load(values)
+    except SettingsError as error:
+        parser.error(error.message)
+    os.environ.update({PREFIX + name.upper(): value for name, value in values.items()})
+    _check_release()
+    return rest
+
+
+def _check_release() -> None:
+    try:
+        SGLANG.check(*SGLANG.hooks)
+    except EnginePluginError as error:
+        refuse_to_start(f"{error.message}; {error.remedy}")
+    if lost := missing():
+        refuse_to_start(
+            f"SGLang {SGLANG.version} did not take the hooks on {', '.join(lost)} (its log says "
+            f"why); engine-plugins was made for SGLang {', '.join(SGLANG.probed)}"
+        )
+    if warning := SGLANG.warning():
+        logger.warning(warning)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="engine-plugins",
+        usage="... [--engine-plugins-enable] [--engine-plugins-SETTING VALUE ...]",
+        description="Flags of engine-plugins; any of them turns it on.",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument(f"{FLAG}-enable", dest="enable", action="store_true", help="turn it on")
+    for setting in fields(Settings):
+        if setting.name not in _NO_FLAG:
+            parser.add_argument(
+                f"{FLAG}-{setting.name.replace('_', '-')}",
+                dest=setting.name,
+                metavar=str(setting.type).partition(" ")[0],
+                help=f"as {PREFIX}{setting.name.upper()}; default {setting.default}",
+            )
+    return parser
+
+
+def _flags(parser: argparse.ArgumentParser) -> list[str]:
+    return [action.option_strings[0] for action in parser._actions]
+
+
+def _refuse_unsupported(arguments: Any) -> None:
+    for name, (wanted, what) in _UNSUPPORTED.items():
+        value = getattr(arguments, name, wanted)
+        if value not in (wanted, None):
+            refuse_to_start(f"--{name.replace('_', '-')} {value}: {what} is not supported yet")

@@ -1,0 +1,97 @@
+"""Installing weights in a live SGLang model through the model's own loader.
+
+SGLang loads into the parameters that serve. Around a load it opens and closes a session, which
+undoes and redoes what its kernels pack; ours uses the runners' own begin and end. The scheduler's
+routes for them wait at a barrier of all ranks, so one rank's failure would hang the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from sglang.srt.managers.scheduler_components.weight_updater import _WeightUpdateSession
+
+from engine_plugins.errors import ConflictError, UnsupportedError, WeightMismatchError
+from engine_plugins.weights.coverage import left_out_by_design
+from engine_plugins.weights.loader_trace import (
+    LoaderTrace,
+    LoadWeights,
+    LogicalTensor,
+    trace_loader,
+)
+from sglang_ext.loader_model import loader_model
+
+__all__ = ["SglangWeightInstaller"]
+
+
+class SglangWeightInstaller:
+    """The `WeightInstaller` of one scheduler rank."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self._sessions = scheduler.weight_updater
+        self._runner = scheduler.tp_worker.model_runner
+        self._has_draft = scheduler.draft_worker is not None
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that the engine serves in."""
+        dtype = self._runner.model_config.dtype
+        if not isinstance(dtype, torch.dtype):
+            raise WeightMismatchError(
+                f"SGLang reports the model dtype {dtype!r}, not a torch dtype"
+            )
+        return dtype
+
+    def may_go_unused(self, name: str) -> bool:
+        """Names that SGLang's loaders leave out by design."""
+        config = self._runner.model_config.hf_text_config
+        return left_out_by_design(name, tied=bool(getattr(config, "tie_word_embeddings", False)))
+
+    def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
+        """Record the loader's copies on a second model without memory."""
+        if self._has_draft:
+            raise UnsupportedError(
+                "this engine decodes speculatively, and the draft model's weights are not updated",
+                remedy="serve without speculative decoding",
+            )
+        with loader_model(self._runner) as model:
+            return trace_loader(
+                dict(model.named_parameters()), cast(LoadWeights, model.load_weights), tensors
+            )
+
+    def begin(self) -> None:
+        """Open a session, with no step of the model under way.
+
+        Raises:
+            ConflictError: somebody else's session is open.
+        """
+        if self._sessions._session is not None:
+            raise ConflictError(
+                "a weight-update session of SGLang's own routes is open",
+                remedy="POST /end_weight_update, then update again",
+            )
+        if self._runner.device != "cpu":
+            torch.get_device_module(self._runner.device).synchronize()
+        self._runner.weight_updater.begin_weight_update()
+        # Keeps SGLang's own update routes out until ours is closed.
+        self._sessions._session = _WeightUpdateSession(selector="target", loaded_weights=True)
+
+    def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Load the tensors of some modules; SGLang copies them and keeps no reference."""
+        with torch.no_grad():
+            self._runner.model.load_weights(iter(tensors))
+
+    def finish(self) -> None:
+        """Close the session: packed forms of the new weights are made anew.
+
+        Fixups of a model's own belong to its `load_weights` and have run with the last module.
+        """
+        with torch.no_grad():
+            self._runner.weight_updater.end_weight_update(run_post_load=False)
+        self._sessions._session = None
+
+    def abandon(self) -> None:
+        """Close the session over whatever has been loaded; the engine is fenced."""
+        self.finish()
