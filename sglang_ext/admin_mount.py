@@ -9,6 +9,7 @@ closed twice instead of open once.
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -28,17 +29,21 @@ from sglang_ext.roll_call import absences
 from sglang_ext.scheduler_calls import SchedulerCalls
 from sglang_ext.server_flags import refuse_to_start
 
-__all__ = ["after_key_check", "before_http_server"]
+__all__ = ["add_routes", "after_key_check", "before_http_server"]
 
 logger = logging.getLogger(__name__)
 
+APP_PATH = "SGLANG_HTTP_SERVER_APP_PATH"
+"""SGLang's variable for the application that further API processes serve."""
 METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def before_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
     """Before `_setup_and_run_http_server`, when the schedulers are up."""
     wrong = absences(server_args.tp_size)
-    if SchedulerCalls.of(tokenizer_manager) is None:
+    if server_args.tokenizer_worker_num > 1:
+        os.environ[APP_PATH] = "sglang_ext.http_app:app"
+    elif SchedulerCalls.of(tokenizer_manager) is None:
         wrong.append("the tokenizer manager has no connection of ours")
     if wrong:
         refuse_to_start("; ".join(wrong))

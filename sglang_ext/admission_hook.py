@@ -7,6 +7,7 @@ that could end them.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
@@ -19,12 +20,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from engine_plugins.admin.error_responses import problem
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.admin.state import refusal
+from engine_plugins.admin.state import EngineState, refusal
 
 __all__ = ["RefuseBeforeStream", "generate_request"]
 
 LOOK_AGAIN_S = 0.25
-"""How often a held request looks whether the engine has been fenced."""
+"""How often a request of a paused engine looks whether the engine has been fenced."""
+HOLDING_POLL_S = 0.02
+
+_SHOWN = "engine_plugins_version"
+_shared = functools.cache(shared_state)
 
 _refused: ContextVar[list[str] | None] = ContextVar("engine_plugins_refused", default=None)
 """Why the HTTP request that is being answered was refused, for `RefuseBeforeStream`."""
@@ -34,30 +39,48 @@ async def generate_request(
     original: Any, manager: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
     """Around `TokenizerManager.generate_request`, through which every route generates."""
-    await _admitted(manager, shared_state())
+    await _admitted(manager, _shared())
     async with aclosing(original(manager, *args, **kwargs)) as outputs:
         async for output in outputs:
             yield output
 
 
 async def _admitted(manager: Any, shared: SharedState) -> None:
-    """Wait as long as SGLang is paused.
+    """Wait as long as SGLang is paused, or drains before it pauses.
 
     Raises:
         HTTPException: 503, when the engine is fenced or is being fenced meanwhile.
     """
     while True:
-        why = refusal(shared.read())
+        state = shared.read()
+        why = refusal(state)
         if why is not None:
             note = _refused.get()
             if note is not None:
                 note.append(why)
             raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
-        if not manager.is_pause:
+        if state.holding:
+            await asyncio.sleep(HOLDING_POLL_S)
+        elif manager.is_pause:
+            await _resumed(manager)
+        else:
+            _show_version(manager, state)
             return
-        with suppress(TimeoutError):
-            async with asyncio.timeout(LOOK_AGAIN_S), manager.is_pause_cond:
-                await manager.is_pause_cond.wait_for(lambda: not manager.is_pause)
+
+
+async def _resumed(manager: Any) -> None:
+    """Wait for SGLang's own signal, but not for long: a fence gives none."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LOOK_AGAIN_S), manager.is_pause_cond:
+            await manager.is_pause_cond.wait_for(lambda: not manager.is_pause)
+
+
+def _show_version(manager: Any, state: EngineState) -> None:
+    """Label this API process's answers, where another one has published a new version."""
+    version = state.weights.version
+    if version is not None and getattr(manager, _SHOWN, None) != version:
+        manager._update_weight_version_if_provided(str(version))
+        setattr(manager, _SHOWN, version)
 
 
 class RefuseBeforeStream:
@@ -69,7 +92,7 @@ class RefuseBeforeStream:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._shared = shared_state()
+        self._shared = _shared()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or self._shared.read().fence is None:

@@ -6,6 +6,7 @@ import asyncio
 import functools
 from typing import Any
 
+import msgspec
 import sglang
 from sglang.srt.managers.io_struct import (
     ContinueGenerationReqInput,
@@ -23,7 +24,7 @@ from engine_plugins.admin.engine_control import (
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.state import refusal
 from engine_plugins.admin.worker_calls import WorkerCalls
-from engine_plugins.errors import EngineCallError
+from engine_plugins.errors import ConflictError, EngineCallError
 from engine_plugins.weights.model_facts import model_facts
 from sglang_ext.scheduler_calls import SchedulerCalls
 
@@ -71,13 +72,8 @@ class SglangEngineControl:
         answer a pause: the question behind it is answered once it has taken effect.
         """
         self._pauses += 1
-        ours = self._pauses
         if mode != "keep":
-            await self._hold_new_requests()
-            while not await self._drained(abort=mode == "abort"):
-                await asyncio.sleep(DRAIN_POLL_S)
-                if self._pauses != ours:
-                    return  # resumed meanwhile: nobody waits for this pause any more
+            await self._drain(ours=self._pauses, abort=mode == "abort")
         await _sglang(self._manager.pause_generation(PauseGenerationReqInput(mode="in_place")))
         if not all(await self._schedulers.ask("scheduler_is_paused", bool)):
             raise EngineCallError("SGLang was told to pause and did not")
@@ -128,15 +124,28 @@ class SglangEngineControl:
         """One answer per scheduler rank."""
         return await _sglang(self._calls.ask(call, arguments))
 
-    async def _hold_new_requests(self) -> None:
-        async with self._manager.is_pause_cond:
-            self._manager.is_pause = True
+    async def _drain(self, *, ours: int, abort: bool) -> None:
+        """Wait until no request is under way, in the schedulers or on its way to or from them.
 
-    async def _drained(self, *, abort: bool) -> bool:
-        """Whether no request is under way, in the schedulers or on its way to or from them."""
+        Raises:
+            ConflictError: resumed meanwhile; nobody waits for this pause any more.
+        """
+        self._hold(True)
+        try:
+            while not await self._is_drained(abort=abort):
+                await asyncio.sleep(DRAIN_POLL_S)
+                if self._pauses != ours:
+                    raise ConflictError("the engine was resumed before its requests had ended")
+        finally:
+            self._hold(False)
+
+    async def _is_drained(self, *, abort: bool) -> bool:
         if abort:
             self._manager.abort_request(abort_all=True)
         counts = await self.request_counts()
         return not (counts.running or counts.waiting) and not (
             await self._manager.model_update_lock.is_locked()
         )
+
+    def _hold(self, holding: bool) -> None:
+        self._shared.change(lambda state: msgspec.structs.replace(state, holding=holding))

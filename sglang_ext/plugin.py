@@ -27,8 +27,11 @@ def register() -> None:
         if any(argument.startswith(server_flags.FLAG) for argument in sys.argv):
             ensure_runtime_dir()
             _hook_first_process()
-    elif RUNTIME_DIR in os.environ and "sglang.srt.managers.scheduler" in sys.modules:
-        _hook_scheduler()
+    elif RUNTIME_DIR in os.environ:
+        if "sglang_ext.http_app" in sys.modules:
+            _hook_api_process()
+        elif "sglang.srt.managers.scheduler" in sys.modules:
+            _hook_scheduler()
 
 
 def _hook_first_process() -> None:

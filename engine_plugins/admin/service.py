@@ -84,7 +84,7 @@ class AdminService:
         counts = await self._request_counts()
         info = self._control.info
         plain = msgspec.to_builtins(state)
-        plain.pop("kv_generation")
+        del plain["kv_generation"], plain["holding"]
         return StateView(
             engine=EngineView(
                 kind=info.kind,

@@ -81,6 +81,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     update: UpdateProgress | None = None
     kv_generation: str | None = None
     """Mark of the weights that new KV is computed with; None until the first update."""
+    holding: bool = False
+    """New requests wait in the API processes while those in the engine drain."""
 
 
 def moved(state: EngineState, name: StateName, **changes: object) -> EngineState:
