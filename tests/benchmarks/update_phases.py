@@ -11,8 +11,9 @@ from rich.table import Table
 
 from engine_plugins import WeightSender
 from engine_plugins.weights.report import UpdateReport
+from tests.support.engine_server import TOKEN
 from tests.support.sized_models import sized_qwen3
-from tests.support.vllm_server import TOKEN, vllm_server
+from tests.support.vllm_server import vllm_server
 
 UPDATES = 5
 

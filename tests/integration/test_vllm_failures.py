@@ -17,11 +17,12 @@ import httpx
 import pytest
 
 from tests.integration.conftest import StartServer
+from tests.support.engine_server import TOKEN
 from tests.support.live_models import LiveModel
 from tests.support.offers import MSGPACK, offered
 from tests.support.stepping_worker import FOLDER, STEPPING_EXTENSION
 from tests.support.trainer_process import TrainerProcess, trainer_process
-from tests.support.vllm_server import TOKEN, VllmServer
+from tests.support.vllm_server import VllmServer
 
 pytestmark = pytest.mark.engine
 

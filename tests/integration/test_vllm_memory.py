@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from engine_plugins import WeightSender
+from tests.support.engine_server import TOKEN
 from tests.support.hf_reference import greedy
 from tests.support.sized_models import sized_qwen3
-from tests.support.vllm_server import TOKEN, vllm_server
+from tests.support.vllm_server import vllm_server
 
 pytestmark = pytest.mark.engine
 

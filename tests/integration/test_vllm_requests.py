@@ -63,9 +63,8 @@ class Stream(threading.Thread):
     def run(self) -> None:
         try:
             for event in self._server.stream(self._prompt, self._wanted):
-                choice = event["choices"][0]
-                self.ids += choice.get("token_ids") or []
-                self.finish_reason = choice.get("finish_reason") or self.finish_reason
+                self.ids += event.token_ids
+                self.finish_reason = event.finish_reason or self.finish_reason
         except Exception as error:  # shown by the test's own thread
             self.error = error
 

@@ -12,9 +12,10 @@ import pytest
 
 from engine_plugins.trainer_sender import WeightSender
 from tests.integration.conftest import StartServer
+from tests.support.engine_server import TOKEN
 from tests.support.live_models import LIVE, LiveModel
 from tests.support.megatron_fixtures import megatron_cases
-from tests.support.vllm_server import TOKEN, VllmServer
+from tests.support.vllm_server import VllmServer
 
 pytestmark = pytest.mark.engine
 
