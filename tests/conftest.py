@@ -9,6 +9,18 @@ from pathlib import Path
 
 SGLANG_SHIMS = Path(__file__).parent / "support" / "sglang_shims"
 
+# `make test` runs the tests in the environment of each engine.
+TESTS_OF_AN_ENGINE = {
+    "vllm": ["integration/test_vllm_*", "integration/test_demo.py", "unit/vllm_ext"],
+    "sglang": ["integration/test_sglang_*", "unit/sglang_ext"],
+}
+collect_ignore_glob = [
+    pattern
+    for engine, patterns in TESTS_OF_AN_ENGINE.items()
+    if importlib.util.find_spec(engine) is None
+    for pattern in patterns
+]
+
 # Before UCX loads, here and in every child: over tcp it would listen on other addresses too.
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.support.engine_server import EngineServer
 from tests.support.live_models import LiveModel
 from tests.support.vllm_server import VllmServer, vllm_server
 
@@ -33,5 +33,5 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     outcome: Any = yield
     report = outcome.get_result()
     server = getattr(item, "funcargs", {}).get("server")
-    if report.failed and isinstance(server, VllmServer) and Path(server.log).exists():
+    if report.failed and isinstance(server, EngineServer) and server.log.exists():
         report.sections.append(("end of the server's log", server.log_tail()))

@@ -54,10 +54,13 @@ class SglangServer(EngineServer):
 
 
 def _stream_event(event: dict[str, Any], new_ids: list[int]) -> StreamEvent:
-    if error := event.get("error"):
-        return StreamEvent(token_ids=[], finish_reason="error", error=error["message"])
+    """An error after the stream has begun: an event of its own, or an abort with a status."""
+    reason = {} if "error" in event else _finish_reason(event)
+    error = event.get("error") or (reason if reason.get("status_code") else None)
     return StreamEvent(
-        token_ids=new_ids, finish_reason=_finish_reason(event).get("type"), error=None
+        token_ids=new_ids,
+        finish_reason="error" if error else reason.get("type"),
+        error=error["message"] if error else None,
     )
 
 
@@ -80,11 +83,12 @@ def sglang_server(
     environment: Mapping[str, str] | None = None,
     api_key: str | None = None,
     admin_api_key: str | None = None,
+    launcher: str = "sglang.launch_server",
 ) -> AbstractContextManager[SglangServer]:
     """A server for as long as a context lasts. SGLang takes no key with several API servers."""
     port = free_port()
     command = [
-        *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)),
+        *(sys.executable, "-m", launcher, "--model-path", str(model)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
         *("--max-total-tokens", "2048", "--max-running-requests", "8"),
