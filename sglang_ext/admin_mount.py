@@ -1,10 +1,4 @@
-"""Where the admin routes join SGLang's application, under our token alone.
-
-SGLang's key check finds the level of a route by its endpoint and knows none for "has a key of its
-own". So the routes are registered as ones that need SGLang's admin key, and a layer outside that
-check takes requests for them straight to our own. Should that layer ever be missing, they are
-closed twice instead of open once.
-"""
+"""Where the admin routes join SGLang's application, in each of its API processes."""
 
 from __future__ import annotations
 
@@ -12,12 +6,8 @@ import logging
 import os
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from sglang.srt.entrypoints import http_server
-from sglang.srt.utils.auth import AuthLevel, auth_level
-from starlette.responses import Response
-from starlette.routing import Match, Mount
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_plugins.admin.app import PREFIX
 from engine_plugins.admin.engine_control import EngineControl
@@ -25,6 +15,7 @@ from engine_plugins.admin.late_admin import LateAdmin
 from engine_plugins.settings import Settings
 from sglang_ext.admission_hook import RefuseBeforeStream
 from sglang_ext.engine_control import SglangEngineControl
+from sglang_ext.own_token import AdminRoutes
 from sglang_ext.roll_call import absences
 from sglang_ext.scheduler_calls import SchedulerCalls
 from sglang_ext.server_flags import refuse_to_start
@@ -35,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 APP_PATH = "SGLANG_HTTP_SERVER_APP_PATH"
 """SGLang's variable for the application that further API processes serve."""
-METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
 def before_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
@@ -52,40 +42,14 @@ def before_http_server(server_args: Any, tokenizer_manager: Any, *args: Any, **k
 
 
 def after_key_check(result: None, app: FastAPI, **keys: Any) -> None:
-    """After `add_api_key_middleware`: whatever comes later lies outside of it."""
-    app.add_middleware(_OwnToken)
+    """After `add_api_key_middleware`: what is added from here on lies outside of it."""
+    _routes.pass_key_check(app)
 
 
 def add_routes(app: FastAPI) -> None:
     """Register the admin routes and the refusals of a fenced engine."""
-    app.add_api_route(
-        PREFIX + "/{path:path}", _admin_route, methods=METHODS, include_in_schema=False
-    )
+    _routes.register(app)
     app.add_middleware(RefuseBeforeStream)
-
-
-@auth_level(AuthLevel.ADMIN_FORCE)
-async def _admin_route(request: Request) -> Response:
-    """Every admin route, as SGLang's own application sees them."""
-    return _Admin()
-
-
-class _Admin(Response):
-    """An answer that the admin application gives."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await _below_prefix(scope, receive, send)
-
-
-class _OwnToken:
-    """Takes requests for our routes past SGLang's keys; all others go on as they came."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not await _below_prefix(scope, receive, send):
-            await self._app(scope, receive, send)
 
 
 def _find_engine() -> tuple[EngineControl, Settings] | None:
@@ -96,13 +60,4 @@ def _find_engine() -> tuple[EngineControl, Settings] | None:
     return SglangEngineControl(state.tokenizer_manager, calls), Settings.load()
 
 
-_MOUNT = Mount(PREFIX, app=LateAdmin(_find_engine))
-
-
-async def _below_prefix(scope: Scope, receive: Receive, send: Send) -> bool:
-    """Have the admin application answer, if the path is one of its own."""
-    match, found = _MOUNT.matches(scope)
-    if match is not Match.FULL:
-        return False
-    await _MOUNT.handle({**scope, **found}, receive, send)
-    return True
+_routes = AdminRoutes(LateAdmin(_find_engine))

@@ -30,5 +30,9 @@ def absences(tp_size: int) -> list[str]:
                 f"SGLANG_PLUGINS, or is this not SGLang {', '.join(SGLANG.probed)}?)"
             )
         elif hooks := msgspec.json.decode(note, type=list[str]):
-            found.append(f"scheduler rank {rank} could not hook {', '.join(hooks)}")
+            found.append(
+                f"SGLang {SGLANG.version} did not take the hooks on {', '.join(hooks)} in "
+                f"scheduler rank {rank}; engine-plugins was made for SGLang "
+                f"{', '.join(SGLANG.probed)}"
+            )
     return found

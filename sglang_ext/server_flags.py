@@ -21,7 +21,13 @@ from sglang_ext.versions import SGLANG
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["FLAG", "prepare_server_args", "refuse_to_start"]
+__all__ = [
+    "FLAG",
+    "prepare_server_args",
+    "refuse_to_start",
+    "refuse_unsupported",
+    "take_flags",
+]
 
 FLAG = "--engine-plugins"
 _NO_FLAG = ("admin_token",)
@@ -42,9 +48,10 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
 
 def prepare_server_args(original: Callable[..., Any], argv: Sequence[str]) -> Any:
     """Around SGLang's function of this name."""
-    rest = _take_ours(argv)
+    rest = take_flags(argv)
+    _check_release()
     arguments = original(rest)
-    _refuse_unsupported(arguments)
+    refuse_unsupported(arguments)
     return arguments
 
 
@@ -53,7 +60,11 @@ def refuse_to_start(why: str) -> NoReturn:
     raise SystemExit(f"engine-plugins: error: {why}")
 
 
-def _take_ours(argv: Sequence[str]) -> list[str]:
+def take_flags(argv: Sequence[str]) -> list[str]:
+    """Put our flags into the environment and return the others.
+
+    A bad one ends the process as a bad flag of any program does.
+    """
     parser = _parser()
     given, rest = parser.parse_known_args(list(argv))
     if "-h" in rest or "--help" in rest:
@@ -68,7 +79,6 @@ def _take_ours(argv: Sequence[str]) -> list[str]:
     except SettingsError as error:
         parser.error(error.message)
     os.environ.update({PREFIX + name.upper(): value for name, value in values.items()})
-    _check_release()
     return rest
 
 
@@ -111,7 +121,8 @@ def _flags(parser: argparse.ArgumentParser) -> list[str]:
     return [action.option_strings[0] for action in parser._actions]
 
 
-def _refuse_unsupported(arguments: Any) -> None:
+def refuse_unsupported(arguments: Any) -> None:
+    """End the process, where SGLang was asked for what our hooks cannot serve."""
     for name, (wanted, what) in _UNSUPPORTED.items():
         value = getattr(arguments, name, wanted)
         if value not in (wanted, None):

@@ -1,0 +1,126 @@
+"""Our token and SGLang's two keys, on a server that has all three."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from fastapi import APIRouter, FastAPI
+from sglang.srt.utils.auth import (
+    AuthLevel,
+    _get_auth_level_from_app_and_scope,
+    auth_level,
+    decide_request_auth,
+)
+
+from sglang_ext.own_token import AdminRoutes
+from tests.support.engine_server import TOKEN
+from tests.support.live_models import LiveModel
+from tests.support.sglang_server import SglangServer, sglang_server
+
+pytestmark = pytest.mark.engine
+
+ORDINARY, CHIEF = "the-ordinary-key", "the-admin-key"
+GENERATION = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
+    """A server with both of SGLang's keys and our token."""
+    folder = tmp_path_factory.mktemp("server")
+    model = LiveModel(kind="qwen3_live", version=0).copy_to(folder / "model")
+    with sglang_server(
+        model,
+        folder / "server.log",
+        api_key=ORDINARY,
+        admin_api_key=CHIEF,
+        arguments=["--engine-plugins-enable"],
+    ) as server:
+        yield server
+
+
+def status(server: SglangServer, token: str | None, method: str, path: str, body: object) -> int:
+    """What a route answers to somebody with a token."""
+    headers = {} if token is None else {"authorization": f"Bearer {token}"}
+    return httpx.request(
+        method, server.url + path, json=body, headers=headers, timeout=60
+    ).status_code
+
+
+@pytest.mark.parametrize("token", [None, ORDINARY, CHIEF])
+def test_no_key_of_sglangs_opens_our_routes(server: SglangServer, token: str | None) -> None:
+    """Nor does it tell which of them exist."""
+    for method, path in (
+        ("GET", "/admin/v1/state"),
+        ("POST", "/admin/v1/pause"),
+        ("POST", "/admin/v1/weights/update"),
+        ("GET", "/admin/v1/no-such-route"),
+        ("OPTIONS", "/admin/v1/state"),
+    ):
+        assert status(server, token, method, path, {}) == 401
+    assert server.state()["state"] == "serving"
+
+
+def test_our_token_opens_ours(server: SglangServer) -> None:
+    """Although SGLang's own key check does not know it."""
+    assert status(server, TOKEN, "GET", "/admin/v1/state", None) == 200
+    assert status(server, TOKEN, "POST", "/admin/v1/pause", {"mode": "keep"}) == 200
+    assert status(server, TOKEN, "POST", "/admin/v1/resume", {}) == 200
+    assert status(server, TOKEN, "GET", "/admin/v1/no-such-route", None) == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "opened_by"),
+    [
+        ("POST", "/generate", GENERATION, ORDINARY),
+        ("GET", "/get_model_info", None, ORDINARY),
+        ("POST", "/flush_cache", {}, CHIEF),
+        ("POST", "/pause_generation", {"mode": "no-such-mode"}, CHIEF),
+    ],
+)
+def test_sglangs_routes_stay_as_protected_as_they_were(
+    server: SglangServer, method: str, path: str, body: object, opened_by: str
+) -> None:
+    """Each by its own key and no other; a path that begins like ours is not ours."""
+    for token in (None, TOKEN, ORDINARY, CHIEF):
+        answered = status(server, token, method, path, body)
+        assert (answered == 401) == (token != opened_by), (token, answered)
+    for detour in (f"/admin/v1/..{path}", f"//admin/v1{path}", f"/admin/v1x{path}"):
+        assert status(server, TOKEN, method, detour, body) in (401, 404)
+
+
+def scope(path: str) -> dict[str, object]:
+    """A GET, as an ASGI server describes it."""
+    return {"type": "http", "method": "GET", "path": path, "headers": [], "root_path": ""}
+
+
+def may_pass(app: FastAPI, path: str, key: str) -> bool:
+    """What SGLang's key check says to somebody with one of its keys."""
+    return decide_request_auth(
+        method="GET",
+        path=path,
+        authorization_header=f"Bearer {key}",
+        api_key=ORDINARY,
+        admin_api_key=CHIEF,
+        auth_level=_get_auth_level_from_app_and_scope(app, scope(path)),
+    ).allowed
+
+
+def test_routes_are_registered_where_sglangs_key_check_sees_them() -> None:
+    """Through a router they would count as ordinary ones: the ordinary key would pass."""
+
+    @auth_level(AuthLevel.ADMIN_FORCE)
+    async def guarded() -> None: ...
+
+    trap = FastAPI()
+    router = APIRouter()
+    router.add_api_route("/admin/v1/state", guarded)
+    trap.include_router(router)
+    assert may_pass(trap, "/admin/v1/state", ORDINARY), "the trap is gone: simplify admin_mount"
+
+    ours = FastAPI()
+    AdminRoutes(FastAPI()).register(ours)
+    for path in ("/admin/v1/state", "/admin/v1/weights/update"):
+        assert not may_pass(ours, path, ORDINARY)
+        assert may_pass(ours, path, CHIEF)

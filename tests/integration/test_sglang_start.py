@@ -1,0 +1,136 @@
+"""Starting a server with our flags, and the starts that are refused."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+import pytest
+
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.admin.shared_state import create_runtime_dir
+from sglang_ext.roll_call import absences, report_present
+from sglang_ext.server_flags import refuse_unsupported, take_flags
+from tests.support.live_models import LiveModel
+from tests.support.sglang_server import sglang_server
+
+OURS = "ENGINE_PLUGINS_"
+
+
+@pytest.fixture(autouse=True)
+def _settings_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags end up in the environment; none is there before a test, or after it."""
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if OURS not in k})
+
+
+def test_flags_are_taken_out_and_handed_on() -> None:
+    """SGLang sees its own, other processes see ours."""
+    rest = take_flags(
+        [
+            *("--model-path", "m", "--engine-plugins-stall-timeout-s", "7.5"),
+            *("--engine-plugins-staging-bytes=1024", "--tp", "2", "--engine-plugins-enable"),
+        ]
+    )
+    assert rest == ["--model-path", "m", "--tp", "2"]
+    assert os.environ["ENGINE_PLUGINS_STALL_TIMEOUT_S"] == "7.5"
+    assert os.environ["ENGINE_PLUGINS_STAGING_BYTES"] == "1024"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--engine-plugins-stall-timeout-s", "soon"], "STALL_TIMEOUT_S: 'soon' is not float"),
+        (["--engine-plugins-stall-timeout-s", "-1"], "STALL_TIMEOUT_S must be positive"),
+        (["--engine-plugins-staging-bytes"], "expected one argument"),
+        (["--engine-plugins-speed", "9"], "there is no flag --engine-plugins-speed"),
+        (["--engine-plugins-admin-token", "x"], "there is no flag --engine-plugins-admin-token"),
+        (["--engine-plugins-enable=yes"], "ignored explicit argument"),
+    ],
+)
+def test_a_bad_flag_ends_the_start_with_one_line(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is loaded, and without a traceback."""
+    with pytest.raises(SystemExit) as ended:
+        take_flags(argv)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not any(name.startswith(OURS) for name in os.environ)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"pp_size": 2}, "--pp-size 2: pipeline parallelism is not supported yet"),
+        ({"dp_size": 2}, "--dp-size 2: data parallelism in one server"),
+        ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+    ],
+)
+def test_a_server_that_our_hooks_were_not_probed_with_is_refused(
+    setting: dict[str, object], said: str
+) -> None:
+    """Rather than answered by some of its ranks."""
+    with pytest.raises(SystemExit) as ended:
+        refuse_unsupported(argparse.Namespace(**setting))
+    assert said in str(ended.value)
+
+
+def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    """In front of SGLang's own."""
+    assert take_flags(["--engine-plugins-enable", "--help"]) == ["--help"]
+    said = capsys.readouterr().out
+    for flag in ("--engine-plugins-enable", "--engine-plugins-admin-token-file"):
+        assert flag in said
+
+
+def test_a_rank_that_is_absent_or_incomplete_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its number, with what it lacks."""
+    create_runtime_dir(tmp_path)
+    monkeypatch.setenv(RUNTIME_DIR, str(tmp_path))
+    report_present(0, [])
+    assert absences(1) == []
+    report_present(1, ["sglang.a.b"])
+    incomplete, absent = absences(3)
+    assert "did not take the hooks on sglang.a.b in scheduler rank 1" in incomplete
+    assert "scheduler rank 2 runs without engine-plugins" in absent
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (
+            "lost:sglang.srt.utils.auth:add_api_key_middleware",
+            "has no sglang.srt.utils.auth.add_api_key_middleware",
+        ),
+        (
+            "unhookable:sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
+            "did not take the hooks on sglang.srt.managers.tokenizer_manager",
+        ),
+        (
+            "unhookable:sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
+            "scheduler rank 0 runs without engine-plugins",
+        ),
+    ],
+)
+def test_a_server_without_all_hooks_does_not_start(tmp_path: Path, broken: str, said: str) -> None:
+    """It says which is missing, and the release that has it."""
+    model, log = (
+        LiveModel(kind="qwen3_live", version=0).copy_to(tmp_path / "model"),
+        tmp_path / "log",
+    )
+    server = sglang_server(
+        model,
+        log,
+        arguments=["--engine-plugins-enable"],
+        environment={"BROKEN_SGLANG": broken},
+        launcher="tests.support.broken_sglang",
+    )
+    with pytest.raises(RuntimeError, match="did not come up"), server:
+        pass
+    reason = next(line for line in log.read_text().splitlines() if "engine-plugins: error" in line)
+    assert said in reason
+    assert "0.5.23" in reason

@@ -1,0 +1,54 @@
+"""`sglang.launch_server`, with a part of SGLang broken in all its processes.
+
+`BROKEN_SGLANG` says what: `lost:<module>:<name>` takes a name out of a module, as another release
+may; `unhookable:<target>` has SGLang fail to apply the hooks on a target, which it only logs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+from typing import Any
+
+
+def _break() -> None:
+    kind, _, what = os.environ["BROKEN_SGLANG"].partition(":")
+    if kind == "lost":
+        module, _, name = what.partition(":")
+        delattr(import_module(module), name)
+    else:
+        _refuse_hooks_on(what)
+
+
+def _refuse_hooks_on(refused: str) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    apply = HookRegistry._apply_target
+
+    def apply_target(cls: type, target: str, hooks: list[Any]) -> None:
+        if target == refused:
+            raise RuntimeError("told to fail")
+        apply(target, hooks)
+
+    HookRegistry._apply_target = classmethod(apply_target)
+
+
+# The children of a server import this file again, as their main module.
+_break()
+
+
+def _main() -> None:
+    from sglang import launch_server
+    from sglang.srt import plugins, server_args
+    from sglang.srt.utils import kill_process_tree
+
+    plugins.load_plugins()
+    try:
+        launch_server.run_server(server_args.prepare_server_args(sys.argv[1:]))
+    finally:
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+if __name__ == "__main__":
+    _main()
