@@ -15,6 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import HTTPException
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem
@@ -36,16 +37,21 @@ _refused: ContextVar[list[str] | None] = ContextVar("engine_plugins_refused", de
 
 
 async def generate_request(
-    original: Any, manager: Any, *args: Any, **kwargs: Any
+    original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
     """Around `TokenizerManager.generate_request`, through which every route generates."""
-    await _admitted(manager, _shared())
-    async with aclosing(original(manager, *args, **kwargs)) as outputs:
+    await _admitted(manager, _shared(), refuse=not _is_health_check(request))
+    async with aclosing(original(manager, request, *args, **kwargs)) as outputs:
         async for output in outputs:
             yield output
 
 
-async def _admitted(manager: Any, shared: SharedState) -> None:
+def _is_health_check(request: Any) -> bool:
+    """SGLang's own probe; it waits out a pause, and nobody listens for an error of it."""
+    return isinstance(request.rid, str) and request.rid.startswith(HEALTH_CHECK_RID_PREFIX)
+
+
+async def _admitted(manager: Any, shared: SharedState, *, refuse: bool) -> None:
     """Wait as long as SGLang is paused, or drains before it pauses.
 
     Raises:
@@ -53,7 +59,7 @@ async def _admitted(manager: Any, shared: SharedState) -> None:
     """
     while True:
         state = shared.read()
-        why = refusal(state)
+        why = refusal(state) if refuse else None
         if why is not None:
             note = _refused.get()
             if note is not None:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
+from sglang.srt.environ import envs
+
 from engine_plugins.errors import EnginePluginError, SettingsError
 from engine_plugins.settings import PREFIX, Settings
 from sglang_ext.hooks import missing
@@ -36,6 +38,7 @@ _NO_FLAG = ("admin_token",)
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "pp_size": (1, "pipeline parallelism"),
     "dp_size": (1, "data parallelism in one server; start one server per replica"),
+    "attn_dp_size": (1, "data parallel attention"),
     "nnodes": (1, "a server on several hosts"),
     "grpc_mode": (False, "the gRPC server"),
     "smg_grpc_mode": (False, "the gRPC server"),
@@ -127,3 +130,5 @@ def refuse_unsupported(arguments: Any) -> None:
         value = getattr(arguments, name, wanted)
         if value not in (wanted, None):
             refuse_to_start(f"--{name.replace('_', '-')} {value}: {what} is not supported yet")
+    if envs.SGLANG_RUST_SERVER.get():
+        refuse_to_start("SGLANG_RUST_SERVER: SGLang's Rust server is not supported yet")
