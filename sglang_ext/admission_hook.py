@@ -40,7 +40,7 @@ async def generate_request(
     original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
     """Around `TokenizerManager.generate_request`, through which every route generates."""
-    await _admitted(manager, _shared(), refuse=not _is_health_check(request))
+    await _admitted(manager, _shared(), request)
     async with aclosing(original(manager, request, *args, **kwargs)) as outputs:
         async for output in outputs:
             yield output
@@ -51,20 +51,18 @@ def _is_health_check(request: Any) -> bool:
     return isinstance(request.rid, str) and request.rid.startswith(HEALTH_CHECK_RID_PREFIX)
 
 
-async def _admitted(manager: Any, shared: SharedState, *, refuse: bool) -> None:
+async def _admitted(manager: Any, shared: SharedState, request: Any) -> None:
     """Wait as long as SGLang is paused, or drains before it pauses.
 
     Raises:
         HTTPException: 503, when the engine is fenced or is being fenced meanwhile.
+        _StreamRefusedError: the same, for a request whose answer may have begun.
     """
     while True:
         state = shared.read()
-        why = refusal(state) if refuse else None
-        if why is not None:
-            note = _refused.get()
-            if note is not None:
-                note.append(why)
-            raise HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
+        why = refusal(state)
+        if why is not None and not _is_health_check(request):
+            raise _refused_with(why, streaming=bool(getattr(request, "stream", False)))
         if state.holding:
             await asyncio.sleep(HOLDING_POLL_S)
         elif manager.is_pause:
@@ -72,6 +70,21 @@ async def _admitted(manager: Any, shared: SharedState, *, refuse: bool) -> None:
         else:
             _show_version(manager, state)
             return
+
+
+class _StreamRefusedError(ValueError):
+    """What SGLang's streams turn into a last event, with this status in it."""
+
+    status_code = HTTPStatus.SERVICE_UNAVAILABLE
+
+
+def _refused_with(why: str, *, streaming: bool) -> Exception:
+    note = _refused.get()
+    if note is not None:
+        note.append(why)
+    if streaming:
+        return _StreamRefusedError(why)
+    return HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
 
 
 async def _resumed(manager: Any) -> None:

@@ -1,4 +1,4 @@
-"""`sglang.launch_server`, with a part of SGLang broken in all its processes.
+"""A server with a part of SGLang broken in all its processes, see `sglang_launcher`.
 
 `BROKEN_SGLANG` says what: `lost:<module>:<name>` takes a name out of a module, as another release
 may; `unhookable:<target>` has SGLang fail to apply the hooks on a target, which it only logs.
@@ -7,9 +7,10 @@ may; `unhookable:<target>` has SGLang fail to apply the hooks on a target, which
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
 from typing import Any
+
+from tests.support.sglang_launcher import launch
 
 
 def _break() -> None:
@@ -34,21 +35,8 @@ def _refuse_hooks_on(refused: str) -> None:
     HookRegistry._apply_target = classmethod(apply_target)
 
 
-# The children of a server import this file again, as their main module.
 _break()
 
 
-def _main() -> None:
-    from sglang import launch_server
-    from sglang.srt import plugins, server_args
-    from sglang.srt.utils import kill_process_tree
-
-    plugins.load_plugins()
-    try:
-        launch_server.run_server(server_args.prepare_server_args(sys.argv[1:]))
-    finally:
-        kill_process_tree(os.getpid(), include_parent=False)
-
-
 if __name__ == "__main__":
-    _main()
+    launch()
