@@ -62,7 +62,7 @@ async def _admitted(manager: Any, shared: SharedState, request: Any) -> None:
         state = shared.read()
         why = refusal(state)
         if why is not None and not _is_health_check(request):
-            raise _refused_with(why, streaming=bool(getattr(request, "stream", False)))
+            raise _refused_with(why, request)
         if state.holding:
             await asyncio.sleep(HOLDING_POLL_S)
         elif manager.is_pause:
@@ -78,13 +78,15 @@ class _StreamRefusedError(ValueError):
     status_code = HTTPStatus.SERVICE_UNAVAILABLE
 
 
-def _refused_with(why: str, *, streaming: bool) -> Exception:
+def _refused_with(why: str, request: Any) -> Exception:
     note = _refused.get()
     if note is not None:
         note.append(why)
-    if streaming:
-        return _StreamRefusedError(why)
-    return HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
+    if not getattr(request, "stream", False):
+        return HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
+    # SGLang does it first of all; what a route runs after a stream asks for the outcome.
+    request.normalize_batch_and_arguments()
+    return _StreamRefusedError(why)
 
 
 async def _resumed(manager: Any) -> None:
