@@ -1,0 +1,33 @@
+"""What the documents name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NAMED = re.compile(
+    r"`((?:engine_plugins|vllm_ext|sglang_ext|tests|examples)/[\w/]+\.py)(?:::([\w.]+))?`"
+)
+TREE_LINE = re.compile(r"^( *)([\w/]+(?:\.py|/)) {2,}", re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/architecture.md", "docs/decisions.md"])
+def test_every_file_and_name_exists(document: str) -> None:
+    """`path::object` is a file of this checkout, and defines the object."""
+    for path, name in NAMED.findall((ROOT / document).read_text()):
+        source = (ROOT / path).read_text()
+        last = name.rpartition(".")[2]
+        assert re.search(rf"(?m)(def|class) {last}\b|^{last}\b", source), f"{path}::{name}"
+
+
+def test_the_tree_has_every_module() -> None:
+    """Of the packages: a module that the tree leaves out cannot be found from it."""
+    text = (ROOT / "docs/architecture.md").read_text()
+    tree = text.partition("## The tree")[2].partition("## ")[0]
+    told = {name for _, name in TREE_LINE.findall(tree)}
+    for package in ("engine_plugins", "vllm_ext", "sglang_ext"):
+        for module in (ROOT / package).rglob("*.py"):
+            assert module.name in told or module.name == "__init__.py", module
