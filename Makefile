@@ -2,6 +2,7 @@
 # make and a package index within reach; a second run finds everything in place.
 
 PYTHON ?= python3.11
+ENGINE ?= vllm
 VLLM_ENV := .venv/vllm
 VLLM_PYTHON := $(VLLM_ENV)/bin/python
 SGLANG_PYTHON := .venv/sglang/bin/python
@@ -10,13 +11,13 @@ ARGS ?=
 OR_NONE_HERE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fmt setup setup-vllm setup-sglang clean
+.PHONY: help demo test check lint bench fmt setup setup-vllm setup-sglang no-such-engine clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-demo: setup-vllm ## train a tiny model and update a live vLLM server with it
-	$(VLLM_PYTHON) examples/live_update_demo.py $(ARGS)
+demo: $(if $(filter vllm sglang,$(ENGINE)),setup-$(ENGINE),no-such-engine) ## train a tiny model and update a live server with it (ENGINE=sglang: SGLang's)
+	.venv/$(ENGINE)/bin/python examples/live_update_demo.py --engine $(ENGINE) $(ARGS)
 
 test: setup ## all tests, on both engines (ARGS="-k name" narrows them)
 	$(SGLANG_PYTHON) -m pytest tests $(ARGS) $(OR_NONE_HERE)
@@ -45,6 +46,10 @@ setup-vllm setup-sglang: setup-%: ## install one engine environment, .venv/vllm 
 	  echo "setup: error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11 ..." >&2; \
 	  exit 1; }
 	@$(PYTHON) scripts/setup_env.py $*
+
+no-such-engine:
+	@echo "make: error: there is no engine '$(ENGINE)'; choose ENGINE=vllm or ENGINE=sglang" >&2
+	@exit 1
 
 clean: ## remove the environments, caches and builds
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

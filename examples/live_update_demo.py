@@ -1,8 +1,8 @@
-"""Change the weights of a running vLLM server while it answers.
+"""Change the weights of a running server of vLLM or SGLang while it answers.
 
-Starts `vllm serve` with a tiny Qwen3 on this machine's CPU, then a trainer as a process of its
-own (`trainer.py`) that gives the server the weights of every optimisation step. Ends with the
-check that the server says exactly what Hugging Face transformers says on the trainer's weights.
+Starts the server with a tiny Qwen3 on this machine's CPU, then a trainer as a process of its own
+(`trainer.py`) that gives the server the weights of every optimisation step. Ends with the check
+that the server says exactly what Hugging Face transformers says on the trainer's weights.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 import httpx
 
 from display import console, show_check, show_long_request, show_step, waiting
+from engines import ENGINES, Engine
 from long_request import LongRequest
 from processes import Child, ChildFailedError, Children
 
 HERE = Path(__file__).parent
-BIN = Path(sys.executable).parent
 READY_WITHIN_S = 240.0
 
 ENVIRONMENT = {
@@ -33,19 +33,18 @@ ENVIRONMENT = {
     # The rest keeps this demo on one machine, quiet, and on few cores.
     "UCX_NET_DEVICES": "lo",
     "HF_HUB_OFFLINE": "1",
-    "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_HOST_IP": "127.0.0.1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_NUM_THREADS": "1",
 }
 
 
 def main() -> int:
     options = parsed_options()
+    engine = ENGINES[options.engine]
+    environment = {**ENVIRONMENT, **engine.environment}
     try:
-        with Children(keep=options.keep) as children:
+        with Children(environment, keep=options.keep) as children:
             try:
-                return demo(children, options.steps)
+                return demo(children, engine, options.steps)
             except ChildFailedError:
                 children.keep = True  # for its logs
                 raise
@@ -63,18 +62,22 @@ def main() -> int:
         return 130
 
 
-def demo(children: Children, steps: int) -> int:
+def demo(children: Children, engine: Engine, steps: int) -> int:
     model = children.folder / "model"
     with waiting("making a tiny Qwen3 and its tokenizer"):
         make = [sys.executable, str(HERE / "tiny_model.py"), str(model)]
-        children.start("tiny_model", make, env=ENVIRONMENT).wait()
+        children.start("tiny_model", make).wait()
 
-    url = f"http://127.0.0.1:{free_port()}"
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    if engine.remark:
+        console.print(engine.remark)
     began = time.monotonic()
-    with waiting("starting vllm serve on the CPU (about half a minute)"):
-        server = start_server(children, model, url)
+    with waiting(f"starting {engine.title} on the CPU (about half a minute)"):
+        server = children.start(engine.title, engine.command(model, port=port))
+        wait_ready(server, url)
     console.print(
-        f"vllm serve (process {server.process.pid}) answers on {url} "
+        f"{engine.title} (process {server.process.pid}) answers on {url} "
         f"after {time.monotonic() - began:.0f} s\n"
     )
 
@@ -83,37 +86,21 @@ def demo(children: Children, steps: int) -> int:
         return follow(trainer, server, LongRequest(url=url))
 
 
-def start_server(children: Children, model: Path, url: str) -> Child:
-    """Start vLLM and wait until it answers.
-
-    The worker extension is all that engine-plugins adds to the command line: it brings the
-    admin routes that the trainer calls.
-    """
-    arguments = {
-        "--worker-extension-cls": "vllm_ext.worker_extension.EnginePluginsWorkerExtension",
-        "--host": "127.0.0.1",
-        "--port": url.rpartition(":")[2],
-        "--dtype": "float32",
-        "--max-model-len": "4096",
-        "--max-num-seqs": "8",
-        "--kv-cache-memory-bytes": "64M",
-    }
-    command = [str(BIN / "vllm"), "serve", str(model), "--enforce-eager"]
-    command += [word for pair in arguments.items() for word in pair]
-    server = children.start("vllm", command, env=ENVIRONMENT)
+def wait_ready(server: Child, url: str) -> None:
+    """Wait until the server answers."""
     deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
         server.check_runs()
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", timeout=5, trust_env=False).is_success:
-                return server
+                return
         time.sleep(0.2)
     raise ChildFailedError(server, f"was not ready within {READY_WITHIN_S:g} s")
 
 
 def start_trainer(children: Children, model: Path, url: str, steps: int) -> Child:
     command = [sys.executable, str(HERE / "trainer.py"), "--model", str(model), "--engine", url]
-    return children.start("trainer", [*command, "--steps", str(steps)], env=ENVIRONMENT, piped=True)
+    return children.start("trainer", [*command, "--steps", str(steps)], piped=True)
 
 
 def follow(trainer: Child, server: Child, long_request: LongRequest) -> int:
@@ -150,6 +137,9 @@ def free_port() -> int:
 
 def parsed_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--engine", choices=list(ENGINES), default="vllm", help="default %(default)s"
+    )
     parser.add_argument("--steps", type=int, default=5, help="training steps (default %(default)s)")
     parser.add_argument(
         "--keep", action="store_true", help="keep the temporary folder: the model, and the logs"

@@ -69,5 +69,5 @@ class LongRequest:
         _, _, event = line.partition("data: ")
         if event and event != "[DONE]":
             (choice,) = json.loads(event)["choices"]
-            self.arrivals += [time.time()] * len(choice["token_ids"] or ())
+            self.arrivals += [time.time()] * len(choice.get("token_ids") or ())
             self.finish_reason = choice["finish_reason"]

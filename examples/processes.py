@@ -1,6 +1,6 @@
 """Child processes that never outlive the demo, and the folder that they share.
 
-vLLM is a tree of processes; each child here leads a process group, which is ended as a whole.
+A server is a tree of processes; each child here leads a process group, which is ended as a whole.
 (Not a session: on two cores, with the kernel's scheduling by session, vLLM's spinning processes
 kept its API server from running for seconds.)
 """
@@ -74,13 +74,15 @@ class ChildFailedError(Exception):
 class Children:
     """A context in which children run; leaving it, however that happens, ends them all.
 
-    While it lasts SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt.
+    While it lasts SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt. Children have the environment
+    of this process, with `environment` over it.
 
     Attributes:
         folder: a temporary folder, the children's too; removed at the end unless `keep` is set.
     """
 
-    def __init__(self, *, keep: bool = False) -> None:
+    def __init__(self, environment: Mapping[str, str], *, keep: bool = False) -> None:
+        self._environment = environment
         self.keep = keep
         self._children: list[Child] = []
         self._interrupted_at = float("-inf")
@@ -104,15 +106,13 @@ class Children:
         if not self.keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(
-        self, name: str, command: Sequence[str], *, env: Mapping[str, str], piped: bool = False
-    ) -> Child:
+    def start(self, name: str, command: Sequence[str], *, piped: bool = False) -> Child:
         """Start a command as leader of a new group; with `piped` its stdout can be read."""
         log = self.folder / f"{name}.log"
         with _signals_held(), log.open("w") as output:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **env, "TMPDIR": str(self.folder)},
+                env={**os.environ, **self._environment, "TMPDIR": str(self.folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if piped else output,
                 stderr=output,

@@ -1,4 +1,4 @@
-"""A trainer that gives the weights of every step to a live vLLM server.
+"""A trainer that gives the weights of every step to a live server of vLLM or SGLang.
 
 It runs against any server that was started with engine-plugins:
 

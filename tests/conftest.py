@@ -11,7 +11,7 @@ SGLANG_SHIMS = Path(__file__).parent / "support" / "sglang_shims"
 
 # `make test` runs the tests in the environment of each engine.
 TESTS_OF_AN_ENGINE = {
-    "vllm": ["integration/test_vllm_*", "integration/test_demo.py", "unit/vllm_ext"],
+    "vllm": ["integration/test_vllm_*", "unit/vllm_ext"],
     "sglang": ["integration/test_sglang_*", "unit/sglang_ext"],
 }
 collect_ignore_glob = [

@@ -1,7 +1,12 @@
-"""`make demo` as a user has it: what it shows, and what it leaves behind."""
+"""`make demo` as a user has it: what it shows, and what it leaves behind.
+
+It is run with the engine of this environment.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -19,16 +24,22 @@ pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "ENGINE_PLUGINS_TEST_DEMO"
+ENGINE = "vllm" if importlib.util.find_spec("vllm") else "sglang"
+TITLE = {"vllm": "vLLM", "sglang": "SGLang"}[ENGINE]
 
 
 class Demo:
-    """A running demo whose processes can be told by a mark in their environment."""
+    """A running demo whose processes can be told: by a mark in their environment, or a group.
+
+    Engines write titles over the environment of their processes; the group's leader keeps it.
+    """
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         self.folder = folder
         self.mark = uuid.uuid4().hex
+        self.groups: set[int] = set()
         self.process = subprocess.Popen(
-            [sys.executable, "examples/live_update_demo.py", *arguments],
+            [sys.executable, "examples/live_update_demo.py", "--engine", ENGINE, *arguments],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -56,19 +67,23 @@ class Demo:
 
     def finished(self) -> tuple[int, str]:
         """The exit code and the rest of what it prints."""
-        said, _ = self.process.communicate(timeout=120)
+        said, _ = self.process.communicate(timeout=300)
         return self.process.returncode, said
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that still runs and was started by this demo, or is it."""
-        running = []
+        """Every process that still runs and was started by this demo, or is it.
+
+        A group is known from the first call that finds a marked process in it.
+        """
+        groups: dict[psutil.Process, int] = {}
         for process in psutil.process_iter():
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                groups[process] = os.getpgid(process.pid)
                 if process.environ().get(MARK) == self.mark:
-                    running.append(process)
-            except (psutil.NoSuchProcess, psutil.AccessDenied):
-                continue
-        return running
+                    self.groups.add(groups[process])
+        return [process for process, group in groups.items() if group in self.groups]
 
     def wait_for(self, count: int) -> None:
         """Wait until at least `count` of its processes run."""
@@ -107,11 +122,16 @@ def start_demo() -> Iterator[StartDemo]:
 def test_it_updates_a_live_server_and_proves_it(start_demo: StartDemo) -> None:
     """Exit code 0, a row per step, both verdicts good, nothing left; plain text in a pipe."""
     demo = start_demo("--steps", "3")
-    code, said = demo.finished()
+    said = demo.output_until("training, and updating")
+    assert len(demo.processes()) >= 4  # the demo, and of the server three at least
+    code, rest = demo.finished()
+    said += rest
     assert code == 0, said
     rows = [line.split() for line in said.splitlines()]
     steps = [row for row in rows if len(row) > 4 and row[0].isdigit() and row[1].isdigit()]
     assert [row[:2] for row in steps] == [["1", "1"], ["2", "2"], ["3", "3"]], said
+    assert f"\n{TITLE} (process " in said
+    assert ("stubbed kernel import" in said) == (ENGINE == "sglang")
     assert "fresh weights" in said
     assert "a long request was in flight while versions 1" in said
     assert "greedy tokens equal" in said
@@ -125,10 +145,10 @@ def test_it_updates_a_live_server_and_proves_it(start_demo: StartDemo) -> None:
 def test_a_signal_in_the_middle_leaves_nothing_behind(
     start_demo: StartDemo, number: signal.Signals
 ) -> None:
-    """While vLLM starts its processes: they end with the demo, and its folder goes."""
+    """While the server starts its processes: they end with the demo, and its folder goes."""
     demo = start_demo()
-    demo.output_until("starting vllm serve")
-    demo.wait_for(4)  # the demo, the API server, its resource tracker and the engine
+    demo.output_until(f"starting {TITLE}")
+    demo.wait_for(4)  # the demo, the API server, its resource tracker and one of the engine
     os.killpg(demo.process.pid, number)
     code, said = demo.finished()
     assert code == 130, said
