@@ -40,6 +40,7 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
 """The scope that each route needs."""
 
 _PAUSE, _FLUSH = PauseBody(), FlushBody()
+_WHOLE_GZIP = "send one whole gzip stream, or the manifest plain without Content-Encoding"
 
 _MANIFEST_BODY = {
     "requestBody": {
@@ -112,12 +113,14 @@ def _gunzip(body: bytes, limit: int) -> bytes:
     try:
         plain = unpacker.decompress(body, limit + 1)
     except zlib.error as error:
-        raise AdminRequestError(f"the body says gzip and is not: {error}") from error
+        raise AdminRequestError(
+            f"the body says gzip and is not: {error}", remedy=_WHOLE_GZIP
+        ) from error
     if len(plain) > limit:
         raise BodyTooLargeError(
             f"the manifest unpacks to more than {limit} bytes",
             remedy="raise ENGINE_PLUGINS_MAX_MANIFEST_BYTES",
         )
     if not unpacker.eof:
-        raise AdminRequestError("the gzip body ends before its end mark")
+        raise AdminRequestError("the gzip body ends before its end mark", remedy=_WHOLE_GZIP)
     return plain

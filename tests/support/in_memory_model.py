@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol, Self
 
 import torch
 from torch import nn
 
+from engine_plugins.weights.coverage import left_out_by_design
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, trace_loader
 
-__all__ = ["InMemoryInstaller", "InMemoryModel", "hf_tensors", "traced"]
+__all__ = ["InMemoryInstaller", "InMemoryModel", "LoadableModel", "hf_tensors", "traced"]
 
 VOCAB, PADDED_VOCAB = 50, 64
 QKV = {"q": 2, "k": 1, "v": 1}
@@ -39,6 +41,16 @@ def hf_tensors(*, seed: int, layers: int = 2, hidden: int = 16) -> dict[str, tor
     return tensors
 
 
+class LoadableModel(Protocol):
+    """One rank's share of a model, with a loader that speaks checkpoint names."""
+
+    tied: bool
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    def twin(self) -> Self: ...
+
+
 class _Layer(nn.Module):
     """Parameters of one attention layer, as one rank holds them."""
 
@@ -53,6 +65,8 @@ class _Layer(nn.Module):
 
 class InMemoryModel(nn.Module):
     """One rank's share of the model. Its weights are NaN until something is loaded."""
+
+    tied = False
 
     def __init__(
         self, *, layers: int = 2, hidden: int = 16, tp_rank: int = 0, tp_size: int = 1
@@ -78,6 +92,10 @@ class InMemoryModel(nn.Module):
         model = cls(layers=layers, hidden=hidden, tp_rank=tp_rank, tp_size=tp_size)
         model.load_weights(tensors.items())
         return model
+
+    def twin(self) -> InMemoryModel:
+        """A model of the same layout."""
+        return InMemoryModel(**self.layout)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """The engine's own loader."""
@@ -125,10 +143,10 @@ class InMemoryModel(nn.Module):
         return self.fingerprint() == other.fingerprint()
 
 
-def traced(model: InMemoryModel, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
+def traced(model: LoadableModel, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
     """Trace the loader on a twin of the model that has no memory."""
     with torch.device("meta"):
-        twin = InMemoryModel(**model.layout)
+        twin = model.twin()
     return trace_loader(dict(twin.named_parameters()), twin.load_weights, tensors)
 
 
@@ -145,7 +163,7 @@ class InMemoryInstaller:
         poison: overwrite what was handed over once it is installed.
     """
 
-    def __init__(self, model: InMemoryModel) -> None:
+    def __init__(self, model: LoadableModel) -> None:
         self.model = model
         self.install_s = 0.0
         self.loading = False
@@ -158,7 +176,7 @@ class InMemoryInstaller:
         return torch.float32
 
     def may_go_unused(self, name: str) -> bool:
-        return name.endswith("inv_freq")
+        return left_out_by_design(name, tied=self.model.tied)
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
         self._maybe_fail("trace")

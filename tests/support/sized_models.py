@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,3 +26,13 @@ def sized_qwen3() -> Any:
         tie_word_embeddings=False,
     )
     return Qwen3ForCausalLM(config).float().eval()
+
+
+@dataclass(frozen=True)
+class SizedModel:
+    """The same, to be served."""
+
+    def copy_to(self, folder: Path) -> Path:
+        """A folder that an engine can load."""
+        sized_qwen3().save_pretrained(folder)
+        return folder

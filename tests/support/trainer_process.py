@@ -16,12 +16,20 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
+import httpx
+
 ROOT = Path(__file__).resolve().parents[2]
 READY_S = 120.0
+MSGPACK = {"content-type": "application/msgpack"}
 
 
 class TrainerProcess:
-    """A running trainer and its manifest, as msgpack bytes."""
+    """A running trainer.
+
+    Attributes:
+        manifest: what it offers, as msgpack bytes.
+        unharmed: whether no signal was sent to it yet.
+    """
 
     def __init__(self, model: Path, environment: dict[str, str]) -> None:
         self._link, theirs = Pipe()
@@ -37,9 +45,24 @@ class TrainerProcess:
             self.end()
             raise RuntimeError("the trainer process did not offer its weights")
         self.manifest = self._link.recv_bytes()
+        self.unharmed = True
+
+    @property
+    def name(self) -> str:
+        """How its agent's name begins."""
+        return f"trainer-{self.process.pid}-"
+
+    def connect(self, admin: httpx.Client) -> str:
+        """Publish the manifest and have an engine plan an update from it; the plan's id."""
+        published = admin.post("/weights/sources", content=self.manifest, headers=MSGPACK)
+        ids = [published.json()["source_id"]]
+        connected = admin.post("/weights/connect", json={"source_ids": ids})
+        assert connected.status_code == 200, connected.text
+        return str(connected.json()["plan_id"])
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; a killed trainer is also waited for."""
+        self.unharmed = False
         self.process.send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait(10)
@@ -60,6 +83,26 @@ def trainer_process(model: Path, **environment: str) -> Iterator[TrainerProcess]
         yield trainer
     finally:
         trainer.end()
+
+
+class TrainerPool:
+    """Gives the same trainer again, for as long as nobody has hurt it."""
+
+    def __init__(self) -> None:
+        self._trainer: TrainerProcess | None = None
+
+    def unharmed(self, model: Path, **environment: str) -> TrainerProcess:
+        """A trainer that offers the weights of a folder."""
+        if self._trainer is None or not self._trainer.unharmed:
+            self.close()
+            self._trainer = TrainerProcess(model, environment)
+        return self._trainer
+
+    def close(self) -> None:
+        """End the trainer, if there is one."""
+        if self._trainer is not None:
+            self._trainer.end()
+            self._trainer = None
 
 
 def _main() -> None:

@@ -1,0 +1,51 @@
+"""A long pull hurries nobody, with one API process and with two.
+
+The wire is tcp, where a stopped trainer really stalls a read.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, on
+from tests.support.problems import problem
+from tests.support.served import Served
+from tests.support.trainer_process import TrainerProcess
+from tests.support.waiting import until
+
+PULL_S = 10.0
+
+
+@on(DENSE, DENSE_TP2)
+def test_everything_else_is_answered_at_once(
+    served: Served, trainer: TrainerProcess, background: ThreadPoolExecutor
+) -> None:
+    """/state within 100 ms, a second update and the others 409, generation goes on."""
+    server = served.server
+    served.restore(OLD)
+    plan, version = trainer.connect(server.admin), served.next_version()
+    trainer.signal(signal.SIGSTOP)
+    began = time.monotonic()
+    pull = background.submit(served.update, plan, version)
+    until(lambda: server.state()["state"] == "updating", within_s=5, otherwise=server.state)
+    took: list[float] = []
+    while time.monotonic() - began < PULL_S:
+        asked = time.monotonic()
+        state = server.state()
+        took.append(time.monotonic() - asked)
+        assert (state["state"], state["update"]["phase"]) == ("updating", "pull")
+        second = problem(served.update(plan, version + 1), 409, "illegal_state")
+        assert f"the update to version {version} is under way" in second
+        for route in ("/pause", "/resume", "/flush"):
+            problem(server.admin.post(route), 409, "illegal_state")
+        assert server.greedy(OLD.prompts()[0]) == OLD.expected()[0], "the old weights serve on"
+    trainer.signal(signal.SIGCONT)
+    done = pull.result(30)
+    assert done.status_code == 200, done.text
+    assert done.json()["seconds"] > PULL_S - 1
+    assert NEW.wrong_answers(server.greedy) == []
+    # A machine that stands still for a moment delays a call or two, a blocked server all.
+    assert len(took) >= 20
+    assert sorted(took)[len(took) * 9 // 10] < 0.1, took

@@ -1,0 +1,48 @@
+"""The servers that the contract suite is run on."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.live_models import LiveModel
+from tests.support.served import Configuration
+from tests.support.sized_models import SizedModel
+
+__all__ = [
+    "ALL_MODELS",
+    "DENSE",
+    "DENSE_TP2",
+    "MEGATRON_MODELS",
+    "NEW",
+    "OLD",
+    "SIZED",
+    "on",
+]
+
+OLD, NEW = LiveModel(kind="qwen3_live", version=0), LiveModel(kind="qwen3_live", version=1)
+
+DENSE = Configuration(name="dense", model=OLD, tcp=True, token_file=True, keyed=True)
+DENSE_TP2 = Configuration(
+    name="dense-tp2", model=OLD, tensor_parallel=2, api_servers=2, tcp=True, watched=True
+)
+TIED, TIED_TP2, MOE, MOE_TP2 = (
+    Configuration(
+        name=name + ("-tp2" if tensor_parallel == 2 else ""),
+        model=LiveModel(kind=kind, version=tensor_parallel - 1),
+        tensor_parallel=tensor_parallel,
+    )
+    for name, kind in (("tied", "qwen2_live"), ("moe", "qwen3_moe_live"))
+    for tensor_parallel in (1, 2)
+)
+SIZED = Configuration(name="sized", model=SizedModel())
+
+MEGATRON_MODELS = (DENSE, DENSE_TP2, TIED, TIED_TP2)
+"""Models whose shards Megatron sources of this release describe."""
+ALL_MODELS = (*MEGATRON_MODELS, MOE, MOE_TP2)
+
+
+def on(*configurations: Configuration) -> pytest.MarkDecorator:
+    """Run a test, or a module's tests, on servers of these configurations."""
+    return pytest.mark.parametrize(
+        "served", [pytest.param(each, id=each.name) for each in configurations], indirect=True
+    )

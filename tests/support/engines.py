@@ -1,0 +1,63 @@
+"""The engines that the contract suite runs over: those that this environment can import."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any
+
+from tests.support.engine_server import EngineServer
+from tests.support.in_memory_server import in_memory_server
+from tests.support.sglang_server import sglang_server
+from tests.support.vllm_server import vllm_server
+
+__all__ = ["Engine", "engines_here"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How to serve with an engine, and the few numbers in which engines may differ.
+
+    Attributes:
+        kind: as State says it.
+        serve: starts a server for as long as a context lasts.
+        peak_modules: bound of an update's memory, in the model's largest modules.
+        watched: options under which a server's installs can be held; see `stepping`.
+        keyed: options that set every key of the engine's own.
+    """
+
+    kind: str
+    serve: Callable[..., AbstractContextManager[EngineServer]]
+    peak_modules: float
+    watched: Mapping[str, Any] = field(default_factory=dict)
+    keyed: Mapping[str, str]
+
+
+API_KEY, ADMIN_KEY = "the-engines-own-key", "the-engines-own-admin-key"
+
+IN_MEMORY = Engine(
+    kind="in_memory", serve=in_memory_server, peak_modules=1.5, keyed={"api_key": API_KEY}
+)
+VLLM = Engine(
+    kind="vllm",
+    serve=vllm_server,
+    # The receive buffer, the materialised layer, and the CPU's packed copy.
+    peak_modules=3.5,
+    watched={"extension": "tests.support.stepping_vllm.SteppingWorkerExtension"},
+    keyed={"api_key": API_KEY},
+)
+SGLANG = Engine(
+    kind="sglang",
+    serve=functools.partial(sglang_server, arguments=["--engine-plugins-enable"]),
+    peak_modules=1.5,
+    watched={"launcher": "tests.support.stepping_sglang"},
+    keyed={"api_key": API_KEY, "admin_api_key": ADMIN_KEY},
+)
+
+
+def engines_here() -> list[Engine]:
+    """The in-memory engine, and every real one that is installed."""
+    return [IN_MEMORY, *(engine for engine in (VLLM, SGLANG) if find_spec(engine.kind) is not None)]

@@ -1,0 +1,188 @@
+"""The queue and the scheduler of an engine within one process; what a token is, others say.
+
+It keeps the promises of `EngineControl`: requests are held, drained or ended by a pause, prompts
+share KV under the same cache key, and workers answer calls while nothing is generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from engine_plugins.admin.engine_control import EngineInfo, PauseMode, RequestCounts
+from engine_plugins.weights.worker_service import WorkerService
+
+__all__ = ["TICK_S", "GeneratingEngine", "Request"]
+
+TICK_S = 0.002
+ENDLESS = 1 << 30
+
+
+@dataclass(eq=False, kw_only=True)
+class Request:
+    """A request in the queue or behind it."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    salt: str | None
+    tokens: list[Any] = field(default_factory=list)
+    kv: list[Any] = field(default_factory=list)
+    """What was computed for each position."""
+    admitted: bool = False
+    finish_reason: str | None = None
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def end(self, reason: str) -> None:
+        self.finish_reason = reason
+        self.ended.set()
+
+
+class GeneratingEngine(ABC):
+    """An `EngineControl` that generates token by token.
+
+    Args:
+        services: what answers the calls of each worker, in rank order.
+        generation: mark of the weights that new KV is of, read as each request arrives.
+
+    Attributes:
+        versions: labels published, in order.
+    """
+
+    def __init__(
+        self, services: Sequence[WorkerService], *, generation: Callable[[], str | None]
+    ) -> None:
+        self.versions: list[int] = []
+        self.prefix_cache: dict[tuple[str | None, tuple[int, ...]], list[Any]] = {}
+        self._services = services
+        self._generation = generation
+        self._requests: list[Request] = []
+        self._pause: PauseMode | None = None
+        self._core = asyncio.Lock()
+        self._threads = [ThreadPoolExecutor(max_workers=1) for _ in services]
+
+    @property
+    @abstractmethod
+    def info(self) -> EngineInfo:
+        """What the engine is."""
+
+    @abstractmethod
+    def forward(self, tokens: Sequence[Any], kv: Sequence[Any]) -> tuple[list[Any], Any]:
+        """KV of the tokens that have none yet, and the token that comes next."""
+
+    @property
+    def paused(self) -> bool:
+        return self._pause is not None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Generate in the background; an error of the loop is the caller's."""
+        loop = asyncio.create_task(self._generate())
+        try:
+            yield
+        finally:
+            loop.cancel()
+            await asyncio.wait({loop})
+            for thread in self._threads:
+                thread.shutdown()
+        if not loop.cancelled():
+            loop.result()
+
+    def submit(self, *prompt: int, max_tokens: int = ENDLESS) -> Request:
+        """Queue a request."""
+        request = Request(prompt=prompt, max_tokens=max_tokens, salt=self._generation())
+        self._requests.append(request)
+        return request
+
+    @asynccontextmanager
+    async def busy(self) -> AsyncIterator[None]:
+        """A core in the middle of a long step: it answers nothing meanwhile."""
+        async with self._core:
+            yield
+
+    # -- EngineControl --------------------------------------------------------------------------
+
+    async def pause(self, mode: PauseMode) -> None:
+        self._pause = mode
+        if mode == "abort":
+            self._end_all("abort")
+        while self._pause == "wait" and any(request.admitted for request in self._requests):  # noqa: ASYNC110
+            await asyncio.sleep(TICK_S)
+
+    async def resume(self) -> None:
+        self._pause = None
+
+    async def flush(self, *, prefix_cache: bool, multimodal_cache: bool) -> list[str]:
+        flushed = []
+        if prefix_cache:
+            self.prefix_cache.clear()
+            for request in self._requests:
+                request.kv = []
+            flushed.append("prefix_cache")
+        return [*flushed, "multimodal_cache"] if multimodal_cache else flushed
+
+    async def isolate_kv(self) -> None:
+        for request in self._requests:
+            if not request.kv:
+                request.salt = self._generation()
+
+    async def fail_requests(self) -> int:
+        return self._end_all("error")
+
+    async def request_counts(self) -> RequestCounts:
+        running = sum(request.admitted for request in self._requests)
+        return RequestCounts(running=running, waiting=len(self._requests) - running)
+
+    async def publish_version(self, version: int) -> None:
+        self.versions.append(version)
+
+    async def call_workers(self, call: str, arguments: bytes) -> list[bytes]:
+        loop = asyncio.get_running_loop()
+        async with self._core:
+            return await asyncio.gather(
+                *(
+                    loop.run_in_executor(thread, service.call, call, arguments)
+                    for service, thread in zip(self._services, self._threads, strict=True)
+                )
+            )
+
+    # -- generation -----------------------------------------------------------------------------
+
+    def _end_all(self, reason: str) -> int:
+        ended = len(self._requests)
+        for request in self._requests:
+            request.end(reason)
+        self._requests.clear()
+        return ended
+
+    async def _generate(self) -> None:
+        for _ in itertools.count():
+            async with self._core:
+                for request in list(self._requests):
+                    if self._pause is None or (self._pause == "wait" and request.admitted):
+                        self._step(request)
+            await asyncio.sleep(TICK_S)
+
+    def _step(self, request: Request) -> None:
+        """One token, computed from KV that may be shared with an earlier request's."""
+        request.admitted = True
+        if not request.kv:
+            request.kv = self._cached(request)
+        added, token = self.forward([*request.prompt, *request.tokens], request.kv)
+        request.kv += added
+        self.prefix_cache[request.salt, request.prompt] = request.kv[: len(request.prompt)]
+        request.tokens.append(token)
+        if len(request.tokens) >= request.max_tokens:
+            self._requests.remove(request)
+            request.end("length")
+
+    def _cached(self, request: Request) -> list[Any]:
+        """KV of the longest prompt that this one begins with, under the same salt."""
+        lengths = range(len(request.prompt), 0, -1)
+        found = (self.prefix_cache.get((request.salt, request.prompt[:n])) for n in lengths)
+        return list(next((kv for kv in found if kv is not None), []))

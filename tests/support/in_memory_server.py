@@ -1,0 +1,234 @@
+"""The in-memory engine as a server: a process of its own, HTTP, NIXL, and answers that are right.
+
+Receivers, admin routes and transport are the product's; the engine around them is a queue over a
+Hugging Face model. Run as a script it is the server; `in_memory_server` starts one.
+
+    python -m tests.support.in_memory_server MODEL PORT TENSOR_PARALLEL API_SERVERS [API_KEY]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from safetensors.torch import load_file
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+import engine_plugins
+from engine_plugins.admin.app import PREFIX, create_admin_app
+from engine_plugins.admin.engine_control import EngineInfo
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir, shared_state
+from engine_plugins.admin.service import AdminService
+from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import refusal
+from engine_plugins.settings import Settings
+from engine_plugins.weights.model_facts import model_facts
+from engine_plugins.weights.worker_service import make_worker_service
+from tests.support import generating_engine
+from tests.support.engine_server import (
+    EngineServer,
+    StreamEvent,
+    free_port,
+    running,
+    server_events,
+)
+from tests.support.generating_engine import TICK_S, GeneratingEngine
+from tests.support.hf_forward import HfForward
+from tests.support.in_memory_model import InMemoryInstaller
+from tests.support.sharded_model import ShardedModel, gathered
+from tests.support.stepping import watch_installs
+
+__all__ = ["InMemoryServer", "in_memory_server"]
+
+
+class InMemoryServer(EngineServer):
+    """A running in-memory engine."""
+
+    kind = "in_memory"
+
+    def complete(self, prompt: Sequence[int], tokens: int = 16) -> httpx.Response:
+        return self.http.post("/generate", json={"prompt": list(prompt), "max_tokens": tokens})
+
+    def tokens_of(self, response: httpx.Response) -> list[int]:
+        return list(response.json()["token_ids"])
+
+    def finish_reason(self, response: httpx.Response) -> str:
+        return "error" if response.is_error else str(response.json()["finish_reason"])
+
+    def stream(self, prompt: Sequence[int], tokens: int) -> Iterator[StreamEvent]:
+        body = {"prompt": list(prompt), "max_tokens": tokens, "stream": True}
+        for event in server_events(self.http, "/generate", body):
+            yield StreamEvent(**event)
+
+
+def in_memory_server(
+    model: Path,
+    log: Path,
+    *,
+    tensor_parallel: int = 1,
+    api_servers: int = 1,
+    environment: Mapping[str, str] | None = None,
+    api_key: str | None = None,
+) -> AbstractContextManager[InMemoryServer]:
+    """A server for as long as a context lasts."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "tests.support.in_memory_server", str(model), str(port)),
+        *(str(tensor_parallel), str(api_servers)),
+        *(() if api_key is None else (api_key,)),
+    ]
+    return running(
+        InMemoryServer,
+        command,
+        port=port,
+        log=log,
+        environment=environment or {},
+        api_servers=1,  # all in the one process
+        api_key=api_key,
+    )
+
+
+class ServedEngine(GeneratingEngine):
+    """One process that holds every rank's share of a model and generates with the whole of it."""
+
+    def __init__(self, folder: Path, tensor_parallel: int, shared: SharedState) -> None:
+        checkpoint = load_file(folder / "model.safetensors")
+        self._forward = HfForward(folder)
+        self._folder = folder
+        self._names = list(checkpoint)
+        self._models = [
+            ShardedModel(
+                {name: tensor.shape for name, tensor in checkpoint.items()},
+                tied=bool(self._forward.config.tie_word_embeddings),
+                tp_rank=tp_rank,
+                tp_size=tensor_parallel,
+            )
+            for tp_rank in range(tensor_parallel)
+        ]
+        for model in self._models:
+            model.load_weights(checkpoint.items())
+        self._installers = [InMemoryInstaller(model) for model in self._models]
+        self._take_weights()
+        services = []
+        for tp_rank, installer in enumerate(self._installers):
+            watch_installs(installer, tp_rank)
+            services.append(
+                make_worker_service(installer, tp_rank=tp_rank, settings=Settings.load())
+            )
+        super().__init__(services, generation=lambda: shared.read().kv_generation)
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            kind="in_memory",
+            version=engine_plugins.__version__,
+            plugin_version=engine_plugins.__version__,
+            model=str(self._folder),
+            tensor_parallel_size=len(self._models),
+            pipeline_parallel_size=1,
+            model_facts=model_facts(self._forward.config),
+        )
+
+    def forward(self, tokens: Sequence[int], kv: Sequence[Any]) -> tuple[list[Any], int]:
+        assert not any(installer.loading for installer in self._installers), "half-new weights"
+        return self._forward(tokens, kv)
+
+    async def call_workers(self, call: str, arguments: bytes) -> list[bytes]:
+        answers = await super().call_workers(call, arguments)
+        if call == "finish":
+            self._take_weights()
+        return answers
+
+    def _take_weights(self) -> None:
+        """Generate with what the ranks hold now."""
+        self._forward.load(gathered(self._models, self._names))
+
+
+class _Api:
+    """One API process: the engine's own routes and ours."""
+
+    def __init__(self, engine: ServedEngine, shared: SharedState, api_key: str | None) -> None:
+        self._engine, self._shared, self._api_key = engine, shared, api_key
+        settings = Settings.load()
+        self.app = FastAPI()
+        self.app.add_api_route("/health", self._health, methods=["GET"])
+        self.app.add_api_route("/generate", self._generate, methods=["POST"])
+        self.app.mount(PREFIX, create_admin_app(AdminService(engine, shared, settings), settings))
+
+    async def _health(self) -> Response:
+        return Response()
+
+    async def _generate(self, request: Request) -> Response:
+        if self._api_key and request.headers.get("authorization") != f"Bearer {self._api_key}":
+            raise HTTPException(401, "no key, or not this engine's")
+        self._refuse_while_fenced()
+        body = await request.json()
+        held = self._engine.submit(*body["prompt"], max_tokens=body["max_tokens"])
+        if body.get("stream"):
+            return StreamingResponse(self._events(held), media_type="text/event-stream")
+        await held.ended.wait()
+        if held.finish_reason == "error":
+            self._refuse_while_fenced()
+        return JSONResponse({"token_ids": held.tokens, "finish_reason": held.finish_reason})
+
+    def _refuse_while_fenced(self) -> None:
+        refused = refusal(self._shared.read())
+        if refused is not None:
+            raise HTTPException(503, refused)
+
+    async def _events(self, held: generating_engine.Request) -> AsyncIterator[str]:
+        """What is new, a few times a second, until the request has ended."""
+        sent = 0
+        while True:
+            ended, ids = held.finish_reason, held.tokens[sent:]
+            sent += len(ids)
+            if ids or ended:
+                error = refusal(self._shared.read()) if ended == "error" else None
+                event = StreamEvent(token_ids=ids, finish_reason=ended, error=error)
+                yield f"data: {json.dumps(msgspec.to_builtins(event))}\n\n"
+            if ended:
+                return
+            await asyncio.sleep(TICK_S)
+
+
+class _ByTurns:
+    """Gives every request to the next of several API processes."""
+
+    def __init__(self, apps: Sequence[ASGIApp]) -> None:
+        self._next = itertools.cycle(apps)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await next(self._next)(scope, receive, send)
+
+
+def main() -> None:
+    """Serve until a signal comes."""
+    model, port, tensor_parallel, api_servers, *key = sys.argv[1:]
+    ensure_runtime_dir()
+    shared = shared_state()
+    engine = ServedEngine(Path(model), int(tensor_parallel), shared)
+    apis = [_Api(engine, shared, key[0] if key else None) for _ in range(int(api_servers))]
+
+    @asynccontextmanager
+    async def generating(_: FastAPI) -> AsyncIterator[None]:
+        async with engine.running():
+            yield
+
+    application = FastAPI(lifespan=generating)
+    application.mount("/", _ByTurns([api.app for api in apis]))
+    uvicorn.run(application, host="127.0.0.1", port=int(port), access_log=False)
+
+
+if __name__ == "__main__":
+    main()
