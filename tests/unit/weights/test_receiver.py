@@ -248,7 +248,7 @@ def test_an_offer_that_does_not_fit_changes_nothing(
 def test_tensors_without_a_use_are_told(rank: InMemoryRank) -> None:
     """Not an error here: only all ranks together can tell."""
     tensors = hf_tensors(seed=1, layers=LAYERS)
-    tensors |= {"vision.w": torch.zeros(3), "model.rotary.inv_freq": torch.zeros(3)}
+    tensors |= {"vision.w": torch.zeros(3), "model.rotary_emb.inv_freq": torch.zeros(3)}
     with offered_tensors(tensors) as trainer:
         result = rank.receiver.connect("plan", [trainer.manifest])
         assert result.unused == ["vision.w"]
