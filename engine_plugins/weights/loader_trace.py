@@ -20,7 +20,14 @@ from torch.utils._pytree import tree_leaves
 
 from engine_plugins.errors import WeightMismatchError
 
-__all__ = ["LoadWeights", "LoaderTrace", "LogicalTensor", "TracedCopy", "trace_loader"]
+__all__ = [
+    "LoadWeights",
+    "LoaderTrace",
+    "LogicalTensor",
+    "SourceView",
+    "TracedCopy",
+    "trace_loader",
+]
 
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 
@@ -42,6 +49,15 @@ class LogicalTensor:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SourceView:
+    """The elements of one whole tensor that a copy read: a strided view of it, in elements."""
+
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TracedCopy:
     """One copy that the loader made into one of the engine's parameters.
 
@@ -57,6 +73,8 @@ class TracedCopy:
     strides: tuple[int, ...]
     source_dtype: torch.dtype
     parameter_dtype: torch.dtype
+    read: SourceView | None = None
+    """What of its one source the copy read; None where values were computed first."""
     pure: bool
     """False where the loader changed the values (a cast, arithmetic) before or in the copy."""
 
@@ -194,6 +212,7 @@ class _CopyRecorder(TorchDispatchMode):
         derived = source is not None and _storage_id(source) in self._derived
         source_dtype = target.dtype if source is None else source.dtype
         broadcast = source is not None and source.shape != target.shape
+        as_published = source is not None and len(names) == 1 and not derived
         self.copies.append(
             TracedCopy(
                 sources=names,
@@ -203,6 +222,7 @@ class _CopyRecorder(TorchDispatchMode):
                 strides=tuple(target.stride()),
                 source_dtype=source_dtype,
                 parameter_dtype=target.dtype,
+                read=_view(source) if as_published else None,
                 pure=not derived and not broadcast and source_dtype == target.dtype,
             )
         )
@@ -226,6 +246,14 @@ class _CopyRecorder(TorchDispatchMode):
                 self._alive.append(leaf)
                 self._sources[storage] = tuple(dict.fromkeys((*(known or ()), *names)))
                 self._derived.add(storage)
+
+
+def _view(source: Any) -> SourceView:
+    return SourceView(
+        offset=int(source.storage_offset()),
+        shape=tuple(source.shape),
+        strides=tuple(source.stride()),
+    )
 
 
 def _storage_id(tensor: torch.Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from engine_plugins.errors import PlanError, SourceError
 
-__all__ = ["SourceBox", "assemble", "check_exact_coverage"]
+__all__ = ["Interval", "SourceBox", "assemble", "check_exact_coverage"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,6 +61,7 @@ class SourceBox:
 
 
 Interval = tuple[tuple[int, ...], tuple[int, ...]]
+"""A box of a tensor: its first index and its shape on every axis, in elements."""
 
 
 def check_exact_coverage(name: str, shape: Sequence[int], boxes: Iterable[Interval]) -> None:

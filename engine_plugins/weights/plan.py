@@ -8,7 +8,7 @@ computed once and used for every update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from operator import mul
@@ -20,7 +20,7 @@ from engine_plugins.weights.coverage import EngineStep
 from engine_plugins.weights.dtypes import dtype_named
 from engine_plugins.weights.loader_trace import LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.placement import check_exact_coverage
+from engine_plugins.weights.placement import Interval, check_exact_coverage
 from engine_plugins.weights.transport.base import Descriptors
 
 __all__ = [
@@ -64,9 +64,10 @@ class StepRead:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PackedPiece:
-    """A block that is contiguous at the source and lands as many short rows.
+    """Rows that are contiguous at the source and land as many short runs.
 
-    It is read whole into the scratch area and spread from there by one strided copy.
+    They are read whole into the scratch area, and what is wanted of them is spread from there by
+    one strided copy.
     """
 
     source: int
@@ -74,10 +75,14 @@ class PackedPiece:
     remote_address: int
     nbytes: int
     scratch_offset: int
+    shape: tuple[int, ...]
+    """Of the rows as they are read, in elements."""
+    wanted: tuple[slice, ...]
+    """What of them is wanted."""
     landing: int
     """Row in the step's landings."""
     slices: tuple[slice, ...]
-    """Where the block lies in the landing's tensor."""
+    """Where that lies in the landing's tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,13 +92,15 @@ class Step:
     modules: tuple[str, ...]
     landings: tuple[Landing, ...]
     nbytes: int
+    """Receive buffer of the step: its whole tensors, of which only what is needed is fetched."""
+    bytes_needed: int
     reads: tuple[StepRead, ...]
     packed: tuple[tuple[PackedPiece, ...], ...]
     """Batches of pieces; each batch fits the scratch area."""
 
     @property
     def bytes_to_move(self) -> int:
-        """Bytes on the wire for this step."""
+        """Bytes on the wire for this step; more than needed where whole rows are cheaper."""
         direct = sum(int(read.descriptors[:, 2].sum()) for read in self.reads)
         return direct + sum(piece.nbytes for batch in self.packed for piece in batch)
 
@@ -200,12 +207,15 @@ def coalesced(steps: Sequence[EngineStep]) -> list[EngineStep]:
 def build_plan(
     manifests: Sequence[SourceManifest],
     steps: Sequence[tuple[Sequence[str], Sequence[LogicalTensor]]],
+    needed: Mapping[str, Sequence[Interval]] | None = None,
 ) -> FetchPlan:
-    """Plan the fetch of whole tensors, step by step.
+    """Plan the fetch of what a rank needs of its tensors, step by step.
 
     Args:
         manifests: what the sources offer; equal boxes are replicas and are read evenly.
         steps: engine modules and the HF tensors that fill them, in the engine's order.
+        needed: disjoint boxes (start, shape) of a tensor that are fetched; a tensor without an
+            entry is fetched whole. The sources must offer all of it either way.
 
     Raises:
         PlanError: a gap or an overlap; the text names the tensor and the boxes.
@@ -213,7 +223,10 @@ def build_plan(
     offers = _Offers(manifests)
     sizes = [sum(_aligned(tensor.nbytes) for tensor in tensors) for _, tensors in steps]
     scratch = min(4 << 20, max(sizes, default=0) // 4 // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
-    planned = [_plan_step(offers, tuple(modules), tensors, scratch) for modules, tensors in steps]
+    planned = [
+        _plan_step(offers, tuple(modules), tensors, scratch, needed or {})
+        for modules, tensors in steps
+    ]
     return FetchPlan(steps=tuple(planned), scratch_bytes=scratch)
 
 
@@ -228,6 +241,22 @@ class _Offer:
     shape: tuple[int, ...]
     strides_bytes: tuple[int, ...]
 
+    def part(self, box: Interval) -> _Offer | None:
+        """What of this offer lies in a box, or None."""
+        first = tuple(map(max, self.start, box[0]))
+        ends = (
+            min(start + size, other + other_size)
+            for start, size, other, other_size in zip(self.start, self.shape, *box, strict=True)
+        )
+        shape = tuple(end - begin for begin, end in zip(first, ends, strict=True))
+        if not all(size > 0 for size in shape):
+            return None
+        skipped = sum(
+            (begin - start) * stride
+            for begin, start, stride in zip(first, self.start, self.strides_bytes, strict=True)
+        )
+        return replace(self, address=self.address + skipped, start=first, shape=shape)
+
 
 class _Offers:
     """All offers by tensor name, and how many bytes each source has been given to read."""
@@ -239,18 +268,27 @@ class _Offers:
             for tensor, offer in _manifest_offers(source, manifest):
                 self._by_name.setdefault(manifest.tensors.names[tensor], []).append(offer)
 
-    def chosen(self, tensor: LogicalTensor) -> list[_Offer]:
-        """Offers that give every element of `tensor` once, the load spread over replicas."""
+    def chosen(
+        self, tensor: LogicalTensor, needed: Sequence[Interval]
+    ) -> Iterator[tuple[_Offer, _Offer]]:
+        """Offers and the parts of them that give every needed element once.
+
+        The load is spread over replicas by the bytes that are fetched.
+        """
         offers = self._by_name.get(tensor.name, [])
         check_exact_coverage(tensor.name, tensor.shape, [(o.start, o.shape) for o in offers])
-        replicas: dict[tuple[tuple[int, ...], tuple[int, ...]], list[_Offer]] = {}
+        replicas: dict[Interval, list[_Offer]] = {}
         for offer in offers:
             replicas.setdefault((offer.start, offer.shape), []).append(offer)
-        return [self._least_loaded(group, tensor) for group in replicas.values()]
+        for group in replicas.values():
+            for box in needed:
+                if (part := group[0].part(box)) is not None:
+                    offer = self._least_loaded(group, prod(part.shape) * tensor.dtype.itemsize)
+                    yield offer, offer.part(box) or part
 
-    def _least_loaded(self, group: list[_Offer], tensor: LogicalTensor) -> _Offer:
+    def _least_loaded(self, group: list[_Offer], nbytes: int) -> _Offer:
         offer = min(group, key=lambda each: self._load[each.source])
-        self._load[offer.source] += prod(offer.shape) * tensor.dtype.itemsize
+        self._load[offer.source] += nbytes
         return offer
 
 
@@ -280,21 +318,27 @@ def _manifest_offers(source: int, manifest: SourceManifest) -> Iterator[tuple[in
 
 
 def _plan_step(
-    offers: _Offers, modules: tuple[str, ...], tensors: Sequence[LogicalTensor], scratch: int
+    offers: _Offers,
+    modules: tuple[str, ...],
+    tensors: Sequence[LogicalTensor],
+    scratch: int,
+    needed: Mapping[str, Sequence[Interval]],
 ) -> Step:
     landings: list[Landing] = []
     rows: dict[tuple[int, int], list[Descriptors]] = {}
     pieces: list[PackedPiece] = []
-    offset = 0
+    offset = bytes_needed = 0
     for tensor in tensors:
         landing = Landing(tensor=tensor, offset_bytes=offset)
-        for offer in offers.chosen(tensor):
-            packed = _packed_pieces(offer, tensor, len(landings), scratch)
+        whole = ((0,) * len(tensor.shape), tensor.shape)
+        for offer, part in offers.chosen(tensor, needed.get(tensor.name, [whole])):
+            bytes_needed += prod(part.shape) * tensor.dtype.itemsize
+            packed = _packed_pieces(offer, part, tensor, len(landings), scratch)
             if packed:
                 pieces += packed
             else:
-                table = _descriptors(offer, tensor, offset)
-                rows.setdefault((offer.source, offer.device), []).append(table)
+                table = _descriptors(part, tensor, offset)
+                rows.setdefault((part.source, part.device), []).append(table)
         landings.append(landing)
         offset += _aligned(tensor.nbytes)
     reads = tuple(
@@ -305,6 +349,7 @@ def _plan_step(
         modules=modules,
         landings=tuple(landings),
         nbytes=offset,
+        bytes_needed=bytes_needed,
         reads=reads,
         packed=_batches(pieces, scratch),
     )
@@ -338,37 +383,47 @@ def _merged_run(offer: _Offer, target: Sequence[int], itemsize: int) -> tuple[in
 
 
 def _packed_pieces(
-    offer: _Offer, tensor: LogicalTensor, landing: int, scratch: int
+    offer: _Offer, part: _Offer, tensor: LogicalTensor, landing: int, scratch: int
 ) -> list[PackedPiece]:
-    """Pieces of a block with short rows that can travel whole; empty where rows serve better."""
+    """Pieces of whole rows, where short runs of a part would cost more; empty where they do not.
+
+    A run costs its descriptor. Its row costs the bytes that are not wanted: the rule is that both
+    the runs and what lies between them are short.
+    """
     itemsize = tensor.dtype.itemsize
-    run, outer = _merged_run(offer, _contiguous_strides(tensor.shape, itemsize), itemsize)
+    run, outer = _merged_run(part, _contiguous_strides(tensor.shape, itemsize), itemsize)
     row_bytes = prod(offer.shape[1:]) * itemsize
+    unwanted = row_bytes - prod(part.shape[1:]) * itemsize
     contiguous = offer.strides_bytes == _contiguous_strides(offer.shape, itemsize)
-    if outer == 0 or run >= SHORT_RUN_BYTES or not contiguous or row_bytes > scratch:
+    if outer == 0 or max(run, unwanted) >= SHORT_RUN_BYTES or not contiguous or row_bytes > scratch:
         return []
     per_piece = scratch // row_bytes
-    inner = tuple(
-        slice(first, first + extent)
-        for first, extent in zip(offer.start[1:], offer.shape[1:], strict=True)
-    )
+    first_row = part.start[0] - offer.start[0]
     return [
         PackedPiece(
             source=offer.source,
             remote_device=offer.device,
-            remote_address=offer.address + row * row_bytes,
-            nbytes=min(per_piece, offer.shape[0] - row) * row_bytes,
+            remote_address=offer.address + (first_row + row) * row_bytes,
+            nbytes=rows * row_bytes,
             scratch_offset=0,
+            shape=(rows, *offer.shape[1:]),
+            wanted=(slice(0, rows), *_slices(part, origin=offer.start)[1:]),
             landing=landing,
             slices=(
-                slice(
-                    offer.start[0] + row,
-                    offer.start[0] + min(row + per_piece, offer.shape[0]),
-                ),
-                *inner,
+                slice(part.start[0] + row, part.start[0] + row + rows),
+                *_slices(part, origin=(0,) * len(part.start))[1:],
             ),
         )
-        for row in range(0, offer.shape[0], per_piece)
+        for row in range(0, part.shape[0], per_piece)
+        if (rows := min(per_piece, part.shape[0] - row))
+    ]
+
+
+def _slices(part: _Offer, origin: Sequence[int]) -> list[slice]:
+    """Where a part lies, counted from an origin."""
+    return [
+        slice(first - zero, first - zero + size)
+        for first, zero, size in zip(part.start, origin, part.shape, strict=True)
     ]
 
 

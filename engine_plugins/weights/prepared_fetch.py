@@ -208,11 +208,10 @@ class PreparedFetch:
         )
 
     def _spread(self, piece: PackedPiece, target: torch.Tensor) -> None:
-        view = target[piece.slices]
-        block = self._arena.tensor(
-            self._scratch_offset + piece.scratch_offset, tuple(view.shape), view.dtype
+        rows = self._arena.tensor(
+            self._scratch_offset + piece.scratch_offset, piece.shape, target.dtype
         )
-        view.copy_(block)
+        target[piece.slices].copy_(rows[piece.wanted])
 
     def _release_reads(self) -> None:
         for prepared in self._prepared:

@@ -23,6 +23,7 @@ from engine_plugins.errors import ConflictError, EnginePluginError, UnknownIdErr
 from engine_plugins.weights.coverage import LoaderRules, engine_steps
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.needed import needed_boxes
 from engine_plugins.weights.peak_memory import PeakMemory
 from engine_plugins.weights.plan import FetchPlan, build_plan, coalesced, logical_tensors
 from engine_plugins.weights.prepared_fetch import PreparedFetch
@@ -109,8 +110,9 @@ class WeightReceiver:
         self._refuse_while_running()
         planning = time.perf_counter()
         tensors = logical_tensors(manifests)
-        steps, unused = engine_steps(self._trace(tensors), tensors, self._installer)
-        plan = build_plan(manifests, coalesced(steps))
+        trace = self._trace(tensors)
+        steps, unused = engine_steps(trace, tensors, self._installer)
+        plan = build_plan(manifests, coalesced(steps), needed_boxes(trace, tensors))
         connecting = time.perf_counter()
         fetch = self._prepare(plan_id, plan, manifests, staged=False)
         self._plans[plan_id] = (plan, manifests)
@@ -400,7 +402,7 @@ class _Run:
 
 def _rank_plan(plan: FetchPlan, tp_rank: int, arena_bytes: int) -> RankPlan:
     moved = sum(step.bytes_to_move for step in plan.steps)
-    needed = sum(landing.tensor.nbytes for step in plan.steps for landing in step.landings)
+    needed = sum(step.bytes_needed for step in plan.steps)
     return RankPlan(
         tp_rank=tp_rank,
         bytes_needed=needed,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 
 import pytest
 import torch
@@ -26,10 +27,11 @@ from engine_plugins.weights.plan import (
 from tests.support.source_ranks import offered_boxes, random_bits, tensor_of, whole
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
+Needed = Mapping[str, Sequence[Box]]
 UNTOUCHED = 0xFF
 
 
-def carry_out(plan: FetchPlan) -> dict[str, torch.Tensor]:
+def carry_out(plan: FetchPlan, needed: Needed | None = None) -> dict[str, torch.Tensor]:
     """Execute every descriptor and packed piece; no byte twice, none outside, none left out."""
     landed: dict[str, torch.Tensor] = {}
     for step in plan.steps:
@@ -61,12 +63,22 @@ def carry_out(plan: FetchPlan) -> dict[str, torch.Tensor]:
             for piece in batch:
                 view = views[piece.landing][piece.slices]
                 block = scratch[piece.scratch_offset :][: piece.nbytes]
-                view.copy_(block.view(view.dtype).view(view.shape))
+                view.copy_(block.view(view.dtype).view(piece.shape)[piece.wanted])
                 counts[piece.landing][piece.slices] += 1
             assert int(used.max()) == 1
-        for count in counts:
-            assert torch.all(count == 1)
+        for landing, count in zip(step.landings, counts, strict=True):
+            shape = landing.tensor.shape
+            boxes = (needed or {}).get(landing.tensor.name, [((0,) * len(shape), shape)])
+            assert torch.equal(count, mask(shape, boxes)[..., None].expand_as(count))
     return landed
+
+
+def mask(shape: tuple[int, ...], boxes: Sequence[Box]) -> torch.Tensor:
+    """One where a box is, zero elsewhere."""
+    marked = torch.zeros(shape, dtype=torch.uint8)
+    for start, extent in boxes:
+        marked[tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))] += 1
+    return marked
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -186,6 +198,43 @@ def test_any_sharding_lands_bit_for_bit(
     assert sum(step.bytes_to_move for step in plan.steps) == sum(t.nbytes for t in wanted)
 
 
+@given(shardings(), st.data())
+def test_only_what_is_needed_is_fetched(
+    case: tuple[list[torch.Tensor], list[list[SourceBox]]], data: st.DataObject
+) -> None:
+    """Any boxes of any tensors, whatever the sharding at the source; the rest stays as it was."""
+    tensors, ranks = case
+    needed = {f"t{number}": data.draw(grids(tensor.shape)) for number, tensor in enumerate(tensors)}
+    with offered_boxes(*[rank for rank in ranks if rank]) as made:
+        wanted = [tensor_of(f"t{number}", tensor) for number, tensor in enumerate(tensors)]
+        plan = build_plan([rank.manifest for rank in made], [(["all"], wanted)], needed)
+        landed = carry_out(plan, needed)
+    for number, tensor in enumerate(tensors):
+        for start, extent in needed[f"t{number}"]:
+            part = tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))
+            assert same_bits(landed[f"t{number}"][part], tensor[part])
+    sizes = {f"t{number}": tensor.itemsize for number, tensor in enumerate(tensors)}
+    (step,) = plan.steps
+    assert step.bytes_needed == sum(
+        prod(extent) * sizes[name] for name, boxes in needed.items() for _, extent in boxes
+    )
+    assert step.bytes_to_move >= step.bytes_needed
+
+
+@st.composite
+def grids(draw: st.DrawFn, shape: tuple[int, ...]) -> list[Box]:
+    """Some cells of a grid over a tensor."""
+    cuts = [
+        sorted({0, extent, *draw(st.lists(st.integers(1, extent), max_size=2))}) for extent in shape
+    ]
+    cells = list(itertools.product(*(itertools.pairwise(cut) for cut in cuts)))
+    chosen = draw(st.lists(st.sampled_from(cells), unique=True)) if cells else []
+    return [
+        (tuple(first for first, _ in cell), tuple(last - first for first, last in cell))
+        for cell in chosen
+    ]
+
+
 def columns(name: str, data: torch.Tensor, parts: int) -> list[list[SourceBox]]:
     """A matrix cut by columns, one contiguous shard on each of `parts` ranks."""
     width = data.shape[1] // parts
@@ -216,6 +265,26 @@ def test_short_rows_travel_as_whole_blocks_through_a_bounded_scratch_area() -> N
     assert 0 < plan.scratch_bytes <= plan.largest_step_bytes // 4
     for batch in step.packed:
         assert sum(piece.nbytes for piece in batch) <= plan.scratch_bytes
+
+
+@pytest.mark.parametrize(
+    ("columns_of_it", "whole_rows"), [(96, True), (3 * SHORT_RUN_BYTES, False)]
+)
+def test_short_runs_are_fetched_with_their_rows_while_the_rest_of_a_row_is_short_too(
+    columns_of_it: int, whole_rows: bool
+) -> None:
+    """Half the columns of a matrix: twice the bytes in few reads, or the bytes alone in many."""
+    data = torch.randn(64, columns_of_it)
+    needed = {"down": [((0, 0), (64, 48))]}
+    with offered_boxes(*columns("down", data, 1)) as made:
+        steps = [(["m"], [tensor_of("down", data)])]
+        plan = build_plan([r.manifest for r in made], steps, needed)
+        landed = carry_out(plan, needed)
+    (step,) = plan.steps
+    assert torch.equal(landed["down"][:, :48], data[:, :48])
+    assert step.bytes_needed == 64 * 48 * 4
+    assert step.bytes_to_move == (data.nbytes if whole_rows else step.bytes_needed)
+    assert (step.operations == 64) == (not whole_rows)
 
 
 def test_long_rows_go_straight_into_place() -> None:
