@@ -1,14 +1,15 @@
 """How Megatron-Core lays a parameter out over ranks, as pieces of HF tensors.
 
-Four shapes of cut are enough for every parameter: replicated, cut on axis 1, cut on the
-padded vocabulary, and *interleaved rows* (fused QKV by query group, gate and up by rank,
-plain column parallelism with one part). Nothing here knows a parameter's name.
+Two questions are enough for every parameter. *Roles* say which axis is cut, and over which group
+of ranks. *Rows* say in which order the whole parameter's rows hold those of its HF tensors: one
+after the other, gate and up by rank, or by query group. A shard is then an equal slice, and a
+replica is a slice of one. Nothing here knows a parameter's name.
 Source of the layouts: megatron-core 0.16.1, read on CPU and confirmed by HF logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,31 +17,79 @@ import torch
 
 from engine_plugins.errors import SourceError
 
-__all__ = ["Layout", "Piece", "Shard", "cut_shard"]
+__all__ = ["Cut", "Heads", "Piece", "Role", "Rows", "Shard", "cut_shard", "with_output_gate"]
 
 Shape = tuple[int, ...]
 
 
-class Layout(Enum):
-    """How a parameter is cut over the ranks of its parallel group."""
+class Cut(Enum):
+    """Which axis of a parameter is cut into equal slices."""
 
-    IGNORED = "ignored"
-    """A copy of something that another parameter publishes."""
     REPLICATED = "replicated"
-    """Every rank holds the whole tensor."""
-    AXIS0 = "axis0"
-    """Equal contiguous row slices (column-parallel linear)."""
-    AXIS1 = "axis1"
-    """Equal column slices (row-parallel linear)."""
-    VOCAB = "vocab"
-    """Equal row slices of the vocabulary, padded at its end."""
+    """None: every rank holds the whole."""
+    COLUMN = "column"
+    """The rows, axis 0 (Megatron's column-parallel)."""
+    ROW = "row"
+    """The columns, axis 1 (Megatron's row-parallel)."""
+
+
+class Role(Enum):
+    """What a parameter is to the parallel groups."""
+
+    REPLICATED = "replicated"
+    COLUMN = "column"
+    ROW = "row"
+    VOCABULARY = "vocabulary_parallel"
+    """The embedding, cut on its padded vocabulary."""
+    FUSED_QKV = "fused_qkv"
+    EXPERT_COLUMN = "expert_column"
+    """Of one expert: cut over the experts' own tensor-parallel group."""
+    EXPERT_ROW = "expert_row"
+
+    @property
+    def cut(self) -> Cut:
+        """The axis that this role cuts."""
+        return _CUTS[self]
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the experts' tensor-parallel group cuts it, not the dense one."""
+        return self in (Role.EXPERT_COLUMN, Role.EXPERT_ROW)
+
+
+_CUTS = {
+    Role.REPLICATED: Cut.REPLICATED,
+    Role.COLUMN: Cut.COLUMN,
+    Role.ROW: Cut.ROW,
+    Role.VOCABULARY: Cut.COLUMN,
+    Role.FUSED_QKV: Cut.COLUMN,
+    Role.EXPERT_COLUMN: Cut.COLUMN,
+    Role.EXPERT_ROW: Cut.ROW,
+}
+
+
+class Rows(Enum):
+    """In which order a parameter's rows hold those of its HF tensors."""
+
+    PLAIN = "plain"
+    """One HF tensor."""
+    PADDED = "padded"
+    """One HF tensor, and padding after its last row."""
+    GATED = "gated"
+    """Each rank holds its own `[gate; up]`."""
     QKV = "qkv"
-    """Rows `[q x (heads / groups), k, v]` per query group, the whole cut into equal slices.
+    """`[q x (heads / groups), k, v]` per query group, or `[q.., z.., k, v]` with an output gate.
 
     With fewer groups than ranks a slice begins and ends inside a group.
     """
-    GATED = "gated"
-    """Each rank holds its own `[gate; up]`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heads:
+    """A model's attention heads, and the groups of them that share a key and a value."""
+
+    heads: int
+    groups: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +100,7 @@ class Shard:
         name: the native name, for messages.
         data: view of the trainer's memory.
         index: the rank's place in the group that cuts this parameter.
-        count: size of that group.
+        count: size of that group; 1 for what is replicated.
     """
 
     name: str
@@ -79,7 +128,7 @@ class Shard:
         return self.index * size, (self.index + 1) * size
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
     """A box of one of a parameter's HF tensors: which, from where, and the memory."""
 
@@ -88,16 +137,26 @@ class Piece:
     data: torch.Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Neighbouring rows of the whole parameter that are neighbours in one HF tensor as well."""
+
+    part: int
+    first: int
+    rows: int
+
+
 def cut_shard(
-    layout: Layout, shard: Shard, wholes: Sequence[Shape], query_groups: int
+    rows: Rows, cut: Cut, shard: Shard, wholes: Sequence[Shape], heads: Heads | None
 ) -> list[Piece]:
     """Say which boxes of the HF tensors a shard holds.
 
     Args:
-        layout: how the parameter is cut.
+        rows: the order of the parameter's rows.
+        cut: the axis that is cut.
         shard: this rank's share.
         wholes: shapes of the parameter's HF tensors, in the order of the fused rows.
-        query_groups: attention groups of the model, G.
+        heads: the model's attention heads; needed for `Rows.QKV` alone.
 
     Returns:
         Views of the shard; empty where it holds vocabulary padding alone.
@@ -105,27 +164,38 @@ def cut_shard(
     Raises:
         SourceError: the shard's shape is not what the config and the coordinates give.
     """
-    return _CUTS[layout](shard, wholes, query_groups)
+    if cut is Cut.ROW:
+        return _cut_columns(shard, wholes)
+    if rows is Rows.PADDED:
+        return _cut_padded(shard, wholes)
+    return _cut_runs(shard, wholes[0][1:], _RUNS[rows](shard, wholes, heads))
 
 
-def _cut_ignored(_shard: Shard, _wholes: Sequence[Shape], _query_groups: int) -> list[Piece]:
-    return []
+def with_output_gate(shard: Shard, wholes: Sequence[Shape]) -> list[Shape]:
+    """The HF shapes of a fused QKV whose shard may hold an output gate beside each query.
+
+    No HF config says so in a common way, but the rows do: a gate is as tall as the queries,
+    and HF's `q_proj` then holds both, head by head.
+
+    Args:
+        shard: of the fused parameter.
+        wholes: shapes of q, k and v without a gate.
+    """
+    query, *others = wholes
+    fused = sum(whole[0] for whole in wholes)
+    if shard.data.ndim and shard.data.shape[0] * shard.count == fused + query[0]:
+        return [(2 * query[0], *query[1:]), *others]
+    return list(wholes)
 
 
-def _cut_replicated(shard: Shard, wholes: Sequence[Shape], _query_groups: int) -> list[Piece]:
-    (whole,) = wholes
-    shard.expect(whole)
-    return [Piece(part=0, start=(0,) * len(whole), data=shard.data)]
-
-
-def _cut_axis1(shard: Shard, wholes: Sequence[Shape], _query_groups: int) -> list[Piece]:
+def _cut_columns(shard: Shard, wholes: Sequence[Shape]) -> list[Piece]:
     ((rows, columns),) = wholes
     first, last = shard.share(columns, "columns")
     shard.expect((rows, last - first))
     return [Piece(part=0, start=(0, first), data=shard.data)]
 
 
-def _cut_vocab(shard: Shard, wholes: Sequence[Shape], _query_groups: int) -> list[Piece]:
+def _cut_padded(shard: Shard, wholes: Sequence[Shape]) -> list[Piece]:
     ((vocab, *rest),) = wholes
     rows = shard.data.shape[0] if shard.data.ndim else 0
     shard.expect((rows, *rest))
@@ -142,51 +212,81 @@ def _cut_vocab(shard: Shard, wholes: Sequence[Shape], _query_groups: int) -> lis
     return [Piece(part=0, start=(first, *(0 for _ in rest)), data=shard.data[:kept])]
 
 
-def _cut_axis0(shard: Shard, wholes: Sequence[Shape], _query_groups: int) -> list[Piece]:
-    return _cut_interleaved(shard, wholes, blocks=1)
-
-
-def _cut_qkv(shard: Shard, wholes: Sequence[Shape], query_groups: int) -> list[Piece]:
-    return _cut_interleaved(shard, wholes, blocks=query_groups)
-
-
-def _cut_gated(shard: Shard, wholes: Sequence[Shape], _query_groups: int) -> list[Piece]:
-    return _cut_interleaved(shard, wholes, blocks=shard.count)
-
-
-def _cut_interleaved(shard: Shard, wholes: Sequence[Shape], *, blocks: int) -> list[Piece]:
-    """Cut rows laid out as `blocks` times (a run of each part), sliced equally over ranks."""
-    if any(whole[0] % blocks for whole in wholes):
-        raise SourceError(
-            f"{shard.name}: {[whole[0] for whole in wholes]} rows do not divide into "
-            f"{blocks} equal blocks",
-            remedy="check the parallel sizes given and that the config is this model's",
-        )
-    runs = [whole[0] // blocks for whole in wholes]
-    height = sum(runs)
-    first, last = shard.share(height * blocks, "fused rows")
-    rest = wholes[0][1:]
+def _cut_runs(shard: Shard, rest: Shape, runs: Sequence[_Run]) -> list[Piece]:
+    """Intersect the whole parameter's runs with this shard's equal slice of its rows."""
+    first, last = shard.share(sum(run.rows for run in runs), "fused rows")
     shard.expect((last - first, *rest))
+    corner = (0,) * len(rest)
     pieces = []
-    for block in range(first // height, -(-last // height)):
-        run_first = block * height
-        for part, run in enumerate(runs):
-            low, high = max(run_first, first), min(run_first + run, last)
-            if low < high:
-                start = (block * run + low - run_first, *(0 for _ in rest))
-                pieces.append(
-                    Piece(part=part, start=start, data=shard.data[low - first : high - first])
-                )
-            run_first += run
+    begin = 0
+    for run in runs:
+        low, high = max(begin, first), min(begin + run.rows, last)
+        if low < high:
+            start = (run.first + low - begin, *corner)
+            data = shard.data if high - low == last - first else shard.data[low - first :]
+            pieces.append(Piece(part=run.part, start=start, data=data[: high - low]))
+        begin += run.rows
     return pieces
 
 
-_CUTS: dict[Layout, Callable[[Shard, Sequence[Shape], int], list[Piece]]] = {
-    Layout.IGNORED: _cut_ignored,
-    Layout.REPLICATED: _cut_replicated,
-    Layout.AXIS0: _cut_axis0,
-    Layout.AXIS1: _cut_axis1,
-    Layout.VOCAB: _cut_vocab,
-    Layout.QKV: _cut_qkv,
-    Layout.GATED: _cut_gated,
+def _plain_runs(_shard: Shard, wholes: Sequence[Shape], _heads: Heads | None) -> list[_Run]:
+    (whole,) = wholes
+    return [_Run(0, 0, whole[0])]
+
+
+def _gated_runs(shard: Shard, wholes: Sequence[Shape], _heads: Heads | None) -> list[_Run]:
+    gate, up = (_blocks(shard, whole[0], shard.count, "rows") for whole in wholes)
+    return [
+        run
+        for block in range(shard.count)
+        for run in (_Run(0, block * gate, gate), _Run(1, block * up, up))
+    ]
+
+
+def _qkv_runs(shard: Shard, wholes: Sequence[Shape], heads: Heads | None) -> list[_Run]:
+    if heads is None:
+        raise SourceError(f"{shard.name}: fused QKV rows of a model without query groups")
+    query, key, value = (whole[0] for whole in wholes)
+    head_dim = _blocks(shard, key, heads.groups, "key rows")
+    slots = _blocks(shard, query, heads.heads * head_dim, "query rows")
+    per_group = heads.heads // heads.groups
+    runs: list[_Run] = []
+    for group in range(heads.groups):
+        own = range(group * per_group, (group + 1) * per_group)
+        runs += _merged(
+            _Run(0, (head * slots + slot) * head_dim, head_dim)
+            for slot in range(slots)
+            for head in own
+        )
+        runs.append(_Run(1, group * head_dim, head_dim))
+        runs.append(_Run(2, group * (value // heads.groups), value // heads.groups))
+    return runs
+
+
+def _merged(runs: Iterable[_Run]) -> list[_Run]:
+    """Join runs of one HF tensor that follow each other there."""
+    joined: list[_Run] = []
+    for run in runs:
+        last = joined[-1] if joined else None
+        if last is not None and last.first + last.rows == run.first:
+            joined[-1] = _Run(run.part, last.first, last.rows + run.rows)
+        else:
+            joined.append(run)
+    return joined
+
+
+def _blocks(shard: Shard, extent: int, size: int, what: str) -> int:
+    """`extent` / `size`, which must be whole."""
+    if extent % size:
+        raise SourceError(
+            f"{shard.name}: {extent} {what} do not divide into {size} equal blocks",
+            remedy="check the parallel sizes given and that the config is this model's",
+        )
+    return extent // size
+
+
+_RUNS: dict[Rows, Callable[[Shard, Sequence[Shape], Heads | None], list[_Run]]] = {
+    Rows.PLAIN: _plain_runs,
+    Rows.GATED: _gated_runs,
+    Rows.QKV: _qkv_runs,
 }

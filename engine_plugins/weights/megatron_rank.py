@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from engine_plugins.errors import NotConfiguredError, SourceError
+from engine_plugins.weights.megatron_classes import class_name
 
 __all__ = ["MegatronChunk", "MegatronRank", "strip_wrappers"]
 
@@ -34,15 +35,18 @@ class MegatronChunk:
             prefixes allowed) -> the trainer's own tensor. `_extra_state` entries may be
             there; they are never read.
         global_layers: for each local layer, its number in the whole model, from 0. Empty
-            for a chunk without transformer layers.
+            for a chunk without transformer layers. Multi-token prediction layers have none.
+        classes: native local name -> name of the class of the module that holds the parameter,
+            which says how it is cut. A parameter that is not there is cut as its name says.
     """
 
     tensors: Mapping[str, torch.Tensor]
     global_layers: Sequence[int]
+    classes: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_module(cls, module: nn.Module) -> MegatronChunk:
-        """Read a real Megatron model chunk: parameters, persistent buffers, layer numbers.
+        """Read a real Megatron model chunk: parameters, persistent buffers, layers, classes.
 
         Raises:
             SourceError: a decoder layer without `layer_number`, or layers not 0, 1, 2...
@@ -65,9 +69,12 @@ class MegatronChunk:
                 f"the chunk's decoder layers are numbered {sorted(layers)}, not from 0 on",
                 remedy="build MegatronChunk by hand",
             )
+        tensors = dict(_tensors(module))
+        modules = dict(module.named_modules(remove_duplicate=False))
         return cls(
-            tensors=dict(_tensors(module)),
+            tensors=tensors,
             global_layers=[layers[local] for local in range(len(layers))],
+            classes={name: class_name(modules[name.rpartition(".")[0]]) for name in tensors},
         )
 
 
@@ -92,6 +99,8 @@ class MegatronRank:
         ep_rank, ep_size: expert-parallel place and size.
         etp_rank, etp_size: tensor-parallel place and size of the experts; None as for the
             dense parameters, which is Megatron's default.
+        class_cuts: for module classes of your own, how they cut: class name -> "column", "row"
+            or "replicated". It wins over what is known of a class.
 
     Raises:
         SourceError: a place outside its group.
@@ -106,6 +115,7 @@ class MegatronRank:
     ep_size: int = 1
     etp_rank: int | None = None
     etp_size: int | None = None
+    class_cuts: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.etp_rank is None) != (self.etp_size is None):
@@ -122,9 +132,20 @@ class MegatronRank:
                 )
 
     @property
+    def expert_place(self) -> tuple[int, int]:
+        """Place and size in the experts' tensor-parallel group."""
+        if self.etp_rank is None or self.etp_size is None:
+            return self.tp_rank, self.tp_size
+        return self.etp_rank, self.etp_size
+
+    @property
     def label(self) -> str:
         """The rank's place, for messages."""
-        return f"tp {self.tp_rank}/{self.tp_size}, pp {self.pp_rank}/{self.pp_size}"
+        dense = f"tp {self.tp_rank}/{self.tp_size}, pp {self.pp_rank}/{self.pp_size}"
+        if self.ep_size == 1 and self.expert_place == (self.tp_rank, self.tp_size):
+            return dense
+        place, size = self.expert_place
+        return f"{dense}, ep {self.ep_rank}/{self.ep_size}, etp {place}/{size}"
 
     @classmethod
     def from_model(
@@ -139,6 +160,7 @@ class MegatronRank:
         ep_size: int | None = None,
         etp_rank: int | None = None,
         etp_size: int | None = None,
+        class_cuts: Mapping[str, str] | None = None,
     ) -> MegatronRank:
         """Read real Megatron model chunks, wrapped in DDP and Float16Module or not.
 
@@ -164,7 +186,7 @@ class MegatronRank:
         found = {name: value for name, value in given.items() if value is not None}
         if "tp_rank" not in found or "tp_size" not in found:
             found = _parallel_state_coordinates() | found
-        return cls(chunks=chunks, **found)
+        return cls(chunks=chunks, class_cuts=class_cuts or {}, **found)
 
 
 _GROUPS = {

@@ -7,13 +7,31 @@ Plain data in, views of the trainer's own memory out; Megatron itself is not nee
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
-from engine_plugins.errors import SourceError
-from engine_plugins.weights.megatron_layout import Shard, cut_shard
-from engine_plugins.weights.megatron_names import SUPPORTED_MODEL_TYPES, HfConfig, MegatronNames
+from engine_plugins.errors import SourceError, UnsupportedError
+from engine_plugins.weights.megatron_layout import (
+    Cut,
+    Role,
+    Rows,
+    Shard,
+    cut_shard,
+    with_output_gate,
+)
+from engine_plugins.weights.megatron_legacy import split_legacy_experts
+from engine_plugins.weights.megatron_names import (
+    SUPPORTED_MODEL_TYPES,
+    HfConfig,
+    MegatronNames,
+    classified,
+)
 from engine_plugins.weights.megatron_rank import MegatronChunk, MegatronRank, strip_wrappers
+from engine_plugins.weights.megatron_rules import Rule
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.torch_source import plain_view
 
@@ -23,9 +41,19 @@ __all__ = [
     "MegatronChunk",
     "MegatronRank",
     "megatron_boxes",
+    "megatron_roles",
 ]
 
 _LAYER_PREFIX = re.compile(r"decoder\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Parameter:
+    """One native parameter of a chunk, and its rule."""
+
+    native: str
+    tensor: torch.Tensor
+    rule: Rule
 
 
 def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
@@ -43,49 +71,88 @@ def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
 
     Raises:
         UnsupportedError: a model family, tensor class or dtype that cannot be published.
-        SourceError: an unknown parameter, a shape that contradicts the config or the
-            coordinates, layers that do not fit the model, or two parameters for one box.
+        SourceError: an unknown parameter or module class, a shape that contradicts the config
+            or the coordinates, layers or experts that do not fit the model, or two parameters
+            for one box. The text names the rank and the parameter.
     """
     names = MegatronNames(config)
     boxes: list[SourceBox] = []
     owners: dict[tuple[str, tuple[int, ...]], str] = {}
-    for chunk in rank.chunks:
-        tensors = _native_tensors(chunk)
-        _check_layers(rank, chunk, tensors, names)
-        for native, tensor in tensors.items():
-            for box in _parameter_boxes(rank, chunk, names, native, tensor):
+    with _naming(rank):
+        for parameter in _parameters(rank, names):
+            for box in _parameter_boxes(rank, names, parameter):
                 place = (box.name, box.start)
                 if place in owners:
                     raise SourceError(
-                        f"{rank.label}: {owners[place]} and {native} both give {box.name}",
+                        f"{owners[place]} and {parameter.native} both give {box.name}",
                         remedy="check global_layers, and that each chunk is given once",
                     )
-                owners[place] = native
+                owners[place] = parameter.native
                 boxes.append(box)
     return boxes
 
 
+def megatron_roles(rank: MegatronRank, config: HfConfig) -> Counter[Role]:
+    """Count a rank's parameters by role; reads no memory, so meta tensors will do.
+
+    Raises:
+        UnsupportedError: a model family without tables.
+        SourceError: as for `megatron_boxes`, shapes apart.
+    """
+    names = MegatronNames(config)
+    with _naming(rank):
+        return Counter(parameter.rule.role for parameter in _parameters(rank, names))
+
+
+@contextmanager
+def _naming(rank: MegatronRank) -> Iterator[None]:
+    """Say in every error of a rank's parameters which rank it was."""
+    try:
+        yield
+    except (SourceError, UnsupportedError) as error:
+        raise type(error)(f"{rank.label}: {error.message}", remedy=error.remedy) from error
+
+
+def _parameters(rank: MegatronRank, names: MegatronNames) -> Iterator[_Parameter]:
+    for chunk in rank.chunks:
+        tensors = _native_tensors(chunk)
+        classes = {strip_wrappers(name): kind for name, kind in chunk.classes.items()}
+        _check_layers(chunk, tensors, names)
+        for given, tensor in tensors.items():
+            kind = classes.get(given)
+            for native, part in split_legacy_experts(given, tensor, rank, names):
+                rule = names.find(native, rank, chunk.global_layers)
+                yield _Parameter(
+                    native=native, tensor=part, rule=classified(native, rule, rank, kind)
+                )
+
+
 def _parameter_boxes(
-    rank: MegatronRank,
-    chunk: MegatronChunk,
-    names: MegatronNames,
-    native: str,
-    tensor: torch.Tensor,
-) -> list[SourceBox]:
-    rule = names.find(native, chunk.global_layers)
-    shard = Shard(
-        name=native, data=plain_view(native, tensor), index=rank.tp_rank, count=rank.tp_size
-    )
+    rank: MegatronRank, names: MegatronNames, parameter: _Parameter
+) -> Iterator[SourceBox]:
+    rule = parameter.rule
+    if not rule.hf:
+        return
+    view = plain_view(parameter.native, parameter.tensor)
+    index, count = _place(rank, rule.role)
+    shard = Shard(name=parameter.native, data=view, index=index, count=count)
     shapes = names.shapes(rule)
-    return [
-        SourceBox(
+    if rule.rows is Rows.QKV:
+        shapes = with_output_gate(shard, shapes)
+    for piece in cut_shard(rule.rows, rule.role.cut, shard, shapes, names.heads(rule)):
+        yield SourceBox(
             name=rule.hf[piece.part],
             global_shape=shapes[piece.part],
             start=piece.start,
             data=piece.data,
         )
-        for piece in cut_shard(rule.layout, shard, shapes, names.query_groups)
-    ]
+
+
+def _place(rank: MegatronRank, role: Role) -> tuple[int, int]:
+    """The rank's place in the group that cuts a parameter of this role, and the group's size."""
+    if role.cut is Cut.REPLICATED:
+        return 0, 1
+    return rank.expert_place if role.is_expert else (rank.tp_rank, rank.tp_size)
 
 
 def _native_tensors(chunk: MegatronChunk) -> dict[str, torch.Tensor]:
@@ -105,23 +172,19 @@ def _native_tensors(chunk: MegatronChunk) -> dict[str, torch.Tensor]:
 
 
 def _check_layers(
-    rank: MegatronRank,
-    chunk: MegatronChunk,
-    tensors: dict[str, torch.Tensor],
-    names: MegatronNames,
+    chunk: MegatronChunk, tensors: dict[str, torch.Tensor], names: MegatronNames
 ) -> None:
     matches = (_LAYER_PREFIX.match(native) for native in tensors)
     held = {int(match[1]) for match in matches if match}
     if held != set(range(len(chunk.global_layers))):
         raise SourceError(
-            f"{rank.label}: the chunk holds local layers {sorted(held)}, but global_layers has "
+            f"the chunk holds local layers {sorted(held)}, but global_layers has "
             f"{len(chunk.global_layers)} numbers: {list(chunk.global_layers)}",
             remedy="give global_layers one number per local layer, in order",
         )
     foreign = [layer for layer in chunk.global_layers if not 0 <= layer < names.num_layers]
     if foreign:
         raise SourceError(
-            f"{rank.label}: global layers {foreign} do not lie in the model's "
-            f"{names.num_layers} layers",
+            f"global layers {foreign} do not lie in the model's {names.num_layers} layers",
             remedy="count global layers from 0; check num_hidden_layers",
         )

@@ -117,4 +117,5 @@ class MegatronCase:
                 for name, tensor in read_safetensors(self.folder / entry["file"]).items()
             },
             global_layers=entry["global_layers"],
+            classes={name: fact["module"] for name, fact in facts.items() if fact.get("module")},
         )

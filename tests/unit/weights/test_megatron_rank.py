@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 from engine_plugins.errors import NotConfiguredError, SourceError
 from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
 from engine_plugins.weights.placement import assemble
-from tests.support.megatron_shards import dense_config, hf_tensors, megatron_ranks
+from tests.support.megatron_hf import dense_config, hf_tensors
+from tests.support.megatron_shards import megatron_ranks
 
 CONFIG = dense_config(num_hidden_layers=4)
 
@@ -38,6 +40,22 @@ class Layer(nn.Module):
         self.layer_number = layer_number
 
 
+KINDS = {
+    "word_embeddings": "VocabParallelEmbedding",
+    "linear_qkv": "TELayerNormColumnParallelLinear",
+    "linear_proj": "TERowParallelLinear",
+    "linear_fc1": "TELayerNormColumnParallelLinear",
+    "linear_fc2": "TERowParallelLinear",
+    "output_layer": "ColumnParallelLinear",
+}
+
+
+def module_of_kind(kind: str) -> nn.Module:
+    """A module whose class has this name."""
+    module: nn.Module = type(kind, (nn.Module,), {})()
+    return module
+
+
 def gpt_model(tensors: dict[str, torch.Tensor], global_layers: list[int]) -> nn.Module:
     """A module tree with the given parameters under their native names."""
     model = nn.Module()
@@ -47,7 +65,8 @@ def gpt_model(tensors: dict[str, torch.Tensor], global_layers: list[int]) -> nn.
         for depth, part in enumerate(path):
             if not hasattr(module, part):
                 is_layer = path[:depth] == ["decoder", "layers"]
-                child = Layer(global_layers[int(part)] + 1) if is_layer else nn.Module()
+                kind = KINDS.get(part, "RMSNorm" if part.endswith("norm") else "Block")
+                child = Layer(global_layers[int(part)] + 1) if is_layer else module_of_kind(kind)
                 module.add_module(part, child)
             module = module.get_submodule(part)
         module.register_parameter(leaf, nn.Parameter(tensor))
@@ -159,6 +178,6 @@ def test_layers_that_do_not_start_at_zero_are_an_error() -> None:
         ({"tp_rank": 0, "tp_size": 1, "etp_rank": 0}, "etp_size None"),
     ],
 )
-def test_a_place_outside_its_group_is_an_error(places: dict[str, int], message: str) -> None:
+def test_a_place_outside_its_group_is_an_error(places: dict[str, Any], message: str) -> None:
     with pytest.raises(SourceError, match=message):
         MegatronRank(chunks=[], **places)
