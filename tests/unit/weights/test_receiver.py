@@ -505,7 +505,7 @@ def test_any_failure_of_the_wire_is_told_to_whoever_polls(
 ) -> None:
     """The pull's thread has nobody to raise to."""
     connect(rank, trainer)
-    trainer.transport.bytes_per_s = SLOW
+    trainer.transport.bytes_per_s = 0
     rank.receiver.start("plan", staged=False, timeout_s=60)
     rank.transports[0].remove_peer(trainer.manifest.agent)
     error = rank.wait().error
