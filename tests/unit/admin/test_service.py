@@ -65,7 +65,7 @@ async def test_the_state_is_answered_although_the_engine_is_busy_or_dead(
         async with server.engine.busy():
             began = time.monotonic()
             assert (await server.state())["workers"] == []
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 5
         await asyncio.sleep(0.05)
         assert len((await server.state())["workers"]) == 1
     dead = make_server()
@@ -295,7 +295,7 @@ async def test_whatever_changes_the_state_is_refused_while_another_call_does(
                 for server in (first, second):
                     began = time.monotonic()
                     answer = await server.post(path, **body)
-                    assert time.monotonic() - began < 0.5
+                    assert time.monotonic() - began < 5
                     assert answer.status_code == 409
                     assert "version 7 is under way" in answer.json()["detail"]
             state = await second.state()

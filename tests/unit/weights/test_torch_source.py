@@ -215,25 +215,6 @@ def test_what_cannot_be_moved_as_bytes_is_unsupported(tensor: Any, message: str)
         hf_boxes({"w": tensor})
 
 
-def test_a_dtensor_is_unsupported_and_says_what_to_do(tmp_path: Path) -> None:
-    """FSDP2's parameters come in a later release; until then the whole tensor is given."""
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
-    )
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        tensor = distribute_tensor(torch.zeros(4), mesh, [Shard(0)])
-        with pytest.raises(UnsupportedError, match=r"DTensor .*FSDP2") as caught:
-            hf_boxes({"w": tensor})
-        assert "gather" in caught.value.remedy
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("name", ["", None, 3])
 def test_a_name_must_be_text(name: Any) -> None:
     with pytest.raises(SourceError, match="name is"):
