@@ -9,18 +9,29 @@ computed once and used for every update.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
-from operator import mul
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from engine_plugins.errors import PlanError
+from engine_plugins.weights.box_table import (
+    Column,
+    SourceTable,
+    TensorTable,
+    contiguous_strides,
+    needed_table,
+    source_table,
+    volumes,
+)
 from engine_plugins.weights.coverage import EngineStep
 from engine_plugins.weights.dtypes import dtype_named
+from engine_plugins.weights.intersection import Parts, intersect, runs
 from engine_plugins.weights.loader_trace import LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.placement import Interval, check_exact_coverage
+from engine_plugins.weights.placement import Interval
 from engine_plugins.weights.transport.base import Descriptors
 
 __all__ = [
@@ -42,8 +53,7 @@ SHORT_RUN_BYTES = 16 * 1024
 which a copy within memory moves more bytes than that (docs/decisions.md, D7)."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Landing:
+class Landing(NamedTuple):
     """A whole HF tensor, contiguous, at an offset from its step's start."""
 
     tensor: LogicalTensor
@@ -62,8 +72,7 @@ class StepRead:
     descriptors: Descriptors
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PackedPiece:
+class PackedPiece(NamedTuple):
     """Rows that are contiguous at the source and land as many short runs.
 
     They are read whole into the scratch area, and what is wanted of them is spread from there by
@@ -90,13 +99,20 @@ class Step:
     """The tensors of one engine module: fetched together, installed together."""
 
     modules: tuple[str, ...]
-    landings: tuple[Landing, ...]
+    tensors: Sequence[LogicalTensor]
+    offsets: Column
+    """[n] bytes from the step's start, for each of the tensors."""
     nbytes: int
     """Receive buffer of the step: its whole tensors, of which only what is needed is fetched."""
     bytes_needed: int
     reads: tuple[StepRead, ...]
     packed: tuple[tuple[PackedPiece, ...], ...]
     """Batches of pieces; each batch fits the scratch area."""
+
+    @property
+    def landings(self) -> list[Landing]:
+        """The tensors at their offsets; made on demand, since a model has very many."""
+        return list(map(Landing, self.tensors, self.offsets.tolist()))
 
     @property
     def bytes_to_move(self) -> int:
@@ -220,211 +236,198 @@ def build_plan(
     Raises:
         PlanError: a gap or an overlap; the text names the tensor and the boxes.
     """
-    offers = _Offers(manifests)
-    sizes = [sum(_aligned(tensor.nbytes) for tensor in tensors) for _, tensors in steps]
-    scratch = min(4 << 20, max(sizes, default=0) // 4 // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
+    ordered = [tensor for _, tensors in steps for tensor in tensors]
+    table = TensorTable(ordered)
+    sources = source_table(manifests, table)
+    parts = intersect(needed_table(table, needed or {}), sources, table)
+    layout = _Layout(table, [len(tensors) for _, tensors in steps])
+    scratch = min(4 << 20, layout.largest // 4 // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
+    packed = _packed_rows(parts, sources, table, scratch)
+    reads = _reads(parts, sources, table, layout, np.flatnonzero(~packed))
+    pieces = _pieces(parts, sources, table, layout, np.flatnonzero(packed), scratch)
+    wanted = np.bincount(layout.step[parts.boxes.tensor], parts.nbytes, minlength=len(steps))
     planned = [
-        _plan_step(offers, tuple(modules), tensors, scratch, needed or {})
-        for modules, tensors in steps
+        Step(
+            modules=tuple(modules),
+            tensors=tensors,
+            offsets=layout.offset[layout.tensors(number)],
+            nbytes=int(layout.nbytes[number]),
+            bytes_needed=int(wanted[number]),
+            reads=tuple(reads.get(number, ())),
+            packed=_batches(pieces.get(number, ()), scratch),
+        )
+        for number, (modules, tensors) in enumerate(steps)
     ]
     return FetchPlan(steps=tuple(planned), scratch_bytes=scratch)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Offer:
-    """One box of one tensor in one source's memory."""
+class _Layout:
+    """Where each tensor lands.
 
-    source: int
-    device: int
-    address: int
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    strides_bytes: tuple[int, ...]
+    Attributes:
+        step: [n] of each tensor, by number.
+        row: [n] its place among the step's landings.
+        offset: [n] bytes from the step's start.
+        nbytes: [steps] receive buffer of each step.
+    """
 
-    def part(self, box: Interval) -> _Offer | None:
-        """What of this offer lies in a box, or None."""
-        first = tuple(map(max, self.start, box[0]))
-        ends = (
-            min(start + size, other + other_size)
-            for start, size, other, other_size in zip(self.start, self.shape, *box, strict=True)
-        )
-        shape = tuple(end - begin for begin, end in zip(first, ends, strict=True))
-        if not all(size > 0 for size in shape):
-            return None
-        skipped = sum(
-            (begin - start) * stride
-            for begin, start, stride in zip(first, self.start, self.strides_bytes, strict=True)
-        )
-        return replace(self, address=self.address + skipped, start=first, shape=shape)
+    def __init__(self, tensors: TensorTable, counts: Sequence[int]) -> None:
+        self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        sizes = -(-tensors.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        before = np.concatenate([[0], sizes.cumsum()])
+        self.step = np.repeat(np.arange(len(counts)), counts)
+        self.row = np.arange(len(sizes)) - self._first[self.step]
+        self.offset = before[:-1] - before[self._first[self.step]]
+        self.nbytes = before[self._first[1:]] - before[self._first[:-1]]
+        self.largest = int(self.nbytes.max(initial=0))
+
+    def tensors(self, step: int) -> slice:
+        """Numbers of a step's tensors."""
+        return slice(int(self._first[step]), int(self._first[step + 1]))
 
 
-class _Offers:
-    """All offers by tensor name, and how many bytes each source has been given to read."""
-
-    def __init__(self, manifests: Sequence[SourceManifest]) -> None:
-        self._by_name: dict[str, list[_Offer]] = {}
-        self._load = [0] * len(manifests)
-        for source, manifest in enumerate(manifests):
-            for tensor, offer in _manifest_offers(source, manifest):
-                self._by_name.setdefault(manifest.tensors.names[tensor], []).append(offer)
-
-    def chosen(
-        self, tensor: LogicalTensor, needed: Sequence[Interval]
-    ) -> Iterator[tuple[_Offer, _Offer]]:
-        """Offers and the parts of them that give every needed element once.
-
-        The load is spread over replicas by the bytes that are fetched.
-        """
-        offers = self._by_name.get(tensor.name, [])
-        check_exact_coverage(tensor.name, tensor.shape, [(o.start, o.shape) for o in offers])
-        replicas: dict[Interval, list[_Offer]] = {}
-        for offer in offers:
-            replicas.setdefault((offer.start, offer.shape), []).append(offer)
-        for group in replicas.values():
-            for box in needed:
-                if (part := group[0].part(box)) is not None:
-                    offer = self._least_loaded(group, prod(part.shape) * tensor.dtype.itemsize)
-                    yield offer, offer.part(box) or part
-
-    def _least_loaded(self, group: list[_Offer], nbytes: int) -> _Offer:
-        offer = min(group, key=lambda each: self._load[each.source])
-        self._load[offer.source] += nbytes
-        return offer
+def _reads(
+    parts: Parts,
+    sources: SourceTable,
+    tensors: TensorTable,
+    layout: _Layout,
+    rows: Column,
+) -> dict[int, list[StepRead]]:
+    """Parts that go straight into place, by step: one read for each source and device."""
+    number, offer = parts.boxes.tensor[rows], parts.offer[rows]
+    step, source, device = layout.step[number], sources.source[offer], sources.device[offer]
+    order = np.lexsort((device, source, step))
+    keys = np.stack([step, source, device], axis=1)[order]
+    table, of_part = _descriptors(parts, tensors, layout, rows[order])
+    begins = np.flatnonzero(np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)]))
+    cuts = np.searchsorted(of_part, begins[1:])
+    reads: dict[int, list[StepRead]] = {}
+    for first, rows_of_it in zip(begins.tolist(), np.split(table, cuts), strict=False):
+        if len(rows_of_it):
+            at, source_of_it, device_of_it = keys[first].tolist()
+            read = StepRead(source=source_of_it, remote_device=device_of_it, descriptors=rows_of_it)
+            reads.setdefault(at, []).append(read)
+    return reads
 
 
-def _manifest_offers(source: int, manifest: SourceManifest) -> Iterator[tuple[int, _Offer]]:
-    boxes, regions = manifest.boxes, manifest.regions
-    rows = zip(
-        boxes.tensors,
-        boxes.starts,
-        boxes.shapes,
-        boxes.regions,
-        boxes.offsets_bytes,
-        boxes.strides_bytes,
-        strict=True,
-    )
-    for tensor, start, shape, region, offset, strides in rows:
-        yield (
-            tensor,
-            _Offer(
-                source=source,
-                device=regions.devices[region],
-                address=regions.addresses[region] + offset,
-                start=tuple(start),
-                shape=tuple(shape),
-                strides_bytes=tuple(strides),
-            ),
-        )
+def _descriptors(
+    parts: Parts, tensors: TensorTable, layout: _Layout, rows: Column
+) -> tuple[Descriptors, Column]:
+    """[m, 3] rows of (offset from the step's start, remote address, bytes), and their parts.
+
+    A part is walked run by run: runs that follow each other on both sides are one.
+    """
+    run, outer = runs(parts, tensors)
+    boxes, target = parts.boxes[rows], tensors.strides_bytes[parts.boxes.tensor[rows]]
+    walked = np.where(np.arange(tensors.axes) < outer[rows, None], boxes.shape, 1)
+    counts = walked.prod(axis=1)
+    of_part = np.repeat(np.arange(len(rows)), counts)
+    left = np.arange(len(of_part)) - np.repeat(counts.cumsum() - counts, counts)
+    local = (layout.offset[boxes.tensor] + (boxes.start * target).sum(axis=1))[of_part]
+    skipped = np.zeros(len(of_part), np.int64)
+    for axis in reversed(range(tensors.axes)):
+        left, index = np.divmod(left, walked[of_part, axis])
+        local += index * target[of_part, axis]
+        skipped += index * parts.strides_bytes[rows][of_part, axis]
+    table = np.empty((len(of_part), 3), dtype=np.uint64)
+    table[:, 0] = local
+    table[:, 1] = parts.address[rows][of_part] + skipped.astype(np.uint64)
+    table[:, 2] = run[rows][of_part]
+    return table, of_part
 
 
-def _plan_step(
-    offers: _Offers,
-    modules: tuple[str, ...],
-    tensors: Sequence[LogicalTensor],
-    scratch: int,
-    needed: Mapping[str, Sequence[Interval]],
-) -> Step:
-    landings: list[Landing] = []
-    rows: dict[tuple[int, int], list[Descriptors]] = {}
-    pieces: list[PackedPiece] = []
-    offset = bytes_needed = 0
-    for tensor in tensors:
-        landing = Landing(tensor=tensor, offset_bytes=offset)
-        whole = ((0,) * len(tensor.shape), tensor.shape)
-        for offer, part in offers.chosen(tensor, needed.get(tensor.name, [whole])):
-            bytes_needed += prod(part.shape) * tensor.dtype.itemsize
-            packed = _packed_pieces(offer, part, tensor, len(landings), scratch)
-            if packed:
-                pieces += packed
-            else:
-                table = _descriptors(part, tensor, offset)
-                rows.setdefault((part.source, part.device), []).append(table)
-        landings.append(landing)
-        offset += _aligned(tensor.nbytes)
-    reads = tuple(
-        StepRead(source=source, remote_device=device, descriptors=np.concatenate(tables))
-        for (source, device), tables in rows.items()
-    )
-    return Step(
-        modules=modules,
-        landings=tuple(landings),
-        nbytes=offset,
-        bytes_needed=bytes_needed,
-        reads=reads,
-        packed=_batches(pieces, scratch),
-    )
-
-
-def _descriptors(offer: _Offer, tensor: LogicalTensor, offset: int) -> Descriptors:
-    """[n, 3] rows of (offset from the step's start, remote address, bytes), runs merged."""
-    itemsize = tensor.dtype.itemsize
-    target = _contiguous_strides(tensor.shape, itemsize)
-    run, outer = _merged_run(offer, target, itemsize)
-    local = np.array([offset + sum(map(mul, offer.start, target))], dtype=np.uint64)
-    remote = np.array([offer.address], dtype=np.uint64)
-    for axis in range(outer):
-        steps = np.arange(offer.shape[axis], dtype=np.uint64)
-        local = (local[:, None] + steps * np.uint64(target[axis])).ravel()
-        remote = (remote[:, None] + steps * np.uint64(offer.strides_bytes[axis])).ravel()
-    table = np.empty((len(local), 3), dtype=np.uint64)
-    table[:, 0], table[:, 1], table[:, 2] = local, remote, run
-    return table
-
-
-def _merged_run(offer: _Offer, target: Sequence[int], itemsize: int) -> tuple[int, int]:
-    """Bytes that are contiguous on both sides, and how many outer axes remain to walk."""
-    run = itemsize
-    for axis in range(len(offer.shape) - 1, -1, -1):
-        same = offer.strides_bytes[axis] == run == target[axis]
-        if not same and offer.shape[axis] != 1:
-            return run, axis + 1
-        run *= offer.shape[axis]
-    return run, 0
-
-
-def _packed_pieces(
-    offer: _Offer, part: _Offer, tensor: LogicalTensor, landing: int, scratch: int
-) -> list[PackedPiece]:
-    """Pieces of whole rows, where short runs of a part would cost more; empty where they do not.
+def _packed_rows(
+    parts: Parts, sources: SourceTable, tensors: TensorTable, scratch: int
+) -> npt.NDArray[np.bool_]:
+    """[n] parts whose short runs would cost more than the whole rows that they lie in.
 
     A run costs its descriptor. Its row costs the bytes that are not wanted: the rule is that both
     the runs and what lies between them are short.
     """
-    itemsize = tensor.dtype.itemsize
-    run, outer = _merged_run(part, _contiguous_strides(tensor.shape, itemsize), itemsize)
-    row_bytes = prod(offer.shape[1:]) * itemsize
-    unwanted = row_bytes - prod(part.shape[1:]) * itemsize
-    contiguous = offer.strides_bytes == _contiguous_strides(offer.shape, itemsize)
-    if outer == 0 or max(run, unwanted) >= SHORT_RUN_BYTES or not contiguous or row_bytes > scratch:
-        return []
-    per_piece = scratch // row_bytes
-    first_row = part.start[0] - offer.start[0]
-    return [
-        PackedPiece(
-            source=offer.source,
-            remote_device=offer.device,
-            remote_address=offer.address + (first_row + row) * row_bytes,
-            nbytes=rows * row_bytes,
-            scratch_offset=0,
-            shape=(rows, *offer.shape[1:]),
-            wanted=(slice(0, rows), *_slices(part, origin=offer.start)[1:]),
-            landing=landing,
-            slices=(
-                slice(part.start[0] + row, part.start[0] + row + rows),
-                *_slices(part, origin=(0,) * len(part.start))[1:],
-            ),
+    run, outer = runs(parts, tensors)
+    itemsize = tensors.itemsize[parts.boxes.tensor]
+    offered = sources.boxes.shape[parts.offer]
+    contiguous = contiguous_strides(offered, itemsize)
+    dense = ((parts.strides_bytes == contiguous) | (offered == 1)).all(axis=1)
+    row = _row_elements(offered, tensors, parts) * itemsize
+    unwanted = row - _row_elements(parts.boxes.shape, tensors, parts) * itemsize
+    short = np.maximum(run, unwanted) < SHORT_RUN_BYTES
+    packed: npt.NDArray[np.bool_] = (outer > 0) & short & dense & (row <= scratch)
+    return packed
+
+
+def _row_elements(shape: Column, tensors: TensorTable, parts: Parts) -> Column:
+    """[n] elements of one index on each box's own first axis."""
+    first = tensors.axes - np.maximum(tensors.ndim[parts.boxes.tensor], 1)
+    elements: Column = volumes(shape) // shape[np.arange(len(shape)), first]
+    return elements
+
+
+def _pieces(
+    parts: Parts,
+    sources: SourceTable,
+    tensors: TensorTable,
+    layout: _Layout,
+    rows: Column,
+    scratch: int,
+) -> dict[int, list[PackedPiece]]:
+    """Packed parts by step, in pieces of as many rows as the scratch area holds."""
+    pieces: dict[int, list[PackedPiece]] = {}
+    columns = (
+        parts.boxes.tensor[rows].tolist(),
+        parts.offer[rows].tolist(),
+        parts.boxes.start[rows].tolist(),
+        parts.boxes.shape[rows].tolist(),
+    )
+    for number, offer, start, shape in zip(*columns, strict=True):
+        tensor = tensors.tensors[number]
+        own = slice(tensors.axes - len(tensor.shape), None)
+        cut = _Cut(
+            start=start[own],
+            shape=shape[own],
+            offered_start=sources.boxes.start[offer][own].tolist(),
+            offered_shape=sources.boxes.shape[offer][own].tolist(),
         )
-        for row in range(0, part.shape[0], per_piece)
-        if (rows := min(per_piece, part.shape[0] - row))
-    ]
+        row_bytes = prod(cut.offered_shape[1:]) * tensor.dtype.itemsize
+        first_row = cut.start[0] - cut.offered_start[0]
+        address = int(sources.address[offer]) + first_row * row_bytes
+        for row, count in cut.rows(scratch // row_bytes):
+            piece = PackedPiece(
+                source=int(sources.source[offer]),
+                remote_device=int(sources.device[offer]),
+                remote_address=address + row * row_bytes,
+                nbytes=count * row_bytes,
+                scratch_offset=0,
+                shape=(count, *cut.offered_shape[1:]),
+                wanted=(slice(0, count), *cut.slices(cut.offered_start)),
+                landing=int(layout.row[number]),
+                slices=(
+                    slice(cut.start[0] + row, cut.start[0] + row + count),
+                    *cut.slices([0] * len(cut.start)),
+                ),
+            )
+            pieces.setdefault(int(layout.step[number]), []).append(piece)
+    return pieces
 
 
-def _slices(part: _Offer, origin: Sequence[int]) -> list[slice]:
-    """Where a part lies, counted from an origin."""
-    return [
-        slice(first - zero, first - zero + size)
-        for first, zero, size in zip(part.start, origin, part.shape, strict=True)
-    ]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Cut:
+    """A part, and the source's box that it lies in."""
+
+    start: list[int]
+    shape: list[int]
+    offered_start: list[int]
+    offered_shape: list[int]
+
+    def rows(self, most: int) -> Iterator[tuple[int, int]]:
+        """First rows and counts of pieces of at most `most` rows."""
+        for row in range(0, self.shape[0], most):
+            yield row, min(most, self.shape[0] - row)
+
+    def slices(self, origin: Sequence[int]) -> Iterator[slice]:
+        """Where the part lies on all axes but the first, counted from an origin."""
+        for first, zero, size in list(zip(self.start, origin, self.shape, strict=True))[1:]:
+            yield slice(first - zero, first - zero + size)
 
 
 def _batches(pieces: Sequence[PackedPiece], scratch: int) -> tuple[tuple[PackedPiece, ...], ...]:
@@ -435,15 +438,11 @@ def _batches(pieces: Sequence[PackedPiece], scratch: int) -> tuple[tuple[PackedP
         if used + piece.nbytes > scratch and batch:
             batches.append(tuple(batch))
             batch, used = [], 0
-        batch.append(replace(piece, scratch_offset=used))
+        batch.append(piece._replace(scratch_offset=used))
         used = _aligned(used + piece.nbytes)
     if batch:
         batches.append(tuple(batch))
     return tuple(batches)
-
-
-def _contiguous_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    return tuple(prod(shape[axis + 1 :]) * itemsize for axis in range(len(shape)))
 
 
 def _aligned(nbytes: int) -> int:

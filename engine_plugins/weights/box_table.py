@@ -1,0 +1,236 @@
+"""Boxes of many tensors as numpy columns, so that a model of a million of them plans in no time.
+
+Axes are aligned at the right: a table of matrices and vectors has two, and a vector's first one is
+an axis of a single index. Columns are [n] or [n, axes], int64 unless they say otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine_plugins.weights.loader_trace import LogicalTensor
+from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.placement import Interval, check_exact_coverage
+
+__all__ = [
+    "BoxTable",
+    "Column",
+    "SourceTable",
+    "TensorTable",
+    "contiguous_strides",
+    "needed_table",
+    "source_table",
+    "volumes",
+]
+
+Column = npt.NDArray[np.int64]
+
+_MOST_PAIRS = 16
+"""Tensors in more boxes than this are checked for overlaps one by one."""
+
+
+class TensorTable:
+    """Whole tensors by number, and what is the same for all boxes of each.
+
+    Attributes:
+        axes: of the widest tensor, at least 1.
+        ndim, itemsize: [n].
+        shape: [n, axes], leading axes of one index.
+        strides_bytes: [n, axes], of a contiguous tensor.
+    """
+
+    def __init__(self, tensors: Sequence[LogicalTensor]) -> None:
+        self.tensors = tensors
+        self.number = {tensor.name: number for number, tensor in enumerate(tensors)}
+        self.ndim = np.fromiter((len(t.shape) for t in tensors), np.int64, len(tensors))
+        self.itemsize = np.fromiter((t.dtype.itemsize for t in tensors), np.int64, len(tensors))
+        self.axes = max(int(self.ndim.max(initial=0)), 1)
+        self.shape = _aligned([tensor.shape for tensor in tensors], self.axes, 1)
+        self.strides_bytes = contiguous_strides(self.shape, self.itemsize)
+
+    @property
+    def nbytes(self) -> Column:
+        """[n] bytes of each whole tensor."""
+        return volumes(self.shape) * self.itemsize
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class BoxTable:
+    """Boxes of tensors: `tensor` [n] by number, `start` and `shape` [n, axes] in elements."""
+
+    tensor: Column
+    start: Column
+    shape: Column
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    def __getitem__(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> BoxTable:
+        return BoxTable(tensor=self.tensor[rows], start=self.start[rows], shape=self.shape[rows])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SourceTable:
+    """What all sources hold, sorted so that equal boxes follow each other.
+
+    Attributes:
+        boxes: [n] of them.
+        source, device: [n]; `source` is the manifest's number.
+        address: [n] uint64, of the box's first element in its source's memory.
+        strides_bytes: [n, axes].
+        first: [m] rows of the first of each distinct box; `first[i + 1]` ends its replicas.
+    """
+
+    boxes: BoxTable
+    source: Column
+    device: Column
+    address: npt.NDArray[np.uint64]
+    strides_bytes: Column
+    first: Column
+
+    @property
+    def distinct(self) -> BoxTable:
+        """Every box once."""
+        return self.boxes[self.first[:-1]]
+
+
+def source_table(manifests: Sequence[SourceManifest], tensors: TensorTable) -> SourceTable:
+    """Read the manifests' columns; boxes of other tensors are left out, and empty ones.
+
+    Raises:
+        PlanError: a gap, an overlap or a box outside; the text names tensor and boxes.
+    """
+    parts = [_nothing(tensors.axes)]
+    parts += [_read(number, manifest, tensors) for number, manifest in enumerate(manifests)]
+    numbers, start, shape, source, device, address, strides = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
+    filled = np.flatnonzero(volumes(shape))
+    keys = [*shape[filled].T[::-1], *start[filled].T[::-1], numbers[filled]]
+    order = filled[np.lexsort(keys)]
+    boxes = BoxTable(tensor=numbers, start=start, shape=shape)[order]
+    table = SourceTable(
+        boxes=boxes,
+        source=source[order],
+        device=device[order],
+        address=address[order],
+        strides_bytes=strides[order],
+        first=_first_rows(boxes),
+    )
+    for number in _not_covered(table.distinct, tensors):
+        name = tensors.tensors[number].name
+        check_exact_coverage(name, tensors.tensors[number].shape, _boxes_of(name, manifests))
+    return table
+
+
+def needed_table(tensors: TensorTable, needed: Mapping[str, Sequence[Interval]]) -> BoxTable:
+    """The boxes that are wanted, in the tensors' order; without an entry a tensor is, whole."""
+    numbers: list[int] = []
+    boxes: list[Interval] = []
+    for number, tensor in enumerate(tensors.tensors):
+        wanted = needed.get(tensor.name)
+        if wanted is None:
+            wanted = [((0,) * len(tensor.shape), tensor.shape)]
+        numbers += [number] * len(wanted)
+        boxes += wanted
+    return BoxTable(
+        tensor=np.array(numbers, dtype=np.int64),
+        start=_aligned([start for start, _ in boxes], tensors.axes, 0),
+        shape=_aligned([shape for _, shape in boxes], tensors.axes, 1),
+    )
+
+
+def volumes(shape: Column) -> Column:
+    """[n] elements of [n, axes] shapes."""
+    product: Column = shape.prod(axis=1)
+    return product
+
+
+def contiguous_strides(shape: Column, itemsize: Column) -> Column:
+    """[n, axes] bytes between neighbours of contiguous boxes."""
+    inner = np.concatenate([shape[:, 1:], itemsize[:, None]], axis=1)
+    strides: Column = inner[:, ::-1].cumprod(axis=1)[:, ::-1]
+    return strides
+
+
+def _read(
+    source: int, manifest: SourceManifest, tensors: TensorTable
+) -> tuple[npt.NDArray[Any], ...]:
+    boxes, regions = manifest.boxes, manifest.regions
+    here = np.array([tensors.number.get(name, -1) for name in manifest.tensors.names], np.int64)
+    number = here[np.array(boxes.tensors, np.int64)]
+    region = np.array(boxes.regions, np.int64)
+    begin = np.array(regions.addresses, np.uint64)[region]
+    columns: tuple[npt.NDArray[Any], ...] = (
+        number,
+        _aligned(boxes.starts, tensors.axes, 0),
+        _aligned(boxes.shapes, tensors.axes, 1),
+        np.full(len(number), source, np.int64),
+        np.array(regions.devices, np.int64)[region],
+        begin + np.array(boxes.offsets_bytes, np.uint64),
+        _aligned(boxes.strides_bytes, tensors.axes, 0),
+    )
+    wanted = number >= 0
+    return tuple(column[wanted] for column in columns)
+
+
+def _nothing(axes: int) -> tuple[npt.NDArray[Any], ...]:
+    row, table = np.empty(0, np.int64), np.empty((0, axes), np.int64)
+    return row, table, table, row, row, np.empty(0, np.uint64), table
+
+
+def _aligned(columns: Sequence[Sequence[int]], axes: int, fill: int) -> Column:
+    """[n, axes] from lists of at most `axes` numbers, at the right; longer ones lose the front."""
+    lengths = np.fromiter(map(len, columns), np.int64, len(columns))
+    flat = np.fromiter(chain.from_iterable(columns), np.int64, int(lengths.sum()))
+    row = np.repeat(np.arange(len(columns)), lengths)
+    ends = lengths.cumsum()
+    column = axes - (np.repeat(ends, lengths) - np.arange(len(flat)))
+    table = np.full((len(columns), axes), fill, np.int64)
+    fits = column >= 0
+    table[row[fits], column[fits]] = flat[fits]
+    return table
+
+
+def _first_rows(boxes: BoxTable) -> Column:
+    """Rows where another box begins, and the end."""
+    same = np.ones(max(len(boxes) - 1, 0), np.bool_)
+    for column in (boxes.tensor[:, None], boxes.start, boxes.shape):
+        same &= (column[1:] == column[:-1]).all(axis=1)
+    begins = np.concatenate([np.ones(min(len(boxes), 1), np.bool_), ~same])
+    return np.append(np.flatnonzero(begins), len(boxes))
+
+
+def _not_covered(distinct: BoxTable, tensors: TensorTable) -> list[int]:
+    """Tensors that distinct boxes do not give exactly once, or may not."""
+    inside = (distinct.start >= 0) & (distinct.shape >= 0)
+    inside &= distinct.start + distinct.shape <= tensors.shape[distinct.tensor]
+    covered = np.zeros(len(tensors.tensors), np.int64)
+    np.add.at(covered, distinct.tensor, volumes(distinct.shape))
+    wrong = covered != volumes(tensors.shape)
+    wrong[distinct.tensor[~inside.all(axis=1)]] = True
+    pieces = np.bincount(distinct.tensor, minlength=len(wrong))
+    wrong |= pieces > _MOST_PAIRS
+    for apart in range(1, min(int(pieces.max(initial=0)), _MOST_PAIRS)):
+        rows = np.flatnonzero(distinct.tensor[apart:] == distinct.tensor[:-apart])
+        one, other = distinct[rows], distinct[rows + apart]
+        meet = (one.start < other.start + other.shape) & (other.start < one.start + one.shape)
+        wrong[one.tensor[meet.all(axis=1)]] = True
+    return [int(number) for number in np.flatnonzero(wrong)]
+
+
+def _boxes_of(name: str, manifests: Sequence[SourceManifest]) -> list[Interval]:
+    found: list[Interval] = []
+    for manifest in manifests:
+        rows = {row for row, other in enumerate(manifest.tensors.names) if other == name}
+        columns = (manifest.boxes.tensors, manifest.boxes.starts, manifest.boxes.shapes)
+        for tensor, start, shape in zip(*columns, strict=True):
+            if tensor in rows:
+                found.append((tuple(start), tuple(shape)))
+    return found

@@ -1,0 +1,94 @@
+"""Which part of which source's memory gives each needed element, all tensors at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from engine_plugins.weights.box_table import BoxTable, Column, SourceTable, TensorTable, volumes
+
+__all__ = ["Parts", "intersect", "runs"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Parts:
+    """Boxes that each lie in one needed box and in one source's box, in the needed boxes' order.
+
+    Attributes:
+        boxes: [n] of them.
+        offer: [n] row of the source's box in its table.
+        address: [n] uint64, of the part's first element.
+        strides_bytes: [n, axes] of the part in the source's memory.
+        nbytes: [n].
+    """
+
+    boxes: BoxTable
+    offer: Column
+    address: npt.NDArray[np.uint64]
+    strides_bytes: Column
+    nbytes: Column
+
+
+def intersect(needed: BoxTable, sources: SourceTable, tensors: TensorTable) -> Parts:
+    """Cut the needed boxes along the sources' and choose among replicas by what each gives."""
+    distinct = sources.distinct
+    low = np.searchsorted(distinct.tensor, needed.tensor, side="left")
+    counts = np.searchsorted(distinct.tensor, needed.tensor, side="right") - low
+    wanted = np.repeat(np.arange(len(needed)), counts)
+    given = np.arange(len(wanted)) + np.repeat(low - counts.cumsum() + counts, counts)
+    start = np.maximum(needed.start[wanted], distinct.start[given])
+    end = np.minimum(
+        needed.start[wanted] + needed.shape[wanted], distinct.start[given] + distinct.shape[given]
+    )
+    meet = (end > start).all(axis=1)
+    boxes = BoxTable(tensor=needed.tensor[wanted], start=start, shape=end - start)[meet]
+    nbytes = volumes(boxes.shape) * tensors.itemsize[boxes.tensor]
+    offer = _spread(sources, given[meet], nbytes)
+    strides = sources.strides_bytes[offer]
+    skipped = ((boxes.start - sources.boxes.start[offer]) * strides).sum(axis=1)
+    return Parts(
+        boxes=boxes,
+        offer=offer,
+        address=sources.address[offer] + skipped.astype(np.uint64),
+        strides_bytes=strides,
+        nbytes=nbytes,
+    )
+
+
+def _spread(sources: SourceTable, given: Column, nbytes: Column) -> Column:
+    """One of each distinct box's replicas: that of the source that has least to give so far."""
+    begin, end = sources.first[given], sources.first[given + 1]
+    chosen: Column = begin.copy()
+    single = end - begin == 1
+    load = np.zeros(int(sources.source.max(initial=0)) + 1, np.int64)
+    np.add.at(load, sources.source[begin[single]], nbytes[single])
+    loads = load.tolist()
+    source = sources.source.tolist()
+    for row in np.flatnonzero(~single).tolist():
+        replicas = range(int(begin[row]), int(end[row]))
+        best = min(replicas, key=lambda each: loads[source[each]])
+        loads[source[best]] += int(nbytes[row])
+        chosen[row] = best
+    return chosen
+
+
+def runs(parts: Parts, tensors: TensorTable) -> tuple[Column, Column]:
+    """Bytes that are contiguous at the source and in the whole tensor, and the axes left to walk.
+
+    Returns:
+        [n] bytes, and [n] how many leading axes have to be walked, run by run.
+    """
+    target = tensors.strides_bytes[parts.boxes.tensor]
+    run = tensors.itemsize[parts.boxes.tensor].copy()
+    outer = np.zeros(len(run), np.int64)
+    growing = np.ones(len(run), np.bool_)
+    for axis in reversed(range(tensors.axes)):
+        size = parts.boxes.shape[:, axis]
+        same = (parts.strides_bytes[:, axis] == run) & (target[:, axis] == run)
+        ends = growing & ~same & (size != 1)
+        outer[ends] = axis + 1
+        growing &= ~ends
+        run = np.where(growing, run * size, run)
+    return run, outer
