@@ -32,7 +32,7 @@ lint: setup-vllm ## ruff, mypy and the import contracts
 	$(VLLM_ENV)/bin/mypy
 	$(VLLM_ENV)/bin/lint-imports
 
-bench: setup-vllm ## benchmark table: weight pull against raw NIXL, update seconds in parts
+bench: setup ## benchmark tables: weight pull against raw NIXL, update seconds by phase
 	$(VLLM_PYTHON) tests/benchmarks/run.py $(ARGS)
 
 fmt: setup-vllm ## format, and fix what ruff can fix by itself

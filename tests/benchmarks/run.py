@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tests.benchmarks.update_phases import update_phases
+from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
 from tests.benchmarks.wire_share import wire_share
 
 
@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--only", choices=["wire", "phases"], help="default: both")
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
     chosen = parser.parse_args()
+    if chosen.only != "wire" and not SGLANG_PYTHON.exists():
+        parser.error(f"{SGLANG_PYTHON} is missing; `make setup-sglang` installs it")
+    pairs = max(chosen.pairs, 7)
     os.environ.setdefault("UCX_NET_DEVICES", "lo")
     console = Console(width=100)
     console.print(
@@ -32,9 +35,9 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
         if chosen.only in (None, "wire"):
-            console.print(wire_share(Path(folder), pairs=max(chosen.pairs, 7)))
+            console.print(wire_share(Path(folder), pairs=pairs))
         if chosen.only in (None, "phases"):
-            console.print(update_phases(Path(folder)))
+            console.print(update_phases(Path(folder), pairs=pairs))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A real SGLang server on loopback, in a process group of its own, with its output in a file.
 
-It runs in this process's own environment. What of it is not real is in `sglang_shims`: the
-import of its kernel package, and torchvision's operators.
+It runs in this process's own environment, or in that of a Python that is named. What of it is not
+real is in `sglang_shims`: the import of its kernel package, and torchvision's operators.
 """
 
 from __future__ import annotations
@@ -84,11 +84,12 @@ def sglang_server(
     api_key: str | None = None,
     admin_api_key: str | None = None,
     launcher: str = "sglang.launch_server",
+    python: Path | None = None,
 ) -> AbstractContextManager[SglangServer]:
     """A server for as long as a context lasts. SGLang takes no key with several API servers."""
     port = free_port()
     command = [
-        *(sys.executable, "-m", launcher, "--model-path", str(model)),
+        *(str(python or sys.executable), "-m", launcher, "--model-path", str(model)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
         *("--max-total-tokens", "2048", "--max-running-requests", "8"),
