@@ -26,6 +26,7 @@ from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Offer, Round, checked_version, drive, offer_to
+from engine_plugins.weights.fsdp_source import fsdp_tensors
 from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
 from engine_plugins.weights.model_facts import model_facts
 from engine_plugins.weights.placement import SourceBox
@@ -46,7 +47,7 @@ class WeightSender:
     rank calls them, and every rank returns the same report or raises the same error. The memory
     stays registered, and is read by engines only while `update` runs.
 
-    Use `from_hf` or `from_megatron`; the constructor takes any source of boxes.
+    Use `from_hf`, `from_fsdp` or `from_megatron`; the constructor takes any source of boxes.
 
     Args:
         boxes: gives this process's boxes anew for every update.
@@ -102,12 +103,13 @@ class WeightSender:
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
     ) -> Self:
-        """Send whole HF-named tensors.
+        """Send HF-named tensors: whole ones, and of DTensors each rank's share.
 
         Args:
             named_tensors: best `model.named_parameters()` (of a tied model, without the head):
                 parameters whose `.data` is replaced later are followed; the detached tensors
-                of a `state_dict()` are sent as they are.
+                of a `state_dict()` are sent as they are. Of an FSDP2 model give the module to
+                `from_fsdp`: its parameters are other objects while it is unsharded.
             engines: as for the class, like the arguments not named here.
             token: see `AdminClient`.
             config: the HF config, object or dict.
@@ -116,13 +118,52 @@ class WeightSender:
             progress: see the class.
         """
         kept = dict(named_tensors) if isinstance(named_tensors, Mapping) else list(named_tensors)
-        facts = model_facts(config)
-        family = facts.get("model_type")
         return cls(
-            lambda: hf_boxes(kept, model_type=str(family) if family else None),
+            partial(hf_boxes, kept, model_type=_model_type(config)),
             engines=engines,
             token=token,
-            model=facts,
+            model=model_facts(config),
+            transport=transport,
+            process_group=process_group,
+            progress=progress,
+        )
+
+    @classmethod
+    def from_fsdp(
+        cls,
+        model: nn.Module,
+        *,
+        engines: Engines,
+        token: str | None = None,
+        config: object = None,
+        transport: Transport | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        progress: bool | None = None,
+    ) -> Self:
+        """Send what this process holds of an FSDP2 model (HSDP, with tensor parallelism or not).
+
+        The sharded parameters are looked up anew for every update, and read where they lie;
+        modules that are unsharded are resharded first. Saved buffers are sent too.
+
+        Args:
+            model: the HF model that `fully_shard` was called on; compiled or with activation
+                checkpointing or not.
+            engines: as for the class, like the arguments not named here.
+            token: see `AdminClient`.
+            config: the HF config, object or dict.
+            transport: see the class.
+            process_group: see the class.
+            progress: see the class.
+
+        Raises:
+            UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
+        """
+        family = _model_type(config)
+        return cls(
+            lambda: hf_boxes(fsdp_tensors(model), model_type=family),
+            engines=engines,
+            token=token,
+            model=model_facts(config),
             transport=transport,
             process_group=process_group,
             progress=progress,
@@ -321,6 +362,11 @@ def _nixl() -> Transport:
 
     host = socket.gethostname()
     return NixlTransport(f"trainer-{host}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _model_type(config: object) -> str | None:
+    family = model_facts(config).get("model_type")
+    return str(family) if family else None
 
 
 def _megatron_boxes(

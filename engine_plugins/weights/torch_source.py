@@ -1,22 +1,17 @@
-"""The trainer's plain torch tensors as a source: whole HF-named tensors are one box each.
-
-`transformers` >= 5 keeps a layer's experts fused in memory while checkpoints and engines
-speak of one tensor per expert; those are split here, as views.
-"""
+"""The trainer's torch tensors as a source: whole HF-named tensors, and DTensors' local shares."""
 
 from __future__ import annotations
 
-import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 
 from engine_plugins.errors import SourceError, UnsupportedError
+from engine_plugins.weights.dtensor_source import is_dtensor, shard_boxes
+from engine_plugins.weights.fused_experts import split_fused_experts
 from engine_plugins.weights.placement import SourceBox
 
-__all__ = ["hf_boxes", "plain_view", "split_fused_experts"]
+__all__ = ["hf_boxes", "plain_view"]
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
@@ -28,31 +23,35 @@ def hf_boxes(named_tensors: NamedTensors, *, model_type: str | None = None) -> l
     of them the engine has is the engine's to say.
 
     Args:
-        named_tensors: `model.state_dict()` or `model.named_parameters()`. Any strides.
+        named_tensors: `model.state_dict()` or `model.named_parameters()`. Any strides. Of a
+            DTensor this rank's share is described.
         model_type: of the HF config; says how fused experts are split. See
             `split_fused_experts`.
 
     Raises:
         SourceError: a name twice, or a tensor whose memory is not its values.
-        UnsupportedError: a tensor that is no plain strided memory (DTensor, sparse).
+        UnsupportedError: a tensor that is no plain strided memory (sparse, quantized, a DTensor
+            of partial sums).
     """
-    views: dict[str, torch.Tensor] = {}
+    given: dict[str, list[SourceBox]] = {}
     for name, tensor in _pairs(named_tensors):
-        if name in views:
+        if name in given:
             raise SourceError(
                 f"{name}: given twice", remedy="give each HF tensor once, under one name"
             )
-        views[name] = plain_view(name, tensor)
-    boxes: dict[str, SourceBox] = {}
-    for name, view in split_fused_experts(views, model_type=model_type):
-        if name in boxes:
-            raise SourceError(
-                f"{name}: given on its own and inside a fused experts tensor",
-                remedy="give each expert once",
-            )
-        shape = tuple(view.shape)
-        boxes[name] = SourceBox(name=name, global_shape=shape, start=(0,) * len(shape), data=view)
-    return list(boxes.values())
+        given[name] = _boxes_of(name, tensor)
+    boxes = [box for group in given.values() for box in group]
+    return list(split_fused_experts(boxes, model_type=model_type))
+
+
+def _boxes_of(name: str, tensor: torch.Tensor) -> list[SourceBox]:
+    if is_dtensor(tensor):
+        with torch.no_grad():  # then it is the local memory itself
+            local = tensor.to_local()
+        return shard_boxes(name, tensor, plain_view(name, local))
+    view = plain_view(name, tensor)
+    shape = tuple(view.shape)
+    return [SourceBox(name=name, global_shape=shape, start=(0,) * len(shape), data=view)]
 
 
 def plain_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -87,13 +86,6 @@ def _refuse_wrapped(name: str, tensor: torch.Tensor) -> None:
             f"{name}: an uninitialized parameter has no values",
             remedy="run one forward pass first",
         )
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and isinstance(tensor, module.DTensor):
-        raise UnsupportedError(
-            f"{name}: a DTensor (FSDP2, tensor parallel) is one rank's share; reading its "
-            "placements comes with a later release",
-            remedy="gather into a plain tensor that you keep and refill before every update",
-        )
     if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise UnsupportedError(
             f"{name}: a {type(tensor).__name__} keeps its values outside its own memory",
@@ -110,8 +102,9 @@ def _refuse_shared(name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.numel() and tensor.untyped_storage().nbytes() == 0:
         raise SourceError(
-            f"{name}: its storage has been freed (an FSDP1 parameter outside of summoning?)",
-            remedy="publish while the full parameters are in memory",
+            f"{name}: its storage has been freed (a parameter that FSDP has resharded since?)",
+            remedy="with FSDP2 give the model to WeightSender.from_fsdp; otherwise publish while "
+            "the full parameters are in memory",
         )
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
     if tensor.numel() and any(stride == 0 and extent > 1 for extent, stride in sizes):
@@ -120,76 +113,6 @@ def _refuse_shared(name: str, tensor: torch.Tensor) -> None:
             "one place",
             remedy="give the tensor before expand(), or a contiguous copy",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ExpertStyle:
-    """How a family's fused experts in memory are named in its checkpoints.
-
-    Attributes:
-        model_types: HF families that are saved so.
-        parts: fused leaf -> the per-expert leaves that its rows (axis 1) hold, in order.
-    """
-
-    model_types: frozenset[str]
-    parts: Mapping[str, tuple[str, ...]]
-
-
-# transformers' conversion mapping "qwen2_moe": gate_up_proj [experts, 2 x ffn, hidden] and
-# down_proj [experts, hidden, ffn] are one checkpoint tensor per expert and projection.
-_EXPERT_STYLE = _ExpertStyle(
-    model_types=frozenset({"deepseek_v3", "glm4_moe", "qwen2_moe", "qwen3_moe"}),
-    parts={"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)},
-)
-_FUSED_NAME = re.compile(r"(.+\.mlp\.experts)\.(gate_up_proj|down_proj)")
-
-
-def split_fused_experts(
-    views: Mapping[str, torch.Tensor], *, model_type: str | None = None
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Replace fused expert tensors by one view per expert, named as in HF checkpoints.
-
-    Args:
-        views: HF-named tensors, a layer's experts perhaps fused: `gate_up_proj`
-            [experts, 2 x ffn, hidden] and `down_proj` [experts, hidden, ffn].
-        model_type: a family whose checkpoints hold one tensor per expert is split; another
-            is left alone. None: what has both names and shapes that fit is split; families
-            with other axes (gpt_oss) are left alone. Give it for a family that lies alike but
-            is saved fused (qwen3_vl_moe).
-
-    Raises:
-        SourceError: `model_type` says fused experts, but the shapes are not theirs.
-    """
-    for name, view in views.items():
-        match = _FUSED_NAME.fullmatch(name)
-        if match is None or not _is_fused(views, match[1], name, model_type):
-            yield name, view
-            continue
-        leaves = _EXPERT_STYLE.parts[match[2]]
-        for leaf, part in zip(leaves, view.chunk(len(leaves), dim=1), strict=True):
-            for expert, one in enumerate(part.unbind(0)):
-                yield f"{match[1]}.{expert}.{leaf}.weight", one
-
-
-def _is_fused(
-    views: Mapping[str, torch.Tensor], module: str, name: str, model_type: str | None
-) -> bool:
-    if model_type is not None and model_type not in _EXPERT_STYLE.model_types:
-        return False
-    gate_up, down = views.get(f"{module}.gate_up_proj"), views.get(f"{module}.down_proj")
-    shapes = [tuple(view.shape) for view in (gate_up, down) if view is not None]
-    fits = (
-        len(shapes) == 2
-        and all(len(shape) == 3 for shape in shapes)
-        and shapes[0] == (shapes[1][0], 2 * shapes[1][2], shapes[1][1])
-    )
-    if model_type is not None and not fits:
-        raise SourceError(
-            f"{name}: the fused experts of a {model_type} model are gate_up_proj [experts, "
-            f"2 x ffn, hidden] and down_proj [experts, hidden, ffn]; given: {shapes}",
-            remedy="give both tensors of a layer, and the model_type of the HF config",
-        )
-    return fits
 
 
 def _pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,6 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from engine_plugins.admin_answers import UpdateRequest
 from engine_plugins.admin_client import AdminClient
@@ -237,6 +241,42 @@ def test_megatron_shares_are_sent_in_their_own_layout(
         sender.update(1)
     assert torch.equal(engines[0].weights["model.embed_tokens.weight"], whole[:7])
     assert engines[0].models[0]["vocab_size"] == 7
+
+
+def test_an_fsdp_model_is_sent_as_it_is_now(
+    engines: list[FakeEngine], transport: InMemoryTransport, tmp_path: Path
+) -> None:
+    """Unsharded when the sender is made, stepped in place, and with parameters replaced."""
+    rendezvous = f"file://{tmp_path / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+    try:
+        model = tiny()
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,))).unshard()
+        config = {"model_type": "tiny"}
+        with WeightSender.from_fsdp(
+            model, engines=engines[0].url, token=TOKEN, transport=transport, config=config
+        ) as sender:
+            sender.update(1)
+            assert holds_shards(engines[0], model)
+            model(torch.ones(2, 6)).sum().backward()
+            torch.optim.SGD(model.parameters(), lr=0.5).step()
+            assert not holds_shards(engines[0], model)
+            sender.update(2)
+            assert holds_shards(engines[0], model)
+            assert len(engines[0].plans) == 1
+            model.to(torch.float64)
+            sender.update(3)
+            assert holds_shards(engines[0], model)
+        assert engines[0].models == [config] * 2
+    finally:
+        dist.destroy_process_group()
+
+
+def holds_shards(engine: FakeEngine, model: torch.nn.Module) -> bool:
+    return all(
+        isinstance(shard, DTensor) and torch.equal(shard.full_tensor(), engine.weights[name])
+        for name, shard in model.named_parameters()
+    )
 
 
 EMBEDDING = "embedding.word_embeddings.weight"
