@@ -18,6 +18,9 @@ MODEL_FACTS: dict[str, tuple[str, ...]] = {
     "num_key_value_heads": ("num_key_value_heads",),
     "intermediate_size": ("intermediate_size",),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "moe_intermediate_size": ("moe_intermediate_size",),
+    "q_lora_rank": ("q_lora_rank",),
+    "kv_lora_rank": ("kv_lora_rank",),
     "tie_word_embeddings": ("tie_word_embeddings",),
 }
 """Fact -> the names under which HF configs hold it, first found first."""

@@ -10,10 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Glm4MoeConfig, Qwen3MoeConfig
 
 from engine_plugins.errors import PlanError, SourceError
 from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
 from engine_plugins.weights.placement import assemble
+from engine_plugins.weights.torch_source import hf_boxes
 from tests.support.megatron_hf import hf_tensors, moe_config
 from tests.support.megatron_shards import megatron_ranks
 
@@ -74,6 +76,26 @@ def test_any_layout_rebuilds_the_hf_tensors(
     config, cut = layout
     hf = hf_tensors(config)
     assert_same(rebuild(megatron_ranks(hf, config, **cut), config), hf)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen3MoeConfig(**moe_config("qwen3_moe")),
+        Glm4MoeConfig(**moe_config("glm4_moe")),
+        Glm4MoeConfig(**moe_config("glm4_moe", use_qk_norm=False, attention_bias=False)),
+        DeepseekV3Config(**moe_config("deepseek_v3", head_dim=2)),
+        DeepseekV3Config(**moe_config("deepseek_v3", head_dim=2, q_lora_rank=None)),
+    ],
+    ids=["qwen3_moe", "glm4_moe", "glm4_moe_plain", "deepseek_v3", "deepseek_v3_full_q"],
+)
+def test_names_and_shapes_are_those_of_transformers(config: Any) -> None:
+    """What is published fits the model class, and a `transformers` config is taken as it is."""
+    state = AutoModelForCausalLM.from_config(config).state_dict()
+    hf = assemble(hf_boxes(state, model_type=config.model_type))
+    fields = config.to_dict() | {"num_nextn_predict_layers": 0}  # model classes have none
+    shards = megatron_ranks(hf, fields, tp_size=2, ep_size=2, etp_size=1)
+    assert_same(rebuild(shards, config), hf)
 
 
 def changed(rank: MegatronRank, name: str, tensor: torch.Tensor) -> MegatronRank:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from engine_plugins.weights.model_facts import model_facts
+import pytest
+
+from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.model_facts import compare_facts, model_facts
 
 
 def test_dicts_and_objects_say_the_same() -> None:
@@ -32,6 +35,15 @@ def test_a_nested_text_config_is_preferred() -> None:
         "vocab_size": 7,
         "num_experts": 8,
     }
+
+
+def test_models_with_experts_or_latent_attention_are_told_apart() -> None:
+    """Their own sizes count; a family without them, or an engine that names none, says nothing."""
+    facts = model_facts({"moe_intermediate_size": 32, "kv_lora_rank": 24, "q_lora_rank": None})
+    assert facts == {"moe_intermediate_size": 32, "kv_lora_rank": 24}
+    compare_facts(facts, {"hidden_size": 64}, who="the trainer")
+    with pytest.raises(WeightMismatchError, match=r"moe_intermediate_size 32 against .* 48"):
+        compare_facts(facts, facts | {"moe_intermediate_size": 48}, who="the trainer")
 
 
 def test_no_config_has_no_facts() -> None:
