@@ -22,12 +22,13 @@ from torch import nn
 from engine_plugins.admin_answers import PauseMode, UpdateRequest
 from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.sender.engines import EngineLink, links_to
+from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology, ranks_of
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Offer, Round, checked_version, drive, offer_to
 from engine_plugins.weights.fsdp_source import fsdp_tensors
-from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
+from engine_plugins.weights.megatron_source import megatron_boxes
 from engine_plugins.weights.model_facts import model_facts
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source import WeightSource
@@ -57,6 +58,8 @@ class WeightSender:
         transport: an open transport, which stays the caller's to close; by default NIXL.
         process_group: the ranks that take part; by default all.
         progress: draw progress bars on stderr of the leading rank; None when it is a terminal.
+        places: gives the place of every rank of a larger job that this process plays; see
+            `check_topology`.
 
     Raises:
         SettingsError: an engine url that is none, or given twice.
@@ -75,6 +78,7 @@ class WeightSender:
         transport: Transport | None = None,
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
+        places: Callable[[], Sequence[Place]] = tuple,
     ) -> None:
         self._token = token
         self._model = dict(model or {})
@@ -84,6 +88,8 @@ class WeightSender:
         self._links: dict[str, EngineLink] = {}
         self._ranks = TrainerRanks(process_group)
         try:
+            told = self._ranks.agree("reading the ranks", lambda: list(places()), list[Place])
+            check_topology([place for told_by_one in told for place in told_by_one])
             self._ranks.agree(
                 "registering the weights", partial(self._open, boxes, engines, transport), None
             )
@@ -172,7 +178,7 @@ class WeightSender:
     @classmethod
     def from_megatron(
         cls,
-        ranks: MegatronRank | Sequence[MegatronRank] | Sequence[nn.Module],
+        ranks: MegatronRanks,
         config: Any,
         *,
         engines: Engines,
@@ -194,7 +200,8 @@ class WeightSender:
             progress: see the class.
         """
         return cls(
-            partial(_megatron_boxes, ranks, config),
+            lambda: [box for rank in ranks_of(ranks) for box in megatron_boxes(rank, config)],
+            places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
             engines=engines,
             token=token,
             model=model_facts(config),
@@ -367,14 +374,3 @@ def _nixl() -> Transport:
 def _model_type(config: object) -> str | None:
     family = model_facts(config).get("model_type")
     return str(family) if family else None
-
-
-def _megatron_boxes(
-    ranks: MegatronRank | Sequence[MegatronRank] | Sequence[nn.Module], config: Any
-) -> list[SourceBox]:
-    given = [ranks] if isinstance(ranks, MegatronRank) else list(ranks)
-    chunks = [share for share in given if isinstance(share, nn.Module)]
-    shares = [share for share in given if isinstance(share, MegatronRank)]
-    if chunks:
-        shares.append(MegatronRank.from_model(chunks))
-    return [box for share in shares for box in megatron_boxes(share, config)]
