@@ -102,11 +102,13 @@ def _chunk(cut: _Cut, layout: Stages, place: tuple[int, int]) -> Tensors:
     multiple = cut.vocab_multiple * cut.tp[1]
     embedding = _padded(hf["model.embed_tokens.weight"], multiple)
     native: Tensors = {}
-    if place == (0, 0):
+    last = place == (len(layout) - 1, len(layout[-1]) - 1)
+    # Multi-token prediction looks tokens up again: its stage has a replica of the embedding.
+    if place == (0, 0) or (last and pp_rank and config.get("num_nextn_predict_layers")):
         native["embedding.word_embeddings.weight"] = _nth(embedding, cut.tp)
     for local, layer in enumerate(layout[pp_rank][chunk]):
         native |= _renamed(f"decoder.layers.{local}.", _layer(cut, layer))
-    if place == (len(layout) - 1, len(layout[-1]) - 1):
+    if last:
         native["decoder.final_layernorm.weight"] = hf["model.norm.weight"]
         for index in range(config.get("num_nextn_predict_layers") or 0):
             native |= _renamed(f"mtp.layers.{index}.", _mtp_layer(cut, index))
