@@ -139,6 +139,12 @@ class MegatronRank:
         return self.etp_rank, self.etp_size
 
     @property
+    def topology(self) -> str:
+        """The size of every group, which all ranks of a job must have alike."""
+        etp_size = self.expert_place[1]
+        return f"tp {self.tp_size}, pp {self.pp_size}, ep {self.ep_size}, etp {etp_size}"
+
+    @property
     def label(self) -> str:
         """The rank's place, for messages."""
         dense = f"tp {self.tp_rank}/{self.tp_size}, pp {self.pp_rank}/{self.pp_size}"
