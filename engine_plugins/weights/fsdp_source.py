@@ -56,6 +56,6 @@ def _reshard(model: nn.Module) -> None:
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Buffers that a checkpoint holds (a router's bias, say), and not what is computed anew."""
     for prefix, module in model.named_modules():
-        for leaf, buffer in module.named_buffers(prefix, recurse=False):
-            if leaf.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield leaf, buffer
+        for path, buffer in module.named_buffers(prefix, recurse=False):
+            if path.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield path, buffer

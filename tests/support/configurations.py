@@ -13,6 +13,7 @@ __all__ = [
     "DENSE",
     "DENSE_TP2",
     "MEGATRON_MODELS",
+    "MOE",
     "NEW",
     "OLD",
     "SIZED",
