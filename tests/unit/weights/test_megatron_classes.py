@@ -17,14 +17,11 @@ from engine_plugins.weights.megatron_classes import class_name, cut_of
 from engine_plugins.weights.megatron_layout import Cut
 from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank, megatron_boxes
 from engine_plugins.weights.placement import assemble
-from tests.support.megatron_fixtures import fixture_folders
 from tests.support.megatron_hf import hf_tensors, moe_config
 from tests.support.megatron_shards import megatron_ranks
 
 BRIDGE = "megatron.bridge.models.conversion.param_mapping"
-REGISTRIES = [
-    path for folder in fixture_folders() if (path := folder / "helpers/helpers.json").is_file()
-]
+HELPERS = Path(__file__).parents[2] / "fixtures/megatron/helpers/helpers.json"
 NO_PARAMETERS_OF_OURS = {
     "DotProductAttention",
     "Gemma3TEDotProductAttention",
@@ -33,10 +30,9 @@ NO_PARAMETERS_OF_OURS = {
 }
 
 
-@pytest.mark.parametrize("path", REGISTRIES)
-def test_every_class_of_bridges_registry_is_cut_as_there(path: Path) -> None:
+def test_every_class_of_bridges_registry_is_cut_as_there() -> None:
     """What Megatron-Bridge 0.3.1 had registered after importing all its models."""
-    registry = json.loads(path.read_text())["module_type_registry_after_importing_all_models"]
+    registry = json.loads(HELPERS.read_text())["module_type_registry_after_importing_all_models"]
     for cut, kinds in registry.items():
         for kind in set(kinds) - NO_PARAMETERS_OF_OURS:
             assert cut_of(kind, "x.weight", {}) is Cut(cut), kind

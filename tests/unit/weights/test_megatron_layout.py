@@ -19,29 +19,20 @@ from engine_plugins.weights.megatron_layout import (
     with_output_gate,
 )
 from engine_plugins.weights.placement import SourceBox, assemble
-from tests.support.megatron_fixtures import fixture_folders, read_safetensors
+from tests.support.megatron_fixtures import read_safetensors
 
-FOLDERS = [folder / "helpers" for folder in fixture_folders()]
-VECTORS = [
-    (folder, vector)
-    for folder in FOLDERS
-    if (folder / "helpers.json").is_file()
-    for vector in json.loads((folder / "helpers.json").read_text())["qkv"]
-]
+HELPERS = Path(__file__).parents[2] / "fixtures/megatron/helpers"
+VECTORS = json.loads((HELPERS / "helpers.json").read_text())["qkv"]
 
 
-@pytest.mark.parametrize(
-    ("folder", "vector"),
-    VECTORS,
-    ids=lambda each: each.get("name") if isinstance(each, dict) else "",
-)
+@pytest.mark.parametrize("vector", VECTORS, ids=lambda vector: vector["name"])
 @pytest.mark.parametrize("bias", ["", "b"], ids=["weight", "bias"])
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 def test_shards_split_as_bridge_splits_the_whole(
-    folder: Path, vector: dict[str, Any], bias: str, count: int
+    vector: dict[str, Any], bias: str, count: int
 ) -> None:
     """The gate is found by the rows alone; slices may end inside a group, or inside a head."""
-    tensors = read_safetensors(folder / "qkv.safetensors")
+    tensors = read_safetensors(HELPERS / "qkv.safetensors")
     fused, *parts = (tensors[f"{vector['name']}/{part}{bias}"] for part in ("qkv", "q", "k", "v"))
     heads = Heads(heads=vector["num_attention_heads"], groups=vector["num_query_groups"])
     rest = tuple(fused.shape[1:])
