@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -54,9 +55,14 @@ def engine_steps(
         them, so only names that no rank needs are wrong.
 
     Raises:
-        WeightMismatchError: a parameter is not covered, or a tensor would be cast.
+        WeightMismatchError: a parameter is not covered, or only with made-up values, or a tensor
+            would be cast.
     """
-    problems = _dtype_problems(trace.copies, rules.model_dtype) + _coverage_problems(trace)
+    problems = [
+        *_dtype_problems(trace.copies, rules.model_dtype),
+        *_coverage_problems(trace),
+        *_padding_problems(trace),
+    ]
     if problems:
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
         raise WeightMismatchError(
@@ -96,6 +102,38 @@ def _coverage_problems(trace: LoaderTrace) -> list[str]:
             given = ", ".join(givers.get(parameter, ())) or "no tensor"
             problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}")
     return problems
+
+
+def _padding_problems(trace: LoaderTrace) -> list[str]:
+    """A tensor that is too short and was filled up with a constant.
+
+    SGLang does so on the CPU, where it also pads heads that its ranks cannot share evenly. What an
+    engine pads by design it pads alike in every layer.
+    """
+    givers = _givers(trace.copies)
+    padded = _constant_numel(trace.copies)
+    alike: dict[str, list[str]] = {}
+    for parameter in trace.parameter_numel:
+        alike.setdefault(_NUMBER.sub("#", parameter), []).append(parameter)
+    problems: list[str] = []
+    for parameters in alike.values():
+        least = min(padded.get(parameter, 0) for parameter in parameters)
+        problems += [
+            f"{', '.join(givers[parameter])} fill all of {parameter} but {padded[parameter]} "
+            "elements, which the loader makes up"
+            for parameter in parameters
+            if padded.get(parameter, 0) > least
+        ]
+    return problems
+
+
+def _constant_numel(copies: Sequence[TracedCopy]) -> dict[str, int]:
+    """Elements of each parameter that the loader fills with a constant."""
+    numel: dict[str, int] = {}
+    for copy in copies:
+        if not copy.sources:
+            numel[copy.parameter] = numel.get(copy.parameter, 0) + prod(copy.shape)
+    return numel
 
 
 def _givers(copies: Sequence[TracedCopy]) -> dict[str, dict[str, None]]:

@@ -16,6 +16,7 @@ MODEL_FACTS: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size",),
     "num_attention_heads": ("num_attention_heads",),
     "num_key_value_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
     "intermediate_size": ("intermediate_size",),
     "num_experts": ("num_experts", "num_local_experts", "n_routed_experts"),
     "moe_intermediate_size": ("moe_intermediate_size",),

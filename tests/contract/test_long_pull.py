@@ -15,15 +15,13 @@ from tests.support.served import Served
 from tests.support.trainer_process import TrainerProcess
 from tests.support.waiting import until
 
-PULL_S = 10.0
-
 
 @on(DENSE, DENSE_TP2)
 def test_everything_else_is_answered_at_once(
     served: Served, trainer: TrainerProcess, background: ThreadPoolExecutor
 ) -> None:
     """/state within 100 ms, a second update and the others 409, generation goes on."""
-    server = served.server
+    server, pull_s = served.server, served.engine.long_pull_s
     served.restore(OLD)
     plan, version = trainer.connect(server.admin), served.next_version()
     trainer.signal(signal.SIGSTOP)
@@ -31,7 +29,7 @@ def test_everything_else_is_answered_at_once(
     pull = background.submit(served.update, plan, version)
     until(lambda: server.state()["state"] == "updating", within_s=5, otherwise=server.state)
     took: list[float] = []
-    while time.monotonic() - began < PULL_S:
+    while time.monotonic() - began < pull_s:
         asked = time.monotonic()
         state = server.state()
         took.append(time.monotonic() - asked)
@@ -44,8 +42,8 @@ def test_everything_else_is_answered_at_once(
     trainer.signal(signal.SIGCONT)
     done = pull.result(30)
     assert done.status_code == 200, done.text
-    assert done.json()["seconds"] > PULL_S - 1
+    assert done.json()["seconds"] > pull_s - 1
     assert NEW.wrong_answers(server.greedy) == []
     # A machine that stands still for a moment delays a call or two, a blocked server all.
-    assert len(took) >= 20
+    assert len(took) >= pull_s
     assert sorted(took)[len(took) * 9 // 10] < 0.1, took

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
 from tests.support.configurations import DENSE, OLD, on
@@ -38,13 +37,6 @@ def _pause(server: EngineServer, mode: str) -> None:
     assert server.state()["state"] == "paused"
 
 
-def _queued(server: EngineServer, background: ThreadPoolExecutor) -> Future[httpx.Response]:
-    """A request that arrives while the engine is paused and reaches its queue."""
-    asked = background.submit(server.complete, PROMPT)
-    until(lambda: server.state()["requests"]["waiting"] == 1, otherwise=server.state)
-    return asked
-
-
 def test_keep_freezes_requests_and_they_go_on_as_if_nothing_had_been(
     server: EngineServer, background: ThreadPoolExecutor
 ) -> None:
@@ -52,6 +44,7 @@ def test_keep_freezes_requests_and_they_go_on_as_if_nothing_had_been(
     stream = Stream(server, PROMPT, 300)
     whole = background.submit(server.complete, PROMPT, 300)
     stream.wait_for(20)
+    until(lambda: server.state()["requests"]["running"] == 2, otherwise=server.state)
     _pause(server, "keep")
     time.sleep(0.2)  # what the engine had said by then is still on its way
     so_far = len(stream.ids)
@@ -96,10 +89,9 @@ def test_requests_of_a_pause_are_queued_and_answered_after_it(
 ) -> None:
     """None is refused, dropped or answered early, whatever the mode; also a stream."""
     _pause(server, mode)
-    queued = _queued(server, background)
+    queued = background.submit(server.complete, PROMPT)
     stream = Stream(server, PROMPT, 16)
-    until(lambda: server.state()["requests"]["waiting"] == 2, otherwise=server.state)
-    time.sleep(0.3)
+    time.sleep(0.7)
     assert not queued.done()
     assert stream.ids == []
     server.admin.post("/resume").raise_for_status()

@@ -96,7 +96,7 @@ def test_one_trainer_process_per_megatron_rank(served: Served, tmp_path: Path) -
 @on(*ALL_MODELS)
 @pytest.mark.parametrize("mode", ["in_place", "staged"])
 def test_the_report_says_what_was_moved(served: Served, mode: str) -> None:
-    """Bytes, phases and buffers, rank by rank: every rank pulls the whole model."""
+    """Bytes, phases and buffers, rank by rank; between them the ranks need the whole model."""
     model = _model(served, 1)
     whole = sum(tensor.nbytes for tensor in model.tensors().values())
     ranks = served.configuration.tensor_parallel
@@ -104,10 +104,11 @@ def test_the_report_says_what_was_moved(served: Served, mode: str) -> None:
     plan = served.server.admin.get("/weights").json()["plans"][-1]
     assert (report["outcome"], report["mode"], report["error"]) == ("installed", mode, None)
     assert report["plan_id"] == plan["plan_id"]
-    assert report["bytes_moved"] == report["bytes_needed"] == plan["bytes_needed"] == ranks * whole
+    assert report["bytes_needed"] == plan["bytes_needed"] >= whole
+    assert report["bytes_moved"] == plan["bytes_to_move"] >= plan["bytes_needed"]
     assert [rank["tp_rank"] for rank in report["ranks"]] == list(range(ranks))
     for rank, planned in zip(report["ranks"], plan["ranks"], strict=True):
-        assert rank["bytes_moved"] == planned["bytes_needed"] == whole
+        assert planned["bytes_needed"] <= planned["bytes_to_move"] == rank["bytes_moved"] <= whole
         assert planned["arena_bytes"] < 2 * planned["largest_step_bytes"]
         assert rank["peak_extra_bytes"] >= 0
     for phase in ("connect_s", "plan_s", "pull_s", "pause_s", "install_s", "flush_s"):

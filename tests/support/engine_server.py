@@ -13,11 +13,22 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import httpx
 
-__all__ = ["ROOT", "TOKEN", "EngineServer", "StreamEvent", "free_port", "running", "server_events"]
+__all__ = [
+    "ROOT",
+    "TOKEN",
+    "EngineServer",
+    "ServerProcess",
+    "StreamEvent",
+    "answering",
+    "free_port",
+    "running",
+    "server_environment",
+    "server_events",
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "a-token-for-tests"
@@ -80,6 +91,15 @@ class EngineServer(abc.ABC):
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
 
+class ServerProcess(Protocol):
+    """The first process of a server, in a process group of its own; as `subprocess` has it."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
 Server = TypeVar("Server", bound=EngineServer)
 
 
@@ -120,12 +140,29 @@ def running(
         process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=_environment({"TMPDIR": str(log.parent), **environment}),
+            env={**os.environ, **server_environment(log, environment)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             process_group=0,
         )
+    with answering(
+        kind, process, port=port, log=log, api_servers=api_servers, api_key=api_key
+    ) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def answering(
+    kind: type[Server],
+    process: ServerProcess,
+    *,
+    port: int,
+    log: Path,
+    api_servers: int,
+    api_key: str | None,
+) -> Iterator[Server]:
+    """A server whose process has been started: wait until it answers, end it afterwards."""
     url = f"http://127.0.0.1:{port}"
     try:
         _wait_ready(url, process, log, api_servers)
@@ -145,9 +182,10 @@ def _client(url: str, token: str | None) -> httpx.Client:
     )
 
 
-def _environment(extra: dict[str, str]) -> dict[str, str]:
+def server_environment(log: Path, extra: Mapping[str, str]) -> dict[str, str]:
+    """What a server is told beside the environment of the tests."""
     return {
-        **os.environ,
+        "TMPDIR": str(log.parent),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "UCX_NET_DEVICES": "lo",
@@ -157,7 +195,7 @@ def _environment(extra: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, api_servers: int) -> None:
+def _wait_ready(url: str, process: ServerProcess, log: Path, api_servers: int) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
         # The API servers share one port: an answer shows that one of them is there.
@@ -170,7 +208,7 @@ def _wait_ready(url: str, process: subprocess.Popen[bytes], log: Path, api_serve
     raise RuntimeError(f"the server did not come up (exit code {process.poll()}):\n{tail}")
 
 
-def _end_group(process: subprocess.Popen[bytes]) -> None:
+def _end_group(process: ServerProcess) -> None:
     """SIGTERM to the group, then SIGKILL to what is left of it."""
     for number, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError):

@@ -25,6 +25,7 @@ class Engine:
         kind: as State says it.
         serve: starts a server for as long as a context lasts.
         peak_modules: bound of an update's memory, in the model's largest modules.
+        long_pull_s: how long a pull is held while everything else must go on.
         watched: options under which a server's installs can be held; see `stepping`.
         keyed: options that set every key of the engine's own.
     """
@@ -32,6 +33,7 @@ class Engine:
     kind: str
     serve: Callable[..., AbstractContextManager[EngineServer]]
     peak_modules: float
+    long_pull_s: float = 10.0
     watched: Mapping[str, Any] = field(default_factory=dict)
     keyed: Mapping[str, str]
 
@@ -39,7 +41,11 @@ class Engine:
 API_KEY, ADMIN_KEY = "the-engines-own-key", "the-engines-own-admin-key"
 
 IN_MEMORY = Engine(
-    kind="in_memory", serve=in_memory_server, peak_modules=1.5, keyed={"api_key": API_KEY}
+    kind="in_memory",
+    serve=in_memory_server,
+    peak_modules=1.5,
+    long_pull_s=2.0,
+    keyed={"api_key": API_KEY},
 )
 VLLM = Engine(
     kind="vllm",

@@ -1,9 +1,7 @@
 """The in-memory engine as a server: a process of its own, HTTP, NIXL, and answers that are right.
 
 Receivers, admin routes and transport are the product's; the engine around them is a queue over a
-Hugging Face model. Run as a script it is the server; `in_memory_server` starts one.
-
-    python -m tests.support.in_memory_server MODEL PORT TENSOR_PARALLEL API_SERVERS [API_KEY]
+Hugging Face model.
 """
 
 from __future__ import annotations
@@ -11,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import msgspec
+import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -39,10 +37,12 @@ from tests.support import generating_engine
 from tests.support.engine_server import (
     EngineServer,
     StreamEvent,
+    answering,
     free_port,
-    running,
+    server_environment,
     server_events,
 )
+from tests.support.forked_process import ForkedProcess
 from tests.support.generating_engine import TICK_S, GeneratingEngine
 from tests.support.hf_forward import HfForward
 from tests.support.in_memory_model import InMemoryInstaller
@@ -72,6 +72,7 @@ class InMemoryServer(EngineServer):
             yield StreamEvent(**event)
 
 
+@contextmanager
 def in_memory_server(
     model: Path,
     log: Path,
@@ -80,23 +81,19 @@ def in_memory_server(
     api_servers: int = 1,
     environment: Mapping[str, str] | None = None,
     api_key: str | None = None,
-) -> AbstractContextManager[InMemoryServer]:
+) -> Iterator[InMemoryServer]:
     """A server for as long as a context lasts."""
     port = free_port()
-    command = [
-        *(sys.executable, "-m", "tests.support.in_memory_server", str(model), str(port)),
-        *(str(tensor_parallel), str(api_servers)),
-        *(() if api_key is None else (api_key,)),
-    ]
-    return running(
-        InMemoryServer,
-        command,
-        port=port,
+    process = ForkedProcess(
+        _serve,
+        (model, port, tensor_parallel, api_servers, api_key),
         log=log,
-        environment=environment or {},
-        api_servers=1,  # all in the one process
-        api_key=api_key,
+        environment=server_environment(log, environment or {}),
     )
+    with answering(
+        InMemoryServer, process, port=port, log=log, api_servers=1, api_key=api_key
+    ) as server:
+        yield server
 
 
 class ServedEngine(GeneratingEngine):
@@ -212,13 +209,15 @@ class _ByTurns:
         await next(self._next)(scope, receive, send)
 
 
-def main() -> None:
-    """Serve until a signal comes."""
-    model, port, tensor_parallel, api_servers, *key = sys.argv[1:]
+def _serve(
+    model: Path, port: int, tensor_parallel: int, api_servers: int, api_key: str | None
+) -> None:
+    """Serve until a signal comes; all API servers are in the one process."""
+    torch.set_num_threads(1)
     ensure_runtime_dir()
     shared = shared_state()
-    engine = ServedEngine(Path(model), int(tensor_parallel), shared)
-    apis = [_Api(engine, shared, key[0] if key else None) for _ in range(int(api_servers))]
+    engine = ServedEngine(model, tensor_parallel, shared)
+    apis = [_Api(engine, shared, api_key) for _ in range(api_servers)]
 
     @asynccontextmanager
     async def generating(_: FastAPI) -> AsyncIterator[None]:
@@ -227,8 +226,4 @@ def main() -> None:
 
     application = FastAPI(lifespan=generating)
     application.mount("/", _ByTurns([api.app for api in apis]))
-    uvicorn.run(application, host="127.0.0.1", port=int(port), access_log=False)
-
-
-if __name__ == "__main__":
-    main()
+    uvicorn.run(application, host="127.0.0.1", port=port, access_log=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -113,6 +113,29 @@ def test_a_missing_tensor_without_a_likeness_is_named_by_the_engines_parameter()
     """There is one final norm: nothing to compare it with."""
     with pytest.raises(WeightMismatchError, match=r"norm\.weight has 16 elements, no tensor fill"):
         steps_of(offer(model__norm__weight=None))
+
+
+def test_a_short_tensor_that_the_loader_fills_up_is_named() -> None:
+    """SGLang does so on the CPU; what is padded in every layer alike, it pads by design."""
+    copies = [_copy(f"layers.{layer}.w", f"model.layers.{layer}.k", 0) for layer in range(3)]
+    pads = [replace(_copy(f"layers.{layer}.w", "", 1), sources=()) for layer in range(3)]
+    numel = {f"layers.{layer}.w": 2 for layer in range(3)}
+    all_alike = LoaderTrace(copies=(*copies, *pads), parameter_numel=numel)
+    assert engine_steps(all_alike, _tensors("model.layers.{}.k", 3), Rules())[1] == []
+
+    rest = [_copy(f"layers.{layer}.w", f"model.layers.{layer}.v", 1) for layer in (0, 2)]
+    one_short = LoaderTrace(copies=(*copies, *rest, pads[1]), parameter_numel=numel)
+    with pytest.raises(WeightMismatchError) as error:
+        engine_steps(one_short, [], Rules())
+    assert "model.layers.1.k fill all of layers.1.w but 1 elements" in error.value.message
+    assert "layers.0" not in error.value.message
+
+
+def _tensors(name: str, layers: int) -> list[LogicalTensor]:
+    return [
+        LogicalTensor(name=name.format(layer), shape=(), dtype=torch.float32)
+        for layer in range(layers)
+    ]
 
 
 def test_a_wrong_shape_is_named() -> None:
