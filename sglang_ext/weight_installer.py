@@ -88,9 +88,11 @@ class SglangWeightInstaller:
 
         Fixups of a model's own belong to its `load_weights` and have run with the last module.
         """
-        with torch.no_grad():
-            self._runner.weight_updater.end_weight_update(run_post_load=False)
-        self._sessions._session = None
+        try:
+            with torch.no_grad():
+                self._runner.weight_updater.end_weight_update(run_post_load=False)
+        finally:  # a session that stayed open would refuse the update that repairs this one
+            self._sessions._session = None
 
     def abandon(self) -> None:
         """Close the session over whatever has been loaded; the engine is fenced."""
