@@ -171,7 +171,7 @@ def test_a_trainer_that_stops_half_way_fences_the_engine(
     version = served.next_version()
     hold = steps.hold(rank=1, module=HALF_WAY)
     began = time.monotonic()
-    update = background.submit(served.update, plan, version, timeout_s=4.0)
+    update = background.submit(served.update, plan, version, timeout_s=3.0)
     _installing(server)
     trainer.signal(signal.SIGSTOP)
     hold.unlink()
@@ -217,7 +217,7 @@ def test_a_deadline_that_passes_half_way(
     hold = steps.hold(rank=1, module=HALF_WAY)
     update = background.submit(served.update, plan, version, timeout_s=1.0)
     _installing(server)
-    time.sleep(4.0)
+    time.sleep(2.5)
     hold.unlink()
     assert "rank" in problem(update.result(30), 504, "transfer_timeout")
     _check_fenced(server, version)
@@ -230,7 +230,7 @@ def test_a_stopped_trainer_is_named_when_the_deadline_passes(
     server, plan = served.server, trainer.connect(served.server.admin)
     trainer.signal(signal.SIGSTOP)
     asked = time.monotonic()
-    answer = served.update(plan, timeout_s=3.0)
+    answer = served.update(plan, timeout_s=2.0)
     assert time.monotonic() - asked < 10
     detail = problem(answer, 504, "transfer_timeout")
     assert trainer.name in detail or "rank" in detail

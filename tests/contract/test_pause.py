@@ -41,18 +41,18 @@ def test_keep_freezes_requests_and_they_go_on_as_if_nothing_had_been(
     server: EngineServer, background: ThreadPoolExecutor
 ) -> None:
     """No token while paused; afterwards the tokens of an undisturbed request, streamed or not."""
-    stream = Stream(server, PROMPT, 300)
-    whole = background.submit(server.complete, PROMPT, 300)
+    stream = Stream(server, PROMPT, 150)
+    whole = background.submit(server.complete, PROMPT, 150)
     stream.wait_for(20)
     until(lambda: server.state()["requests"]["running"] == 2, otherwise=server.state)
     _pause(server, "keep")
     time.sleep(0.2)  # what the engine had said by then is still on its way
     so_far = len(stream.ids)
     time.sleep(0.5)
-    assert len(stream.ids) == so_far < 300
+    assert len(stream.ids) == so_far < 150
     assert not whole.done()
     server.admin.post("/resume").raise_for_status()
-    expected = greedy(reference_model(OLD.folder), PROMPT, 300)
+    expected = greedy(reference_model(OLD.folder), PROMPT, 150)
     assert stream.result() == expected
     assert server.tokens_of(whole.result(60)) == expected
     assert (stream.finish_reason, server.finish_reason(whole.result())) == ("length", "length")
@@ -62,24 +62,24 @@ def test_abort_gives_clients_what_there_is_and_says_so(
     server: EngineServer, background: ThreadPoolExecutor
 ) -> None:
     """Requests end with finish reason abort and their tokens so far, streamed or not."""
-    stream = Stream(server, PROMPT, 400)
-    whole = background.submit(server.complete, PROMPT, 400)
+    stream = Stream(server, PROMPT, 250)
+    whole = background.submit(server.complete, PROMPT, 250)
     stream.wait_for(10)
     _pause(server, "abort")
     ids = stream.result()
     assert stream.finish_reason == "abort"
     expected = greedy(reference_model(OLD.folder), PROMPT, len(ids))
-    assert 10 <= len(ids) < 400
+    assert 10 <= len(ids) < 250
     assert ids == expected
     assert server.finish_reason(whole.result(30)) == "abort"
 
 
 def test_wait_lets_requests_finish_first(server: EngineServer) -> None:
     """Pause(wait) returns when the stream has ended by itself."""
-    stream = Stream(server, PROMPT, 200)
+    stream = Stream(server, PROMPT, 120)
     stream.wait_for(5)
     _pause(server, "wait")
-    assert stream.result() == greedy(reference_model(OLD.folder), PROMPT, 200)
+    assert stream.result() == greedy(reference_model(OLD.folder), PROMPT, 120)
     assert stream.finish_reason == "length"
 
 
@@ -101,21 +101,21 @@ def test_requests_of_a_pause_are_queued_and_answered_after_it(
 
 def test_a_wait_that_takes_too_long_is_504_and_the_engine_serves_on(server: EngineServer) -> None:
     """The former state comes back; the stream is not hurt; a later pause works."""
-    stream = Stream(server, PROMPT, 450)
+    stream = Stream(server, PROMPT, 300)
     stream.wait_for(5)
     late = server.admin.post("/pause", json={"mode": "wait", "timeout_s": 0.2})
     assert "0.2 s" in problem(late, 504, "pause_timeout")
     assert late.json()["state"] == server.state()["state"] == "serving"
     assert server.greedy(PROMPT) == OLD.expected()[0]
-    assert len(stream.result()) == 450
+    assert len(stream.result()) == 300
     _pause(server, "wait")
 
 
 def test_a_flush_within_a_pause_hurts_no_held_request(server: EngineServer) -> None:
     """A held stream computes its KV anew and goes on with the same tokens."""
-    stream = Stream(server, PROMPT, 200)
+    stream = Stream(server, PROMPT, 120)
     stream.wait_for(20)
     _pause(server, "keep")
     server.admin.post("/flush").raise_for_status()
     server.admin.post("/resume").raise_for_status()
-    assert stream.result() == greedy(reference_model(OLD.folder), PROMPT, 200)
+    assert stream.result() == greedy(reference_model(OLD.folder), PROMPT, 120)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine_plugins.trainer_sender import WeightSender
-from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, MEGATRON_MODELS, NEW, OLD, on
+from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, NEW, OLD, on
 from tests.support.engine_server import TOKEN
 from tests.support.live_models import LIVE, LiveModel
 from tests.support.megatron_fixtures import megatron_cases
@@ -43,7 +43,7 @@ def test_hf_tensors_forth_and_back_several_times(served: Served) -> None:
     served.restore(_first(served))
     assert _first(served).wrong_answers(server.greedy) == [], "wrong at the start"
     with _sender(served, versions[0]) as first, _sender(served, versions[1]) as second:
-        for mode in ("in_place", "staged", "in_place"):
+        for mode in ("in_place", "staged"):
             for sender, model in ((second, versions[1]), (first, versions[0])):
                 step = served.next_version()
                 sender.update(step, mode=mode)
@@ -51,9 +51,9 @@ def test_hf_tensors_forth_and_back_several_times(served: Served) -> None:
                 assert server.state()["weights"]["version"] == step
 
 
-@on(*MEGATRON_MODELS)
+@on(*ALL_MODELS)
 def test_megatron_shards_of_every_live_case(served: Served) -> None:
-    """Shards that real Megatron ranks hold (TP, PP) arrive as the HF model that they are."""
+    """Shards that real Megatron ranks hold (TP, PP, EP) arrive as the HF model that they are."""
     kind = _first(served).kind
     cases = [case for case in megatron_cases(LIVE) if case.hf_folder.name.startswith(kind)]
     assert len(cases) >= 2, f"no Megatron cases of {kind} under {LIVE}"

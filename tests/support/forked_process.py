@@ -30,7 +30,7 @@ class ForkedProcess:
         target: what to run, a function at the top of a module.
         arguments: its arguments.
         log: where stdout and stderr go.
-        environment: what is added to the environment before anything runs.
+        environment: what is added to the environment of this moment before anything runs.
     """
 
     def __init__(
@@ -42,7 +42,11 @@ class ForkedProcess:
         environment: Mapping[str, str],
     ) -> None:
         log.touch()
-        self._process = _FORKS.Process(target=_run, args=(target, arguments, log, environment))
+        self._process = _FORKS.Process(
+            target=_run,
+            args=(target, arguments, log, {**os.environ, **environment}),
+            daemon=True,
+        )
         self._process.start()
 
     @property
@@ -53,6 +57,10 @@ class ForkedProcess:
     def poll(self) -> int | None:
         """The exit code, once there is one."""
         return self._process.exitcode
+
+    def kill(self) -> None:
+        """End it, stopped or not."""
+        self._process.kill()
 
     def wait(self, timeout: float | None = None) -> int:
         """The exit code, as soon as there is one."""
@@ -67,11 +75,12 @@ def _run(
     target: Callable[..., None],
     arguments: tuple[Any, ...],
     log: Path,
-    environment: Mapping[str, str],
+    environment: dict[str, str],
 ) -> None:
     os.setpgid(0, 0)
     with log.open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
+    os.environ.clear()
     os.environ.update(environment)
     target(*arguments)

@@ -1,8 +1,4 @@
-"""A trainer in a process of its own, to be stopped or killed: it offers the weights of a folder.
-
-Run as a script it is the trainer; imported it gives `TrainerProcess`, the handle to one. The
-manifest comes back over a pipe, because UCX writes its log lines to stdout.
-"""
+"""A trainer in a process of its own, to be stopped or killed: it offers the weights of a folder."""
 
 from __future__ import annotations
 
@@ -10,15 +6,18 @@ import contextlib
 import os
 import secrets
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import httpx
+from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
+from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.transport.nixl import NixlTransport
+from tests.support.forked_process import ForkedProcess
+
 READY_S = 120.0
 MSGPACK = {"content-type": "application/msgpack"}
 
@@ -33,12 +32,8 @@ class TrainerProcess:
 
     def __init__(self, model: Path, environment: dict[str, str]) -> None:
         self._link, theirs = Pipe()
-        self.process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno()), str(model)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+        self.process = ForkedProcess(
+            _offer, (theirs, model), log=Path(os.devnull), environment=environment
         )
         theirs.close()
         if not self._link.poll(READY_S):
@@ -63,14 +58,13 @@ class TrainerProcess:
     def signal(self, number: signal.Signals) -> None:
         """Send a signal; a killed trainer is also waited for."""
         self.unharmed = False
-        self.process.send_signal(number)
+        os.kill(self.process.pid, number)
         if number == signal.SIGKILL:
             self.process.wait(10)
 
     def end(self) -> None:
         """Kill it, stopped or not."""
-        with contextlib.suppress(ProcessLookupError):
-            self.process.kill()
+        self.process.kill()
         self.process.wait(10)
         self._link.close()
 
@@ -105,21 +99,11 @@ class TrainerPool:
             self._trainer = None
 
 
-def _main() -> None:
-    from safetensors.torch import load_file
-
-    from engine_plugins.weights.source import WeightSource
-    from engine_plugins.weights.torch_source import hf_boxes
-    from engine_plugins.weights.transport.nixl import NixlTransport
-
-    link = Connection(int(sys.argv[1]))
-    tensors = load_file(Path(sys.argv[2]) / "model.safetensors")
+def _offer(link: Connection, model: Path) -> None:
+    """Offer the weights until the other end of the link is closed."""
+    tensors = load_file(model / "model.safetensors")
     transport = NixlTransport(f"trainer-{os.getpid()}-{secrets.token_hex(4)}")
     source = WeightSource(hf_boxes(tensors), transport, source=f"trainer process {os.getpid()}")
     link.send_bytes(source.manifest_bytes)
     with contextlib.suppress(EOFError):
         link.recv_bytes()
-
-
-if __name__ == "__main__":
-    _main()
