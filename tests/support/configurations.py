@@ -12,7 +12,6 @@ __all__ = [
     "ALL_MODELS",
     "DENSE",
     "DENSE_TP2",
-    "MEGATRON_MODELS",
     "MOE",
     "NEW",
     "OLD",
@@ -37,9 +36,7 @@ TIED, TIED_TP2, MOE, MOE_TP2 = (
 )
 SIZED = Configuration(name="sized", model=SizedModel())
 
-MEGATRON_MODELS = (DENSE, DENSE_TP2, TIED, TIED_TP2)
-"""Models whose shards Megatron sources of this release describe."""
-ALL_MODELS = (*MEGATRON_MODELS, MOE, MOE_TP2)
+ALL_MODELS = (DENSE, DENSE_TP2, TIED, TIED_TP2, MOE, MOE_TP2)
 
 
 def on(*configurations: Configuration) -> pytest.MarkDecorator:
