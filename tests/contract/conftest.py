@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,12 +28,26 @@ def engine(request: pytest.FixtureRequest) -> Engine:
     return request.param
 
 
+_POOL = pytest.StashKey[ServerPool]()
+
+
 @pytest.fixture(scope="session")
-def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerPool]:
+def servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerPool]:
     """The server that runs."""
-    pool = ServerPool(lambda: tmp_path_factory.mktemp("server"))
+    pool = request.config.stash[_POOL] = ServerPool(lambda: tmp_path_factory.mktemp("server"))
     yield pool
     pool.close()
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the server after the suite's last test: what comes next starts servers of its own."""
+    suite = Path(__file__).parent
+    if nextitem is None or suite not in nextitem.path.parents:
+        pool = item.config.stash.get(_POOL, None)
+        if pool is not None:
+            pool.close()
 
 
 @pytest.fixture
