@@ -17,7 +17,14 @@ from torch import nn
 from engine_plugins.weights.coverage import left_out_by_design
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, trace_loader
 
-__all__ = ["InMemoryInstaller", "InMemoryModel", "LoadableModel", "hf_tensors", "traced"]
+__all__ = [
+    "InMemoryInstaller",
+    "InMemoryModel",
+    "LoadableModel",
+    "hf_tensors",
+    "needed_bytes",
+    "traced",
+]
 
 VOCAB, PADDED_VOCAB = 50, 64
 QKV = {"q": 2, "k": 1, "v": 1}
@@ -39,6 +46,11 @@ def hf_tensors(*, seed: int, layers: int = 2, hidden: int = 16) -> dict[str, tor
         tensors[f"{prefix}.o_proj.weight"] = made(hidden, hidden)
     tensors["model.norm.weight"] = made(hidden)
     return tensors
+
+
+def needed_bytes(tensors: dict[str, torch.Tensor], tp_size: int) -> int:
+    """What all ranks together read: projections once, since they share them, the rest each."""
+    return sum(data.nbytes * (1 if "_proj" in name else tp_size) for name, data in tensors.items())
 
 
 class LoadableModel(Protocol):

@@ -15,7 +15,7 @@ from engine_plugins.admin.state import Fence, UpdateProgress, moved
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.manifest import SourceManifest
 from tests.support.admin_server import AdminServer
-from tests.support.in_memory_model import hf_tensors
+from tests.support.in_memory_model import hf_tensors, needed_bytes
 from tests.support.source_ranks import offered_tensors
 
 pytestmark = pytest.mark.anyio
@@ -326,7 +326,6 @@ async def test_a_plan_says_what_will_move(make_server: MakeServer) -> None:
     first = make_server(tp_size=2)
     second = make_server(engine=first.engine)
     tensors = hf_tensors(seed=1)
-    total = sum(data.nbytes for data in tensors.values())
     with offered_tensors(tensors) as trainer:
         async with first.running(), second.http:
             plan = (await first.connect([trainer.manifest])).json()
@@ -334,7 +333,7 @@ async def test_a_plan_says_what_will_move(make_server: MakeServer) -> None:
     assert [each["plan_id"] for each in listed] == [plan["plan_id"]]
     assert listed == [plan]
     assert [rank["tp_rank"] for rank in plan["ranks"]] == [0, 1]
-    assert plan["bytes_needed"] == 2 * total
+    assert plan["bytes_needed"] == needed_bytes(tensors, tp_size=2)
     assert plan["loader_bytes"] == plan["bytes_needed"]
     assert (plan["direct_bytes"], plan["staged_bytes"]) == (0, 0)
     for name in ("bytes_needed", "bytes_to_move", "operations"):

@@ -15,7 +15,7 @@ from engine_plugins.admin import update_transaction
 from engine_plugins.errors import PeerLostError, TransportError
 from engine_plugins.settings import Settings
 from tests.support.admin_server import TOKEN, AdminServer
-from tests.support.in_memory_model import hf_tensors
+from tests.support.in_memory_model import hf_tensors, needed_bytes
 from tests.support.source_ranks import SourceRank, offered_tensors
 
 pytestmark = pytest.mark.anyio
@@ -67,16 +67,18 @@ async def test_an_update_is_whole_reported_and_published(
         assert answer.status_code == 200, answer.text
         assert server.engine.serves(seed=1)
         report = answer.json()
-        total = tp_size * trainer.source.nbytes
         assert (report["version"], report["request_id"]) == (7, "step-7")
         assert (report["outcome"], report["mode"], report["error"]) == ("installed", mode, None)
-        assert report["bytes_moved"] == report["bytes_needed"] == total
+        moved = report["bytes_moved"]
+        assert report["bytes_needed"] == needed_bytes(hf_tensors(seed=1), tp_size)
+        # Half a row of the projection that is cut by columns is short: its whole rows travel.
+        assert report["bytes_needed"] <= moved <= tp_size * trainer.source.nbytes
         assert [rank["tp_rank"] for rank in report["ranks"]] == list(range(tp_size))
-        assert sum(rank["bytes_moved"] for rank in report["ranks"]) == total
+        assert sum(rank["bytes_moved"] for rank in report["ranks"]) == moved
         phases = report["phases"]
         for phase in ("connect_s", "plan_s", "pull_s", "pause_s", "install_s", "flush_s"):
             assert phases[phase] > 0, phase
-        assert report["gbps"] == pytest.approx(total / 1e9 / phases["pull_s"])
+        assert report["gbps"] == pytest.approx(moved / 1e9 / phases["pull_s"])
         assert 0 < report["paused_s"] <= report["seconds"]
         assert abs(report["finished_at"] - time.time()) < 60
         assert server.engine.versions == [7]
