@@ -35,6 +35,8 @@ MAX_JSON_BYTES = 4 * 1024**2
 Index = Annotated[list[int], msgspec.Meta(max_length=MAX_RANK)]
 Facts = Annotated[dict[str, str | int | bool], msgspec.Meta(max_length=64)]
 
+GlobalRank = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
+
 
 class TensorColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The logical tensors that the boxes speak of, one row each."""
@@ -87,6 +89,10 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     tensors: TensorColumns
     regions: RegionColumns
     boxes: BoxColumns
+    host: str = ""
+    """Name of the machine, to find the nearest source; empty if it is not said."""
+    global_rank: GlobalRank | None = None
+    """Rank in the trainer's job, where there is one."""
 
 
 class _Columns(msgspec.Struct, frozen=True):

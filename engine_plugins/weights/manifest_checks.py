@@ -71,6 +71,8 @@ def _check_lengths(manifest: SourceManifest, max_entries: int) -> None:
 def _check_agent(manifest: SourceManifest) -> None:
     _check_text("agent", manifest.agent)
     _check_text("source", manifest.source)
+    if manifest.host:
+        _check_text("host", manifest.host)
     digest = hashlib.sha256(manifest.agent_metadata).hexdigest()
     if digest != manifest.agent_metadata_sha256:
         _refuse(

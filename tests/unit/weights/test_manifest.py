@@ -69,6 +69,16 @@ def test_a_manifest_survives_msgpack_and_json() -> None:
     assert decode_manifest(body, content_type=kind, max_entries=LIMIT) == manifest
 
 
+def test_where_the_source_is_may_be_said() -> None:
+    """Host and rank serve the choice among replicas; manifests without them stay valid."""
+    silent = decode(plain_manifest())
+    assert (silent.host, silent.global_rank) == ("", None)
+    said = decode({**plain_manifest(), "host": "host-a", "global_rank": 7})
+    assert (said.host, said.global_rank) == ("host-a", 7)
+    with pytest.raises(ManifestError, match="host"):
+        decode({**plain_manifest(), "host": "host\n"})
+
+
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
@@ -97,6 +107,8 @@ def test_what_is_no_manifest_is_malformed(body: bytes, kind: str) -> None:
         lambda m: m.update(format=2),
         lambda m: m.update(extra=1),
         lambda m: m.pop("agent"),
+        lambda m: m.update(global_rank=-1),
+        lambda m: m.update(host=None),
         lambda m: m["boxes"].update(tensors=[0.0, 0, 1]),
         lambda m: m["boxes"].update(tensors=[True, 0, 1]),
         lambda m: m["tensors"]["shapes"].__setitem__(0, [1] * 9),
