@@ -10,9 +10,9 @@ covered, which names reach nothing, and where a dtype would be cast.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +24,7 @@ __all__ = [
     "LoadWeights",
     "LoaderTrace",
     "LogicalTensor",
+    "ParameterLayout",
     "SourceView",
     "TracedCopy",
     "trace_loader",
@@ -79,6 +80,22 @@ class TracedCopy:
     """False where the loader changed the values (a cast, arithmetic) before or in the copy."""
 
 
+class ParameterLayout(NamedTuple):
+    """How a parameter lies in its storage while it is loaded; offset and strides in elements."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> ParameterLayout:
+        """The layout of a tensor as it is."""
+        return cls(
+            tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoaderTrace:
     """Every copy of one run of the loader, on one engine rank."""
@@ -86,6 +103,8 @@ class LoaderTrace:
     copies: tuple[TracedCopy, ...]
     parameter_numel: Mapping[str, int]
     """Elements that a checkpoint has to fill, for every parameter of this rank."""
+    layouts: Mapping[str, ParameterLayout] = field(default_factory=dict)
+    """What the loader writes to, by parameter."""
 
     def sources(self) -> set[str]:
         """HF names that reached a parameter of this rank."""
@@ -135,7 +154,8 @@ def trace_loader(
     except Exception as error:  # the engine's loader raises whatever it likes
         raise _refused(feed.current, error) from error
     numel = {name: _loadable_numel(tensor) for name, tensor in parameters.items()}
-    return LoaderTrace(copies=tuple(recorder.copies), parameter_numel=numel)
+    layouts = {name: ParameterLayout.of(tensor) for name, tensor in parameters.items()}
+    return LoaderTrace(copies=tuple(recorder.copies), parameter_numel=numel, layouts=layouts)
 
 
 def _loadable_numel(parameter: torch.Tensor) -> int:
