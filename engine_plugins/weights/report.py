@@ -6,9 +6,12 @@ from typing import Literal
 
 import msgspec
 
+from engine_plugins.weights.destinations import Destination
+
 __all__ = ["Outcome", "Phases", "PlanSummary", "RankPlan", "RankReport", "UpdateReport"]
 
-Outcome = Literal["installed", "failed"]
+Outcome = Literal["prepared", "installed", "aborted", "failed"]
+"""`prepared` awaits its commit; `aborted` was given up before one."""
 
 
 class Phases(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,6 +67,8 @@ class PlanSummary(msgspec.Struct, frozen=True, kw_only=True):
     plan_s: float
     """Seconds to trace the loader and intersect the maps: of the slowest rank."""
     ranks: list[RankPlan]
+    destinations: list[Destination] = []
+    """For a push, where each engine rank is written to; not kept by the server."""
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):
