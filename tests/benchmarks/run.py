@@ -9,23 +9,30 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import subprocess
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 
 from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
-from tests.benchmarks.wire_share import wire_share
+from tests.support.engine_server import ROOT
+
+MEGATRON_PYTHON = ROOT / ".venv" / "megatron" / "bin" / "python"
+"""What we are compared with has pins of its own, so those benchmarks run in its environment."""
+BESIDE_OTHERS = {"wire": "tests.benchmarks.wire_share"}
+"""Modules that print their own table there."""
 
 
 def main() -> None:
     """Run the benchmarks that were asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["wire", "phases"], help="default: both")
+    parser.add_argument("--only", choices=[*BESIDE_OTHERS, "phases"], help="default: all")
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
     chosen = parser.parse_args()
-    if chosen.only != "wire" and not SGLANG_PYTHON.exists():
-        parser.error(f"{SGLANG_PYTHON} is missing; `make setup-sglang` installs it")
+    for python in (SGLANG_PYTHON, MEGATRON_PYTHON):
+        if not python.exists():
+            parser.error(f"{python} is missing; `make setup-{python.parts[-3]}` installs it")
     pairs = max(chosen.pairs, 7)
     os.environ.setdefault("UCX_NET_DEVICES", "lo")
     console = Console(width=100)
@@ -33,9 +40,11 @@ def main() -> None:
         f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, "
         f"Python {platform.python_version()}; loopback; medians of interleaved runs"
     )
+    for name, module in BESIDE_OTHERS.items():
+        if chosen.only in (None, name):
+            command = [str(MEGATRON_PYTHON), "-m", module, "--pairs", str(pairs)]
+            subprocess.run(command, cwd=ROOT, check=True)
     with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
-        if chosen.only in (None, "wire"):
-            console.print(wire_share(Path(folder), pairs=pairs))
         if chosen.only in (None, "phases"):
             console.print(update_phases(Path(folder), pairs=pairs))
 

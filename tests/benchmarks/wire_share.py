@@ -1,151 +1,224 @@
-"""How much of the wire the receiver gets: our pull beside one raw prepared NIXL read.
+"""How much of the wire the receiver gets: our pull beside raw NIXL, and beside ModelExpress.
 
-256 MiB as 400 tensors, shaped as a dense transformer's. Raw: every byte in a single prepared
-transfer into one buffer, spun on until done. Ours: the receiver's own fetch, module by module
-into its bounded arena (in place) or into one that holds them all (staged, the fairer pair: raw's
-buffer is as large). Wire seconds only, the same transport class and settings on both sides.
+256 MiB as 400 and as 18,867 tensors, from one trainer process, over the same ranges and the same
+UCX settings. Raw: one prepared NIXL transfer of all ranges, spun on until done. ModelExpress: its
+own receive path (`modelexpress_rank.py`). Ours: the receiver's own fetch, module by module, into
+an arena that holds them all (staged, the fair pair: the others' buffers are as large) or into its
+bounded one (in place). Seconds from the first post until every byte is there.
 """
 
 from __future__ import annotations
 
+import argparse
+import gc
+import hashlib
 import os
 import secrets
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
 import torch
+from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
 from engine_plugins.weights.arena import Arena
-from engine_plugins.weights.coverage import EngineStep
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.plan import build_plan, coalesced, logical_tensors
+from engine_plugins.weights.plan import (
+    FetchPlan,
+    build_plan,
+    coalesced,
+    logical_tensors,
+    schedule,
+)
 from engine_plugins.weights.prepared_fetch import PreparedFetch
-from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.transport.base import Descriptors, Transport
 from engine_plugins.weights.transport.nixl import NixlTransport
+from tests.benchmarks.modelexpress_rank import ModelExpressRank
+from tests.benchmarks.wire_models import BYTES, MODELS, engine_modules
 from tests.support.trainer_process import trainer_process
 
-LAYERS = 36
-MODEL_BYTES = 256 << 20
-FUSED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "mlp", "up_proj": "mlp"}
-PARTS = {
-    "q_proj": 4,
-    "k_proj": 1,
-    "v_proj": 1,
-    "o_proj": 4,
-    "gate_proj": 10,
-    "up_proj": 10,
-    "down_proj": 10,
-}
-"""Relative sizes of a layer's matrices; its four norms are small."""
+__all__ = ["wire_share"]
+
+
+class Contender(Protocol):
+    """Something that pulls the whole model, again and again."""
+
+    def run(self) -> float:
+        """Pull everything once; seconds."""
+        ...
+
+    def close(self) -> None:
+        """Give its memory back."""
+        ...
 
 
 def wire_share(folder: Path, *, pairs: int) -> Table:
-    """A table of raw and ours, for CMA (UCX's own choice on one host) and for tcp."""
-    tensors = _tensors()
-    save_file(tensors, folder / "model.safetensors")
-    table = Table(title=f"pull of {MODEL_BYTES >> 20} MiB as {len(tensors)} tensors, {pairs} pairs")
-    for column in ("UCX_TLS", "mode", "raw GB/s", "ours GB/s", "ours / raw", "spread", "arena"):
+    """The table, for CMA (UCX's own choice on one host) and for tcp."""
+    table = Table(title=f"pull of {BYTES >> 20} MiB, {pairs} rounds")
+    for column in ("UCX_TLS", "tensors", "who", "GB/s", "/ raw", "spread", "/ ModelExpress"):
         table.add_column(column, justify="right")
-    for wires in (None, "tcp"):
-        for staged in (False, True):
-            mode = "staged" if staged else "in place"
-            row = _measure(folder, wires, pairs, staged=staged)
-            table.add_row(wires or "unset (CMA)", mode, *row)
+    for model in MODELS:
+        tensors = model.tensors()
+        save_file(tensors, folder / "model.safetensors")
+        for wires in (None, "tcp"):
+            seconds = _rounds(folder, tensors, wires, pairs)
+            nbytes = sum(tensor.nbytes for tensor in tensors.values())
+            for row in _rows(seconds, nbytes):
+                table.add_row(wires or "unset (CMA)", f"{len(tensors)}", *row)
+            table.add_section()
     return table
 
 
-def _tensors() -> dict[str, torch.Tensor]:
-    unit = MODEL_BYTES // 4 // (LAYERS * sum(PARTS.values()) + 80)
-    generator = torch.Generator().manual_seed(0)
+def _rows(seconds: dict[str, list[float]], nbytes: int) -> list[list[str]]:
+    """One row for each contender: median rate, and medians of the ratios within a round."""
+    rows = []
+    for who, taken in seconds.items():
+        to_raw = sorted(raw / own for raw, own in zip(seconds["raw"], taken, strict=True))
+        to_rival = [r / own for r, own in zip(seconds["ModelExpress"], taken, strict=True)]
+        rows.append(
+            [
+                who,
+                f"{nbytes / 1e9 / statistics.median(taken):.2f}",
+                f"{statistics.median(to_raw):.3f}",
+                f"{to_raw[0]:.2f}-{to_raw[-1]:.2f}",
+                f"{statistics.median(to_rival):.2f}",
+            ]
+        )
+    return rows
 
-    def filled(numel: int) -> torch.Tensor:
-        return torch.rand(numel, generator=generator)
 
-    tensors = {"embed": filled(40 * unit), "head": filled(40 * unit)}
-    for layer in range(LAYERS):
-        for name, parts in PARTS.items():
-            tensors[f"{layer}.{name}"] = filled(parts * unit)
-        for norm in ("q_norm", "k_norm", "input_norm", "post_norm"):
-            tensors[f"{layer}.{norm}"] = filled(128)
-    tensors["norm"], tensors["rope"] = filled(128), filled(128)
-    return tensors
-
-
-def _measure(folder: Path, wires: str | None, pairs: int, *, staged: bool) -> list[str]:
+def _rounds(
+    folder: Path, tensors: dict[str, torch.Tensor], wires: str | None, pairs: int
+) -> dict[str, list[float]]:
+    """Seconds of every contender, who take turns; the first round is not counted."""
     os.environ.pop("UCX_TLS", None)
     if wires is not None:
         os.environ["UCX_TLS"] = wires
-    transport = NixlTransport(f"bench-{os.getpid()}-{secrets.token_hex(3)}")
-    with trainer_process(folder) as trainer:
+    with ExitStack() as stack:
+        trainer = stack.enter_context(trainer_process(folder))
         manifest = msgspec.msgpack.decode(trainer.manifest, type=SourceManifest)
-        raw, ours = _raw(transport, manifest), _ours(transport, manifest, staged=staged)
-        for warm in (raw[0], ours[0]):
-            warm()
-        seconds = [(raw[0](), ours[0]()) for _ in range(pairs)]
-        ratios = sorted(first / second for first, second in seconds)
-        row = [
-            f"{MODEL_BYTES / 1e9 / statistics.median(first for first, _ in seconds):.2f}",
-            f"{MODEL_BYTES / 1e9 / statistics.median(second for _, second in seconds):.2f}",
-            f"{statistics.median(ratios):.3f}",
-            f"{ratios[0]:.2f}-{ratios[-1]:.2f}",
-            ours[1],
-        ]
-        for close in (raw[1], ours[2]):
-            close()
-    transport.close()
-    return row
+        plan = build_plan([manifest], coalesced(engine_modules(logical_tensors([manifest]))))
+        rows = _all_ranges(plan)
+        rival = ModelExpressRank(manifest.agent_metadata, rows, plan.total_bytes)
+        stack.callback(rival.close)
+        transport = NixlTransport(f"bench-{os.getpid()}-{secrets.token_hex(3)}")
+        stack.callback(transport.close)
+        raw = _Raw(transport, manifest, rows, plan.total_bytes)
+        stack.callback(raw.close)
+        contenders: dict[str, Contender] = {"raw": raw, "ModelExpress": rival}
+        for mode in ("staged", "in place"):
+            ours = _Ours(transport, manifest, plan, staged=mode == "staged")
+            stack.callback(ours.close)
+            contenders[f"ours, {mode}"] = ours
+            ours.run()
+            ours.check(tensors)
+        rival.run()
+        raw.run()
+        assert raw.digest() == rival.digest(), "ModelExpress holds other bytes than raw NIXL"
+        seconds: dict[str, list[float]] = {who: [] for who in contenders}
+        for number in range(pairs):
+            gc.collect()
+            for who in _turned(list(contenders), number):
+                seconds[who].append(contenders[who].run())
+        return seconds
 
 
-def _raw(
-    transport: Transport, manifest: SourceManifest
-) -> tuple[Callable[[], float], Callable[[], None]]:
-    transport.add_peer(manifest.agent, manifest.agent_metadata)
-    arena = Arena(sum(manifest.regions.nbytes), transport)
-    rows = np.empty((len(manifest.regions.nbytes), 3), dtype=np.uint64)
-    lengths = np.array(manifest.regions.nbytes, dtype=np.uint64)
-    rows[:, 0] = arena.address + np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.uint64)
-    rows[:, 1], rows[:, 2] = manifest.regions.addresses, lengths
-    read = transport.prepare_read(manifest.agent, rows, local_device=-1, remote_device=-1)
+def _turned(names: Sequence[str], number: int) -> list[str]:
+    """The names, another one first in each round."""
+    first = number % len(names)
+    return [*names[first:], *names[:first]]
 
-    def run() -> float:
+
+def _all_ranges(plan: FetchPlan) -> Descriptors:
+    """[n, 3] every range of a plan: offset in a buffer of the whole model, address, bytes."""
+    windows = schedule([step.nbytes for step in plan.steps], plan.total_bytes)
+    tables = []
+    for step, window in zip(plan.steps, windows, strict=True):
+        (read,) = step.reads
+        tables.append(read.descriptors + np.array([window.offset_bytes, 0, 0], dtype=np.uint64))
+    return np.concatenate(tables)
+
+
+class _Raw:
+    """All ranges in one prepared transfer."""
+
+    def __init__(
+        self, transport: Transport, manifest: SourceManifest, rows: Descriptors, nbytes: int
+    ) -> None:
+        transport.add_peer(manifest.agent, manifest.agent_metadata)
+        self._arena = Arena(nbytes, transport)
+        self._bytes = self._arena.tensor(0, (nbytes,), torch.uint8)
+        self._bytes.zero_()
+        placed = rows + np.array([self._arena.address, 0, 0], dtype=np.uint64)
+        self._read = transport.prepare_read(
+            manifest.agent, placed, local_device=-1, remote_device=-1
+        )
+
+    def run(self) -> float:
         began = time.perf_counter()
-        read.post()
-        while not read.done():
+        self._read.post()
+        while not self._read.done():
             time.sleep(0)
         return time.perf_counter() - began
 
-    def close() -> None:
-        read.release()
-        arena.close()
+    def digest(self) -> bytes:
+        return hashlib.blake2b(self._bytes.numpy().data).digest()
 
-    return run, close
+    def close(self) -> None:
+        self._read.release()
+        del self._bytes
+        self._arena.close()
 
 
-def _ours(
-    transport: Transport, manifest: SourceManifest, *, staged: bool
-) -> tuple[Callable[[], float], str, Callable[[], None]]:
-    steps: dict[str, EngineStep] = {}
-    for tensor in logical_tensors([manifest]):
-        layer, _, part = tensor.name.rpartition(".")
-        module = f"{layer}.{FUSED.get(part, part)}"
-        steps.setdefault(module, ([module], []))[1].append(tensor)
-    plan = build_plan([manifest], coalesced(list(steps.values())))
-    fetch = PreparedFetch(plan, [manifest], transport, staged=staged)
+class _Ours:
+    """The receiver's fetch, every step as soon as there is room."""
 
-    def run() -> float:
-        fetch.reset_counters()
-        deadline = time.monotonic() + 120
-        done = 0
-        while done < len(plan.steps):
-            steps = fetch.steps_with_room(done, installed=done)
-            fetch.run_steps(steps, stall_timeout_s=60, deadline=deadline, cancelled=lambda: False)
+    def __init__(
+        self, transport: Transport, manifest: SourceManifest, plan: FetchPlan, *, staged: bool
+    ) -> None:
+        self._fetch = PreparedFetch(plan, [manifest], transport, staged=staged)
+
+    def run(self) -> float:
+        began, done = time.perf_counter(), 0
+        self._fetch.reset_counters()
+        while done < len(self._fetch.plan.steps):
+            steps = self._fetch.steps_with_room(done, installed=done)
+            self._fetch.run_steps(
+                steps,
+                stall_timeout_s=60,
+                deadline=time.monotonic() + 120,
+                cancelled=lambda: False,
+            )
             done = steps.stop
-        return fetch.wire_s
+        return time.perf_counter() - began
 
-    return run, f"{fetch.arena_bytes / (1 << 20):.0f} MiB", fetch.close
+    def check(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Compare what lies in the arena: all of it when staged, else the last step."""
+        last = len(self._fetch.plan.steps)
+        for index in range(0 if self._fetch.staged else last - 1, last):
+            for name, tensor in self._fetch.tensors(index):
+                assert torch.equal(tensor, tensors[name]), name
+
+    def close(self) -> None:
+        self._fetch.close()
+
+
+def main() -> None:
+    """Print the table; runs in `.venv/megatron`, which holds ModelExpress."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pairs", type=int, default=9)
+    pairs = parser.parse_args().pairs
+    with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
+        Console(width=100).print(wire_share(Path(folder), pairs=pairs))
+
+
+if __name__ == "__main__":
+    main()
