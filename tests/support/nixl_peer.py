@@ -23,8 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 READY_S = 60.0
 
 
-def pattern(nbytes: int, seed: int) -> npt.NDArray[np.uint8]:
-    """Bytes without a short period, another sequence for every seed."""
+def pattern(nbytes: int, seed: int | None) -> npt.NDArray[np.uint8]:
+    """Bytes without a short period, another sequence for every seed; without one all 0xFF.
+
+    0xFF bytes are NaN in every float dtype.
+    """
+    if seed is None:
+        return np.full(nbytes, 0xFF, dtype=np.uint8)
     return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
 
 
@@ -47,7 +52,13 @@ class PeerProcess:
         self.address = int(said["address"])
         self.metadata = base64.b64decode(said["metadata"])
 
-    def ask(self, do: str, **arguments: int) -> dict[str, Any]:
+    def contents(self) -> npt.NDArray[np.uint8]:
+        """The peer's buffer as it is at this moment, without the peer's help."""
+        with open(f"/proc/{self.process.pid}/mem", "rb", buffering=0) as memory:
+            read = os.pread(memory.fileno(), self.nbytes, self.address)
+        return np.frombuffer(read, dtype=np.uint8)
+
+    def ask(self, do: str, **arguments: int | None) -> dict[str, Any]:
         """Have the peer do something (`fill`, `close`) and wait for its answer."""
         self._link.send_bytes(json.dumps({"do": do, **arguments}).encode())
         return self._hear()

@@ -10,14 +10,16 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine_plugins.weights.transport.base import PreparedRead, Transport
+from engine_plugins.weights.transport.base import Direction, PreparedTransfer, Transport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.nixl_peer import PeerProcess, pattern
 
-__all__ = ["WIRES", "InMemoryPeer", "InMemoryWire", "NixlWire", "Peer", "Target", "Wire"]
+__all__ = ["WIRES", "Flow", "InMemoryPeer", "InMemoryWire", "NixlWire", "Peer", "Target", "Wire"]
 
 Bytes = npt.NDArray[np.uint8]
+Rows = list[tuple[int, int, int]]
+"""Local offset, remote offset, bytes."""
 HOST = -1
 
 
@@ -29,7 +31,8 @@ class Peer(Protocol):
     address: int
     metadata: bytes
 
-    def fill(self, seed: int) -> None: ...
+    def fill(self, seed: int | None) -> None: ...
+    def contents(self) -> Bytes: ...
     def kill(self) -> None: ...
     def stop(self) -> None: ...
     def resume(self) -> None: ...
@@ -37,7 +40,7 @@ class Peer(Protocol):
 
 
 class Wire(Protocol):
-    """Makes transports for the test's own process, and peers for them to read from."""
+    """Makes transports for the test's own process, and peers for them to meet."""
 
     def transport(self, agent: str) -> Transport: ...
     def peer(self, agent: str, nbytes: int, seed: int) -> Peer: ...
@@ -55,8 +58,11 @@ class InMemoryPeer:
         self.transport.register(self.address, nbytes, HOST)
         self.metadata = self.transport.metadata()
 
-    def fill(self, seed: int) -> None:
+    def fill(self, seed: int | None) -> None:
         self._buffer[:] = pattern(self.nbytes, seed)
+
+    def contents(self) -> Bytes:
+        return self._buffer.copy()
 
     def kill(self) -> None:
         self.transport.close()
@@ -87,7 +93,7 @@ class InMemoryWire:
 class NixlPeer(PeerProcess):
     """A peer in a process of its own."""
 
-    def fill(self, seed: int) -> None:
+    def fill(self, seed: int | None) -> None:
         self.ask("fill", seed=seed)
 
     def kill(self) -> None:
@@ -124,22 +130,65 @@ class NixlWire:
 
 
 class Target:
-    """A registered buffer of 0xFF bytes (NaN in every float dtype) and reads into it."""
+    """A registered buffer of our own, at first of 0xFF bytes, and transfers to and from it."""
 
     def __init__(self, transport: Transport, nbytes: int) -> None:
         self._transport = transport
-        self.bytes: Bytes = np.full(nbytes, 0xFF, dtype=np.uint8)
+        self.bytes: Bytes = pattern(nbytes, None)
         self.address = int(self.bytes.ctypes.data)
         transport.register(self.address, nbytes, HOST)
 
-    def read(self, peer: Peer, rows: list[tuple[int, int, int]]) -> PreparedRead:
+    def read(self, peer: Peer, rows: Rows) -> PreparedTransfer:
         """Prepare a read of (local offset, remote offset, bytes) rows."""
+        return self.transfer("read", peer, rows)
+
+    def transfer(self, direction: Direction, peer: Peer, rows: Rows) -> PreparedTransfer:
+        """Prepare either, of (local offset, remote offset, bytes) rows."""
         table = np.array(rows, dtype=np.uint64).reshape(-1, 3)
         table[:, 0] += np.uint64(self.address)
         table[:, 1] += np.uint64(peer.address)
-        return self._transport.prepare_read(
-            peer.agent, table, local_device=HOST, remote_device=HOST
-        )
+        prepare = {
+            "read": self._transport.prepare_read,
+            "write": self._transport.prepare_write,
+        }[direction]
+        return prepare(peer.agent, table, local_device=HOST, remote_device=HOST)
+
+
+class Flow:
+    """One direction between a buffer of ours and a peer's: one end gives, the other receives."""
+
+    def __init__(
+        self, direction: Direction, transport: Transport, peer: Peer, nbytes: int | None = None
+    ) -> None:
+        self.direction = direction
+        self.peer = peer
+        self.target = Target(transport, nbytes or peer.nbytes)
+
+    def begin(self, seed: int) -> None:
+        """Fill the giving end with a pattern and the receiving one with 0xFF."""
+        ours, theirs = (None, seed) if self.direction == "read" else (seed, None)
+        self.target.bytes[:] = pattern(self.target.bytes.size, ours)
+        self.peer.fill(theirs)
+
+    def prepare(self, rows: Rows) -> PreparedTransfer:
+        """Prepare a transfer of (local offset, remote offset, bytes) rows."""
+        return self.target.transfer(self.direction, self.peer, rows)
+
+    def received(self) -> Bytes:
+        """What is in the receiving end now."""
+        return self.target.bytes if self.direction == "read" else self.peer.contents()
+
+    def expected(self, seed: int, rows: Rows) -> Bytes:
+        """What has to be there, once rows have arrived from an end that was filled with seed."""
+        sizes = self.target.bytes.size, self.peer.nbytes
+        if self.direction == "read":
+            source, result = pattern(sizes[1], seed), pattern(sizes[0], None)
+        else:
+            source, result = pattern(sizes[0], seed), pattern(sizes[1], None)
+        for local, remote, length in rows:
+            to, at = (local, remote) if self.direction == "read" else (remote, local)
+            result[to : to + length] = source[at : at + length]
+        return result
 
 
 WIRES: dict[str, Callable[[], Wire]] = {

@@ -1,60 +1,69 @@
 """The seam between weights and wires.
 
-A transport owns one agent of this process: it registers memory, describes itself to peers, and
-reads peers' memory. It knows nothing of tensors. Every wait has a deadline of ours, because the
-wires have none.
+A transport owns one agent of this process: it registers memory, describes itself to peers, reads
+peers' memory and writes to it. It knows nothing of tensors. Every wait has a deadline of ours,
+because the wires have none.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Descriptors", "PreparedRead", "Transport"]
+__all__ = ["Descriptors", "Direction", "PreparedTransfer", "Transport"]
 
 Descriptors = npt.NDArray[np.uint64]
 """[n, 3] uint64: local address, remote address, length in bytes."""
 
+Direction = Literal["read", "write"]
+"""`read`: the peer's bytes come here; `write`: ours go there."""
 
-class PreparedRead(Protocol):
-    """A read of one peer's memory, prepared once and posted as often as wanted."""
+
+class PreparedTransfer(Protocol):
+    """A read or a write of one peer's memory, prepared once and posted as often as wanted."""
+
+    @property
+    def direction(self) -> Direction:
+        """Which way the bytes go."""
+        ...
 
     @property
     def peer(self) -> str:
-        """Name of the agent that is read from."""
+        """Name of the agent that is read from or written to."""
         ...
 
     @property
     def nbytes(self) -> int:
-        """Bytes that one run of this read moves."""
+        """Bytes that one run of this transfer moves."""
         ...
 
     def post(self) -> None:
-        """Start the read, again if the last one is done; some wires copy within this call.
+        """Start the transfer, again if the last one is done; some wires copy within this call.
 
         Raises:
             PeerLostError: the peer is known to be gone.
-            PeerError: the peer was removed or met again since; prepare the read anew.
-            TransportError: the read is still under way, or was released.
+            PeerError: the peer was removed or met again since; prepare the transfer anew.
+            TransportError: the transfer is still under way, or was released.
         """
         ...
 
     def done(self) -> bool:
-        """Say whether the posted read has completed; never blocks.
+        """Say whether the posted transfer has completed; never blocks.
 
-        Memory that the peer deregistered but still maps is read without complaint: only a
+        Then the bytes are in place: of a read in our memory, of a write in the peer's. Memory
+        that the peer deregistered but still maps is read and written without complaint: only a
         version or a digest shows that.
 
         Raises:
             PeerLostError: the peer died or closed.
-            TransportError: anything else that ended the read.
+            TransportError: anything else that ended the transfer.
         """
         ...
 
     def release(self) -> None:
-        """Give the prepared handle back. Does not stop a read under way; twice is harmless."""
+        """Give the prepared handle back. Does not stop what is under way; twice is harmless."""
         ...
 
 
@@ -72,7 +81,7 @@ class Transport(Protocol):
         ...
 
     def register(self, address: int, nbytes: int, device: int) -> None:
-        """Make memory reachable for peers and usable as a read's target.
+        """Make memory reachable for peers and usable at our end of a transfer.
 
         The transport keeps no reference: the owner keeps the memory alive until `deregister`.
         `device` is a CUDA ordinal, or -1 for host memory. Peers learn of it from metadata that
@@ -98,9 +107,9 @@ class Transport(Protocol):
     def add_peer(self, agent: str, metadata: bytes) -> None:
         """Meet a peer, or meet it again after it restarted or registered more.
 
-        A living peer that describes itself as before stays as it is, and so do its reads.
+        A living peer that describes itself as before stays as it is, and so do its transfers.
 
-        Reads that were prepared from an earlier meeting can no longer be posted. The metadata
+        Transfers that were prepared from an earlier meeting can no longer be posted. The metadata
         must have passed its checksum: a truncated copy can make NIXL refuse that name for good.
 
         Raises:
@@ -115,7 +124,7 @@ class Transport(Protocol):
 
     def prepare_read(
         self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
-    ) -> PreparedRead:
+    ) -> PreparedTransfer:
         """Prepare a read from a peer into our registered memory.
 
         Args:
@@ -132,6 +141,16 @@ class Transport(Protocol):
         """
         ...
 
+    def prepare_write(
+        self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
+    ) -> PreparedTransfer:
+        """Prepare a write from our registered memory into a peer's.
+
+        Args and errors are those of `prepare_read`: rows are (local address, remote address,
+        bytes), and the bytes go from the local to the remote address.
+        """
+        ...
+
     def close(self) -> None:
-        """Release reads, regions and the agent; twice is harmless. Peers lose it."""
+        """Release transfers, regions and the agent; twice is harmless. Peers lose it."""
         ...

@@ -2,7 +2,7 @@
 
 It exists so that everything above a transport can run without NIXL, and so that a peer's death
 or slowness can be had on demand. It checks every address on both sides and copies real bytes.
-Where it is stricter than NIXL: memory that a peer deregistered is refused, not read.
+Where it is stricter than NIXL: memory that a peer deregistered is refused, not touched.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import weakref
 import numpy as np
 
 from engine_plugins.errors import PeerError, PeerLostError, TransportError
-from engine_plugins.weights.transport.base import Descriptors
+from engine_plugins.weights.transport.base import Descriptors, Direction
 from engine_plugins.weights.transport.regions import HOST, RegionTable, check_descriptors
 
 __all__ = ["InMemoryTransport"]
@@ -30,8 +30,8 @@ class InMemoryTransport:
 
     Args:
         agent: its name.
-        bytes_per_s: how fast each read *from* this agent goes; None means at once. 0 stands for
-            a stopped process: reads are accepted and never move.
+        bytes_per_s: how fast each transfer of others *from* or *to* this agent goes; None means
+            at once. 0 stands for a stopped process: transfers are accepted and never move.
     """
 
     def __init__(self, agent: str, *, bytes_per_s: float | None = None) -> None:
@@ -84,7 +84,7 @@ class InMemoryTransport:
                 f"{self._agent!r}",
                 remedy="publish the source again, each agent under its own name",
             )
-        _living_peer(agent, incarnation)
+        _living_peer(agent, incarnation, "meeting")
         self._peers[agent] = incarnation
 
     def remove_peer(self, agent: str) -> None:
@@ -92,20 +92,37 @@ class InMemoryTransport:
 
     def prepare_read(
         self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
-    ) -> _InMemoryRead:
-        self._check_open()
-        nbytes = check_descriptors(agent, descriptors)
-        if agent not in self._peers:
-            raise PeerError(f"{agent}: not a known peer", remedy="add_peer first")
-        peer = _living_peer(agent, self._peers[agent])
-        local, remote, lengths = descriptors.T
-        self._regions.check_inside(self._agent, local, lengths, local_device)
-        peer._regions.check_inside(agent, remote, lengths, remote_device)
-        return _InMemoryRead(self, agent, self._peers[agent], descriptors.copy(), nbytes)
+    ) -> _InMemoryTransfer:
+        return self._prepare("read", agent, descriptors, local_device, remote_device)
+
+    def prepare_write(
+        self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
+    ) -> _InMemoryTransfer:
+        return self._prepare("write", agent, descriptors, local_device, remote_device)
 
     def close(self) -> None:
         _living.pop(self._incarnation, None)
         self._peers.clear()
+
+    def _prepare(
+        self,
+        direction: Direction,
+        agent: str,
+        descriptors: Descriptors,
+        local_device: int,
+        remote_device: int,
+    ) -> _InMemoryTransfer:
+        self._check_open()
+        nbytes = check_descriptors(agent, descriptors)
+        if agent not in self._peers:
+            raise PeerError(f"{agent}: not a known peer", remedy="add_peer first")
+        peer = _living_peer(agent, self._peers[agent], direction)
+        local, remote, lengths = descriptors.T
+        self._regions.check_inside(self._agent, local, lengths, local_device)
+        peer._regions.check_inside(agent, remote, lengths, remote_device)
+        return _InMemoryTransfer(
+            self, direction, agent, self._peers[agent], descriptors.copy(), nbytes
+        )
 
     def _check_open(self) -> None:
         if self._incarnation not in _living:
@@ -114,18 +131,20 @@ class InMemoryTransport:
             )
 
 
-class _InMemoryRead:
+class _InMemoryTransfer:
     """Copies rows one after the other, as far as the peer's speed allows."""
 
     def __init__(
         self,
         owner: InMemoryTransport,
+        direction: Direction,
         agent: str,
         incarnation: str,
         descriptors: Descriptors,
         nbytes: int,
     ) -> None:
         self._owner = owner
+        self._direction = direction
         self._agent = agent
         self._incarnation = incarnation
         self._descriptors = descriptors
@@ -133,6 +152,10 @@ class _InMemoryRead:
         self._next_row = len(descriptors)
         self._state = "prepared"
         self._posted_at = 0.0
+
+    @property
+    def direction(self) -> Direction:
+        return self._direction
 
     @property
     def peer(self) -> str:
@@ -145,7 +168,8 @@ class _InMemoryRead:
     def post(self) -> None:
         if self._state in ("posted", "released"):
             raise TransportError(
-                f"{self._agent}: this read is {self._state}", remedy="wait for it, or prepare anew"
+                f"{self._agent}: this {self._direction} is {self._state}",
+                remedy="wait for it, or prepare anew",
             )
         self._met_peer()
         self._next_row = 0
@@ -156,7 +180,9 @@ class _InMemoryRead:
         if self._state == "done":
             return True
         if self._state != "posted":
-            raise TransportError(f"{self._agent}: this read is {self._state}", remedy="post it")
+            raise TransportError(
+                f"{self._agent}: this {self._direction} is {self._state}", remedy="post it"
+            )
         peer = self._met_peer()
         _, remote, lengths = self._descriptors[self._next_row :].T
         peer._regions.check_inside(self._agent, remote, lengths, HOST)
@@ -165,7 +191,8 @@ class _InMemoryRead:
             allowed = int((time.monotonic() - self._posted_at) * peer.bytes_per_s)
         ends = np.cumsum(self._descriptors[:, 2])
         while self._next_row < len(ends) and int(ends[self._next_row]) <= allowed:
-            target, source, length = (int(x) for x in self._descriptors[self._next_row])
+            here, there, length = (int(x) for x in self._descriptors[self._next_row])
+            target, source = (here, there) if self._direction == "read" else (there, here)
             ctypes.memmove(target, source, length)
             self._next_row += 1
         if self._next_row == len(ends):
@@ -179,17 +206,18 @@ class _InMemoryRead:
         self._owner._check_open()
         if self._owner._peers.get(self._agent) != self._incarnation:
             raise PeerError(
-                f"{self._agent}: it was removed or met again after this read was prepared",
-                remedy="prepare its reads again",
+                f"{self._agent}: it was removed or met again after this {self._direction} was "
+                "prepared",
+                remedy=f"prepare its {self._direction}s again",
             )
-        return _living_peer(self._agent, self._incarnation)
+        return _living_peer(self._agent, self._incarnation, self._direction)
 
 
-def _living_peer(agent: str, incarnation: str) -> InMemoryTransport:
+def _living_peer(agent: str, incarnation: str, doing: str) -> InMemoryTransport:
     peer = _living.get(incarnation)
     if peer is None:
         raise PeerLostError(
-            f"{agent}: the peer is gone; what was being read from it is incomplete",
+            f"{agent}: the peer is gone (seen at this {doing}); what was under way is incomplete",
             remedy="restart it and publish its source again, which meets it anew",
         )
     return peer

@@ -15,7 +15,7 @@ from engine_plugins.errors import TransferTimeoutError
 from engine_plugins.weights.arena import Arena
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.transport.base import Transport
-from engine_plugins.weights.transport.reads import run_reads
+from engine_plugins.weights.transport.transfers import run_transfers
 
 __all__ = ["meet"]
 
@@ -65,7 +65,7 @@ def _answers(transport: Transport, manifest: SourceManifest, patience_s: float) 
             local_device=-1,
             remote_device=manifest.regions.devices[0],
         )
-        run_reads([read], deadline_s=patience_s)
+        run_transfers([read], deadline_s=patience_s)
     except TransferTimeoutError:
         buffer.quarantine()
         return False

@@ -1,4 +1,4 @@
-"""The NIXL wire: one-sided reads over UCX. The only module that imports NIXL.
+"""The NIXL wire: one-sided reads and writes over UCX. The only module that imports NIXL.
 
 NIXL's bindings are driven without their Python wrapper, for one reason: the wrapper sets the
 progress thread's delay to 0, which spins a whole core per idle agent. Everything else is theirs:
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from engine_plugins.errors import NotConfiguredError, PeerError, PeerLostError, TransportError
-from engine_plugins.weights.transport.base import Descriptors
+from engine_plugins.weights.transport.base import Descriptors, Direction
 from engine_plugins.weights.transport.regions import HOST, RegionTable, check_descriptors
 
 __all__ = ["NixlTransport"]
@@ -71,18 +71,33 @@ class _Peer:
     lost: bool = False
 
 
-class _NixlRead:
-    """A prepared request of NIXL's and its two prepared lists."""
+class _NixlTransfer:
+    """A prepared request of NIXL's and its two prepared lists.
+
+    NIXL flushes the endpoint at the end of every request, so a write that it calls done is in
+    the peer's memory and needs no notification.
+    """
 
     def __init__(
-        self, owner: NixlTransport, peer: _Peer, nbytes: int, request: int, lists: list[int]
+        self,
+        owner: NixlTransport,
+        direction: Direction,
+        peer: _Peer,
+        nbytes: int,
+        request: int,
+        lists: list[int],
     ) -> None:
         self._owner = owner
+        self._direction = direction
         self._peer = peer
         self._nbytes = nbytes
         self._request: int | None = request
         self._lists = lists
         self._state = "prepared"
+
+    @property
+    def direction(self) -> Direction:
+        return self._direction
 
     @property
     def peer(self) -> str:
@@ -95,12 +110,13 @@ class _NixlRead:
     def post(self) -> None:
         if self._state == "posted":
             raise TransportError(
-                f"{self.peer}: this read of {self._nbytes} bytes is still under way",
+                f"{self.peer}: this {self._direction} of {self._nbytes} bytes is still under way",
                 remedy="wait until done() before posting it again",
             )
         request = self._usable()
         self._owner._check_alive(self._peer)
-        with self._owner._translated(f"posting a read of {self._nbytes} bytes", self._peer):
+        doing = f"posting a {self._direction} of {self._nbytes} bytes"
+        with self._owner._translated(doing, self._peer):
             status = self._owner._nixl.postXferReq(request, b"")
             self._state = "done" if self._finished(status) else "posted"
 
@@ -108,11 +124,14 @@ class _NixlRead:
         if self._state == "done":
             return True
         if self._state == "prepared":
-            raise TransportError(f"{self.peer}: this read was never posted", remedy="call post()")
+            raise TransportError(
+                f"{self.peer}: this {self._direction} was never posted", remedy="call post()"
+            )
         # Asked even of a peer that is lost: only NIXL knows when its last request has ended.
         request = self._usable()
         try:
-            with self._owner._translated(f"reading {self._nbytes} bytes", self._peer):
+            doing = f"a {self._direction} of {self._nbytes} bytes"
+            with self._owner._translated(doing, self._peer):
                 if self._finished(self._owner._nixl.getXferStatus(request)):
                     self._state = "done"
         except TransportError:
@@ -128,23 +147,27 @@ class _NixlRead:
 
     def _usable(self) -> int:
         if self._request is None:
-            raise TransportError(f"{self.peer}: this read was released", remedy="prepare it again")
-        self._owner._check_met(self._peer)
+            raise TransportError(
+                f"{self.peer}: this {self._direction} was released", remedy="prepare it again"
+            )
+        self._owner._check_met(self._peer, self._direction)
         return self._request
 
     def _finished(self, status: object) -> bool:
         bindings = _bindings()
         if status not in (bindings.NIXL_SUCCESS, bindings.NIXL_IN_PROG):
-            raise TransportError(f"{self.peer}: a read ended with NIXL status {status}")
+            raise TransportError(
+                f"{self.peer}: a {self._direction} ended with NIXL status {status}"
+            )
         return bool(status == bindings.NIXL_SUCCESS)
 
 
 class NixlTransport:
     """One NIXL agent on UCX, with a progress thread and without a listener.
 
-    Reads may be posted and polled from any thread, one thread per read at a time. Registration,
-    peers and `close` belong to one thread at a time. UCX chooses its wires from `UCX_TLS` and
-    `UCX_NET_DEVICES`, which it reads for every agent anew.
+    Transfers may be posted and polled from any thread, one thread per transfer at a time.
+    Registration, peers and `close` belong to one thread at a time. UCX chooses its wires from
+    `UCX_TLS` and `UCX_NET_DEVICES`, which it reads for every agent anew.
 
     Raises:
         NotConfiguredError: NIXL is not installed.
@@ -156,7 +179,7 @@ class NixlTransport:
         self._agent_name = agent
         self._regions = RegionTable()
         self._peers: dict[str, _Peer] = {}
-        self._reads: weakref.WeakSet[_NixlRead] = weakref.WeakSet()
+        self._transfers: weakref.WeakSet[_NixlTransfer] = weakref.WeakSet()
         config = bindings.nixlAgentConfig()
         config.useProgThread = True
         config.useListenThread = False
@@ -224,37 +247,19 @@ class NixlTransport:
 
     def prepare_read(
         self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
-    ) -> _NixlRead:
-        nbytes = check_descriptors(agent, descriptors)
-        peer = self._peers.get(agent)
-        if peer is None:
-            raise PeerError(f"{agent}: not a known peer", remedy="add_peer first")
-        self._check_alive(peer)
-        local, remote, lengths = descriptors.T
-        self._regions.check_inside(self._agent_name, local, lengths, local_device)
-        lists: list[int] = []
-        request: int | None = None
-        bindings = _bindings()
-        try:
-            with self._translated(f"preparing {len(lengths)} ranges of {nbytes} bytes", peer):
-                lists.append(self._list(bindings.NIXL_INIT_AGENT, local, lengths, local_device))
-                lists.append(self._list(agent, remote, lengths, remote_device))
-                rows = np.arange(len(lengths), dtype=np.int32)
-                request = int(
-                    self._nixl.makeXferReq(bindings.NIXL_READ, lists[0], rows, lists[1], rows)
-                )
-        except TransportError:
-            self._release(request, lists)
-            raise
-        read = _NixlRead(self, peer, nbytes, request, lists)
-        self._reads.add(read)
-        return read
+    ) -> _NixlTransfer:
+        return self._prepare("read", agent, descriptors, local_device, remote_device)
+
+    def prepare_write(
+        self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
+    ) -> _NixlTransfer:
+        return self._prepare("write", agent, descriptors, local_device, remote_device)
 
     def close(self) -> None:
         if self._open is None:
             return
-        for read in list(self._reads):
-            read.release()
+        for transfer in list(self._transfers):
+            transfer.release()
         for address, _, _ in self._regions.rows():
             self.deregister(address)
         self._peers.clear()
@@ -267,6 +272,39 @@ class NixlTransport:
                 f"the agent {self._agent_name} is closed", remedy="make a new transport"
             )
         return self._open
+
+    def _prepare(
+        self,
+        direction: Direction,
+        agent: str,
+        descriptors: Descriptors,
+        local_device: int,
+        remote_device: int,
+    ) -> _NixlTransfer:
+        nbytes = check_descriptors(agent, descriptors)
+        peer = self._peers.get(agent)
+        if peer is None:
+            raise PeerError(f"{agent}: not a known peer", remedy="add_peer first")
+        self._check_alive(peer)
+        local, remote, lengths = descriptors.T
+        self._regions.check_inside(self._agent_name, local, lengths, local_device)
+        lists: list[int] = []
+        request: int | None = None
+        bindings = _bindings()
+        operation = bindings.NIXL_READ if direction == "read" else bindings.NIXL_WRITE
+        doing = f"preparing a {direction} of {len(lengths)} ranges, {nbytes} bytes"
+        try:
+            with self._translated(doing, peer):
+                lists.append(self._list(bindings.NIXL_INIT_AGENT, local, lengths, local_device))
+                lists.append(self._list(agent, remote, lengths, remote_device))
+                rows = np.arange(len(lengths), dtype=np.int32)
+                request = int(self._nixl.makeXferReq(operation, lists[0], rows, lists[1], rows))
+        except TransportError:
+            self._release(request, lists)
+            raise
+        transfer = _NixlTransfer(self, direction, peer, nbytes, request, lists)
+        self._transfers.add(transfer)
+        return transfer
 
     def _list(self, agent: str, addresses: np.ndarray, lengths: np.ndarray, device: int) -> int:
         memory, number = _memory(device)
@@ -283,14 +321,14 @@ class NixlTransport:
             for handle in lists:
                 self._open.releasedDlistH(handle)
         except _nixl_errors() as error:
-            logger.warning("%s: NIXL keeps a read that it cannot end: %s", self.agent, error)
+            logger.warning("%s: NIXL keeps a transfer that it cannot end: %s", self.agent, error)
 
-    def _check_met(self, peer: _Peer) -> None:
+    def _check_met(self, peer: _Peer, direction: Direction) -> None:
         """Refuse a peer that was removed or met again since."""
         if self._peers.get(peer.agent) is not peer:
             raise PeerError(
-                f"{peer.agent}: it was removed or met again after this read was prepared",
-                remedy="prepare its reads again",
+                f"{peer.agent}: it was removed or met again after this {direction} was prepared",
+                remedy=f"prepare its {direction}s again",
             )
 
     def _check_alive(self, peer: _Peer) -> None:
@@ -319,7 +357,7 @@ def _translate(error: Exception, doing: str, agent: str, peer: _Peer | None) -> 
         peer.lost = True
         return _lost(peer.agent, f"NIXL says {error} at {doing}")
     return PeerError(
-        f"{peer.agent}: NIXL refused at {doing}: {error}; nothing was read",
+        f"{peer.agent}: NIXL refused at {doing}: {error}; nothing was moved",
         remedy="its memory was freed or its description is not whole: publish the source again, "
         "under a new agent name if it repeats, since NIXL keeps half-read metadata for good",
     )
@@ -327,7 +365,7 @@ def _translate(error: Exception, doing: str, agent: str, peer: _Peer | None) -> 
 
 def _lost(agent: str, seen: str) -> PeerLostError:
     return PeerLostError(
-        f"{agent}: the peer is gone ({seen}); what was being read from it is incomplete",
+        f"{agent}: the peer is gone ({seen}); what was under way is incomplete",
         remedy="restart it and publish its source again, which meets it anew",
     )
 

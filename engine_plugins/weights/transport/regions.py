@@ -91,13 +91,13 @@ class RegionTable:
             raise PeerError(
                 f"{whose}: {int(lengths[row])} bytes at {int(addresses[row]):#x} on device "
                 f"{device} lie in none of its {len(here)} registered regions there; "
-                "nothing was read",
+                "nothing was moved",
                 remedy="the memory was freed or never registered: publish the source again",
             )
 
 
 def check_descriptors(agent: str, descriptors: Descriptors) -> int:
-    """Check the form of a read's descriptors and return its bytes.
+    """Check the form of a transfer's descriptors and return its bytes.
 
     Raises:
         TransportError: not [n, 3] uint64, no rows, or a row without bytes.
@@ -111,7 +111,7 @@ def check_descriptors(agent: str, descriptors: Descriptors) -> int:
         )
     if not len(descriptors) or not descriptors[:, 2].all():
         raise TransportError(
-            f"{agent}: a read needs descriptors, each of at least one byte; got "
+            f"{agent}: a transfer needs descriptors, each of at least one byte; got "
             f"{len(descriptors)} rows, {int((descriptors[:, 2] == 0).sum())} of them empty",
             remedy="leave empty boxes out of the plan",
         )
@@ -120,7 +120,7 @@ def check_descriptors(agent: str, descriptors: Descriptors) -> int:
         row = [hex(number) for number in descriptors[int(np.argmax(past_end))].tolist()]
         raise PeerError(
             f"{agent}: a range runs past the end of the address space (local address, remote "
-            f"address, bytes: {', '.join(row)}); nothing was read",
+            f"address, bytes: {', '.join(row)}); nothing was moved",
             remedy="publish the source again",
         )
     return int(descriptors[:, 2].sum())

@@ -1,4 +1,4 @@
-"""Running prepared reads to their end, under a deadline of ours because the wires have none."""
+"""Running prepared transfers to their end, under a deadline of ours because the wires have none."""
 
 from __future__ import annotations
 
@@ -8,40 +8,41 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from engine_plugins.errors import TransferTimeoutError, TransportError
-from engine_plugins.weights.transport.base import PreparedRead
+from engine_plugins.weights.transport.base import PreparedTransfer
 
-__all__ = ["run_reads"]
+__all__ = ["run_transfers"]
 
 logger = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 64
-"""Reads posted and not done. Keeps wires full, and what a failure must wait out short."""
+"""Transfers posted and not done. Keeps wires full, and what a failure must wait out short."""
 DRAIN_S = 3.0
-"""How long reads under way may take to end after another one failed or was cancelled."""
+"""How long transfers under way may take to end after another one failed or was cancelled."""
 SPIN_S = 100e-6
 LONGEST_SLEEP_S = 0.3e-3
 
 
-def run_reads(
-    reads: Sequence[PreparedRead],
+def run_transfers(
+    transfers: Sequence[PreparedTransfer],
     *,
     deadline_s: float,
     on_progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> int:
-    """Post every read and wait until all are done.
+    """Post every read and write and wait until all are done.
 
-    Reads of different peers take turns, so that every peer's link is used. When this returns or
-    raises anything but TransferTimeoutError, no read is under way. After a TransferTimeoutError
-    bytes may go on landing for as long as the process lives, releasing the reads does not stop
-    them: the caller must quarantine the target buffer (`Arena.quarantine`), neither free nor
-    reuse it, and must not post these reads again.
+    Those of different peers take turns, so that every peer's link is used. When this returns or
+    raises anything but TransferTimeoutError, nothing is under way. After a TransferTimeoutError
+    bytes may go on landing for as long as the processes live, releasing the transfers does not
+    stop them: the caller must quarantine its buffer (`Arena.quarantine`), neither free nor reuse
+    it, and must not post these transfers again. The same holds for the memory that a write was
+    to fill, at the peer.
 
     Args:
-        reads: prepared reads into disjoint targets; each at most once.
+        transfers: prepared, into disjoint targets; each at most once.
         deadline_s: limit on the whole call in seconds, however much has progressed.
-        on_progress: called in this thread after each read, with bytes done and bytes in all.
-        cancelled: asked between reads and while waiting; once true, what is under way may end
+        on_progress: called in this thread after each transfer, with bytes done and bytes in all.
+        cancelled: asked between transfers and while waiting; once true, what is under way may end
             and nothing more is posted.
 
     Returns:
@@ -49,17 +50,19 @@ def run_reads(
 
     Raises:
         PeerLostError: a peer died; the text says how many bytes had arrived.
-        TransferTimeoutError: the deadline passed, or reads were still under way `DRAIN_S` after
-            another one failed or the call was cancelled.
-        TransportError: a read failed for another reason, or the call was cancelled.
+        TransferTimeoutError: the deadline passed, or transfers were still under way `DRAIN_S`
+            after another one failed or the call was cancelled.
+        TransportError: a transfer failed for another reason, or the call was cancelled.
     """
-    run = _Run(reads, deadline_s, on_progress, cancelled)
+    run = _Run(transfers, deadline_s, on_progress, cancelled)
     try:
         run.wait(run.step)
     except TransferTimeoutError:
         raise
     except TransportError as error:
-        logger.warning("reads stop after %d of %d bytes: %s", run.bytes_done, run.total, error)
+        logger.warning(
+            "%s stop after %d of %d bytes: %s", run.what, run.bytes_done, run.total, error
+        )
         run.drain(error)
         raise type(error)(
             f"{error}; {run.bytes_done} of {run.total} bytes had arrived", remedy=error.remedy
@@ -68,19 +71,21 @@ def run_reads(
 
 
 class _Run:
-    """The reads of one call: those waiting, those under way, and the bytes that are done."""
+    """The transfers of one call: those waiting, those under way, and the bytes that are done."""
 
     def __init__(
         self,
-        reads: Sequence[PreparedRead],
+        transfers: Sequence[PreparedTransfer],
         deadline_s: float,
         on_progress: Callable[[int, int], None] | None,
         cancelled: Callable[[], bool] | None,
     ) -> None:
-        self.total = sum(read.nbytes for read in reads)
+        directions = {transfer.direction for transfer in transfers}
+        self.what = f"{directions.pop()}s" if len(directions) == 1 else "transfers"
+        self.total = sum(transfer.nbytes for transfer in transfers)
         self.bytes_done = 0
-        self._waiting = deque(_take_turns(reads))
-        self._active: list[PreparedRead] = []
+        self._waiting = deque(_take_turns(transfers))
+        self._active: list[PreparedTransfer] = []
         self._on_progress = on_progress
         self._cancelled = cancelled
         self._began = time.monotonic()
@@ -109,10 +114,10 @@ class _Run:
         moved = self._poll()
         while self._waiting and len(self._active) < MAX_IN_FLIGHT:
             self._check_interrupted()
-            read = self._waiting.popleft()
-            read.post()
+            transfer = self._waiting.popleft()
+            transfer.post()
             # A wire that copies within post() is done already and takes no room.
-            self._active.append(read)
+            self._active.append(transfer)
             moved = self._poll(last=True) or moved
         if not moved:
             self._check_interrupted()
@@ -135,22 +140,22 @@ class _Run:
         try:
             return self._poll()
         except TransportError as error:
-            logger.debug("while the other reads end: %s", error)
+            logger.debug("while the others end: %s", error)
             return True
 
     def _poll(self, *, last: bool = False) -> bool:
-        """Look at the reads under way (or the last one posted); a failed one leaves the list."""
+        """Look at what is under way (or was posted last); what failed leaves the list."""
         looked_at = self._active[-1:] if last else list(self._active)
         moved = False
-        for read in looked_at:
+        for transfer in looked_at:
             try:
-                ended = read.done()
+                ended = transfer.done()
             except TransportError:
-                self._active.remove(read)
+                self._active.remove(transfer)
                 raise
             if ended:
-                self._active.remove(read)
-                self.bytes_done += read.nbytes
+                self._active.remove(transfer)
+                self.bytes_done += transfer.nbytes
                 moved = True
                 if self._on_progress is not None:
                     self._on_progress(self.bytes_done, self.total)
@@ -158,27 +163,28 @@ class _Run:
 
     def _check_interrupted(self) -> None:
         if self._cancelled is not None and self._cancelled():
-            raise TransportError("the reads were cancelled", remedy="start the update again")
+            raise TransportError(f"the {self.what} were cancelled", remedy="start the update again")
         if time.monotonic() >= self._deadline:
             raise self._timeout()
 
     def _timeout(self) -> TransferTimeoutError:
-        slow = sorted({read.peer for read in [*self._active, *self._waiting]})
+        slow = sorted({transfer.peer for transfer in [*self._active, *self._waiting]})
         named = ", ".join(slow[:8]) + (f" and {len(slow) - 8} more" if len(slow) > 8 else "")
         return TransferTimeoutError(
             f"{named}: {self.bytes_done} of {self.total} bytes arrived in "
             f"{time.monotonic() - self._began:.1f} s, which is past the deadline; "
-            f"{len(self._active)} reads are still under way and may write to their buffer later",
-            remedy="never free or reuse the buffer; check that the peer runs (it may be stopped "
-            "or unreachable), or allow more time",
+            f"{len(self._active)} {self.what} are still under way and may move bytes later",
+            remedy="never free or reuse the buffers at either end; check that the peer runs (it "
+            "may be stopped or unreachable), or allow more time",
         )
 
 
-def _take_turns(reads: Sequence[PreparedRead]) -> list[PreparedRead]:
-    """One read of every peer, then the next one of every peer, each peer's in their order."""
+def _take_turns(transfers: Sequence[PreparedTransfer]) -> list[PreparedTransfer]:
+    """One of every peer, then the next one of every peer, each peer's in their order."""
     seen: dict[str, int] = {}
     turns = []
-    for read in reads:
-        turns.append(seen.get(read.peer, 0))
-        seen[read.peer] = turns[-1] + 1
-    return [read for _, read in sorted(zip(turns, reads, strict=True), key=lambda pair: pair[0])]
+    for transfer in transfers:
+        turns.append(seen.get(transfer.peer, 0))
+        seen[transfer.peer] = turns[-1] + 1
+    ordered = sorted(zip(turns, transfers, strict=True), key=lambda pair: pair[0])
+    return [transfer for _, transfer in ordered]
