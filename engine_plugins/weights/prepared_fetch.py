@@ -1,4 +1,4 @@
-"""A plan made ready to run: peers met, memory registered, reads prepared once for many updates."""
+"""A plan made ready to run: peers met, arena registered, reads prepared once for many updates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ import torch
 
 from engine_plugins.errors import TransferTimeoutError, TransportError, UnsupportedError
 from engine_plugins.weights.arena import Arena
-from engine_plugins.weights.live_memory import LiveMemory
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.plan import FetchPlan, PackedPiece, Step, StepRead, schedule
+from engine_plugins.weights.plan import FetchPlan, PackedPiece, StepRead, schedule
 from engine_plugins.weights.transport.base import PreparedTransfer, Transport
 from engine_plugins.weights.transport.meeting import meet
-from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
 
 __all__ = ["PreparedFetch"]
@@ -31,21 +29,7 @@ SLOWEST_BYTES_PER_S = 100e6
 
 
 class PreparedFetch:
-    """Reads of every step of a plan, into one arena or straight into live parameters.
-
-    Used by one pull thread at a time.
-
-    Args:
-        plan: what to fetch.
-        manifests: the sources, as the plan numbers them.
-        transport: does the reads.
-        staged: whether the arena holds every step at once.
-        live: the parameters that direct steps land in; it stays the caller's to close.
-
-    Raises:
-        UnsupportedError: the machine has not the memory to stage.
-        TransportError: a peer cannot be met or read.
-    """
+    """Reads of every step of a plan into one arena. Used by one pull thread at a time."""
 
     def __init__(
         self,
@@ -54,7 +38,6 @@ class PreparedFetch:
         transport: Transport,
         *,
         staged: bool,
-        live: LiveMemory | None = None,
     ) -> None:
         self.plan = plan
         self.staged = staged
@@ -72,11 +55,10 @@ class PreparedFetch:
         self._scratch_offset = capacity
         self._sources = manifests
         self._transport = transport
-        self._live = live
         self._prepared: list[_PreparedStep] = []
-        self.greet()
-        size = capacity + plan.scratch_bytes
-        self._arena = Arena(size, transport) if size else None
+        for manifest in manifests:
+            meet(transport, manifest)
+        self._arena = Arena(capacity + plan.scratch_bytes, transport)
         try:
             for index in range(len(plan.steps)):
                 self._prepared.append(self._prepare_step(index))
@@ -87,16 +69,7 @@ class PreparedFetch:
     @property
     def arena_bytes(self) -> int:
         """Size of the receive buffer, scratch included."""
-        return 0 if self._arena is None else self._arena.nbytes
-
-    def greet(self) -> None:
-        """Read a few bytes of every source, so that one that is gone is found here.
-
-        Raises:
-            TransportError: a source gives nothing.
-        """
-        for manifest in self._sources:
-            meet(self._transport, manifest)
+        return self._arena.nbytes
 
     def reset_counters(self) -> None:
         """Start counting bytes and wire seconds anew."""
@@ -104,27 +77,29 @@ class PreparedFetch:
         self.wire_s = 0.0
 
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
-        """Views of a fetched step's whole tensors, by HF name; not of a direct step."""
-        arena, base = self._buffer, self.windows[index].offset_bytes
+        """Views of a fetched step's whole tensors, by HF name."""
+        base = self.windows[index].offset_bytes
         return [
-            (tensor.name, arena.tensor(base + offset, tensor.shape, tensor.dtype))
-            for tensor, offset in self.plan.steps[index].landings
+            (
+                landing.tensor.name,
+                self._arena.tensor(
+                    base + landing.offset_bytes, landing.tensor.shape, landing.tensor.dtype
+                ),
+            )
+            for landing in self.plan.steps[index].landings
         ]
 
     def steps_with_room(self, index: int, installed: int) -> range:
         """Steps from `index` on that may be fetched together, once `installed` are installed.
 
         Together they cost one wait instead of one each. They take half of the arena at most, so
-        that the other half can be installed meanwhile; a step that is larger goes alone. Steps that
-        land directly do not go with others.
+        that the other half can be installed meanwhile; a step that is larger goes alone.
         """
-        steps = self.plan.steps
-        direct = steps[index].direct
-        limit = BATCH_BYTES if direct else min(self._scratch_offset // 2, BATCH_BYTES)
-        end, size = index + 1, _room(steps[index])
-        while end < len(steps) and self.windows[end].installed_before <= installed:
-            size += _room(steps[end])
-            if size > limit or steps[end].direct != direct:
+        limit = min(self._scratch_offset // 2, BATCH_BYTES)
+        end, size = index + 1, self.plan.steps[index].nbytes
+        while end < len(self.windows) and self.windows[end].installed_before <= installed:
+            size += self.plan.steps[end].nbytes
+            if size > limit:
                 break
             end += 1
         return range(index, end)
@@ -146,35 +121,22 @@ class PreparedFetch:
         direct = [read for index in steps for read in self._prepared[index].reads]
         self._run(steps, direct, stall_timeout_s, deadline, cancelled)
         for index in steps:
-            batches = zip(self.plan.steps[index].packed, self._prepared[index].batches, strict=True)
-            for batch, reads in batches:
+            batches = self._prepared[index].batches
+            targets = [tensor for _, tensor in self.tensors(index)] if batches else []
+            for batch, reads in zip(self.plan.steps[index].packed, batches, strict=True):
                 self._run(range(index, index + 1), reads, stall_timeout_s, deadline, cancelled)
                 for piece in batch:
-                    self._spread(index, piece)
+                    self._spread(piece, targets[piece.landing])
 
     def close(self) -> None:
         """Release the reads, then the arena."""
         self._release_reads()
-        if self._arena is not None:
-            self._arena.close()
+        self._arena.close()
 
     def quarantine(self) -> None:
         """Give up the arena without freeing it: a read that timed out may still write to it."""
         self.usable = False
-        if self._arena is not None:
-            self._arena.quarantine()
-
-    @property
-    def _buffer(self) -> Arena:
-        if self._arena is None:
-            raise TransportError(
-                "this plan has no receive buffer", remedy="this is a fault of the plan: report it"
-            )
-        return self._arena
-
-    @property
-    def _device(self) -> int:
-        return HOST if self._live is None else self._live.device
+        self._arena.quarantine()
 
     def _run(
         self,
@@ -199,7 +161,8 @@ class PreparedFetch:
         except TransportError as error:
             self.usable = False
             self.reads_may_be_active = isinstance(error, TransferTimeoutError)
-            names = [tensor.name for index in steps for tensor in self.plan.steps[index].tensors]
+            landings = [each for index in steps for each in self.plan.steps[index].landings]
+            names = [landing.tensor.name for landing in landings]
             error.message += (
                 f"; it was giving {', '.join(names[:3])}"
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}, after "
@@ -210,12 +173,9 @@ class PreparedFetch:
 
     def _prepare_step(self, index: int) -> _PreparedStep:
         step = self.plan.steps[index]
-        if step.direct:
-            base, device = 0, self._device
-        else:
-            base, device = self._buffer.address + self.windows[index].offset_bytes, HOST
+        base = self._arena.address + self.windows[index].offset_bytes
         return _PreparedStep(
-            reads=[self._read(read, base, device) for read in step.reads],
+            reads=[self._read(read, base) for read in step.reads],
             batches=[self._packed_reads(batch) for batch in step.packed],
         )
 
@@ -224,7 +184,7 @@ class PreparedFetch:
         for piece in batch:
             row = (piece.scratch_offset, piece.remote_address, piece.nbytes)
             by_peer.setdefault((piece.source, piece.remote_device), []).append(row)
-        base = self._buffer.address + self._scratch_offset
+        base = self._arena.address + self._scratch_offset
         return [
             self._read(
                 StepRead(
@@ -233,33 +193,25 @@ class PreparedFetch:
                     descriptors=np.array(rows, dtype=np.uint64),
                 ),
                 base,
-                HOST,
             )
             for (source, device), rows in by_peer.items()
         ]
 
-    def _read(self, read: StepRead, base: int, device: int) -> PreparedTransfer:
+    def _read(self, read: StepRead, base: int) -> PreparedTransfer:
         table = read.descriptors.copy()
         table[:, 0] += np.uint64(base)
         return self._transport.prepare_read(
             self._sources[read.source].agent,
             table,
-            local_device=device,
+            local_device=-1,
             remote_device=read.remote_device,
         )
 
-    def _spread(self, index: int, piece: PackedPiece) -> None:
-        rows = self._buffer.tensor(
-            self._scratch_offset + piece.scratch_offset, piece.shape, piece.dtype
+    def _spread(self, piece: PackedPiece, target: torch.Tensor) -> None:
+        rows = self._arena.tensor(
+            self._scratch_offset + piece.scratch_offset, piece.shape, target.dtype
         )
-        wanted = rows[piece.wanted]
-        self._target(index, piece, wanted.shape).copy_(wanted)
-
-    def _target(self, index: int, piece: PackedPiece, shape: Sequence[int]) -> torch.Tensor:
-        if self._live is not None and self.plan.steps[index].direct:
-            return self._live.strided(piece.target, shape, piece.target_strides, piece.dtype)
-        at = self.windows[index].offset_bytes + piece.target
-        return self._buffer.strided(at, shape, piece.target_strides, piece.dtype)
+        target[piece.slices].copy_(rows[piece.wanted])
 
     def _release_reads(self) -> None:
         for prepared in self._prepared:
@@ -277,11 +229,6 @@ def _check_memory(wanted_bytes: int) -> None:
             f"{available / 2**30:.1f} are available; nothing was fetched",
             remedy="update with mode in_place",
         )
-
-
-def _room(step: Step) -> int:
-    """Bytes of a step, as a batch of several counts them."""
-    return step.bytes_needed if step.direct else step.nbytes
 
 
 class _PreparedStep:
