@@ -1,0 +1,123 @@
+"""Tell UCX which network devices to use, before an agent is made."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, MutableMapping, Sequence
+from pathlib import Path
+
+from engine_plugins.errors import SettingsError, TransportError
+from engine_plugins.weights.cuda_runtime import gpu_pci_address
+from engine_plugins.weights.nic_locality import ports_of_gpu
+from engine_plugins.weights.rdma_ports import (
+    DEV,
+    SYSFS,
+    RdmaPort,
+    gpu_places,
+    network_interfaces,
+    read_ports,
+)
+
+__all__ = ["INHERIT", "SETTING", "UCX_SETTING", "prepare_network"]
+
+logger = logging.getLogger(__name__)
+
+SETTING = "ENGINE_PLUGINS_NET_DEVICES"
+UCX_SETTING = "UCX_NET_DEVICES"
+INHERIT = "inherit"
+"""The value of our setting that leaves UCX's as it is."""
+
+_DOWN = ("down", "lowerlayerdown", "notpresent")
+
+
+def prepare_network(
+    device_index: int | None,
+    environ: MutableMapping[str, str] = os.environ,
+    *,
+    net_devices: str | None = None,
+    sysfs: Path = SYSFS,
+    dev: Path = DEV,
+    pci_address: Callable[[int], str] = gpu_pci_address,
+) -> str | None:
+    """Set `UCX_NET_DEVICES` to the ports nearest to a GPU, unless the operator chose others.
+
+    To be called in the process that makes the agent, before it does: UCX reads the variable for
+    every agent anew. Without a GPU, or without RDMA devices, the environment is left alone.
+
+    Args:
+        device_index: the CUDA device whose memory will travel; `None` where there is no GPU.
+        environ: read and written.
+        net_devices: `ENGINE_PLUGINS_NET_DEVICES` where an engine's own configuration has it; what
+            UCX calls them (`mlx5_0:1,mlx5_1:1`, `eth0`), or `inherit`.
+        sysfs: where sysfs is mounted.
+        dev: where device files are.
+        pci_address: gives the PCI address of a CUDA device.
+
+    Returns:
+        `UCX_NET_DEVICES` as it now stands.
+
+    Raises:
+        SettingsError: a device was named that this machine does not have.
+        TransportError: a port is down: one that was named, or all that are nearest to the GPU.
+    """
+    inherited = environ.get(UCX_SETTING)
+    wanted = net_devices or environ.get(SETTING) or ""
+    ports = read_ports(sysfs, dev)
+    if wanted == INHERIT:
+        _check_named(inherited or "", f"{SETTING}={INHERIT} keeps {UCX_SETTING}", ports, sysfs)
+        return inherited
+    if wanted:
+        _check_named(wanted, SETTING, ports, sysfs)
+    elif ports and device_index is not None:
+        address = pci_address(device_index)
+        chosen = ports_of_gpu(address, gpu_places(sysfs), ports)
+        wanted = ",".join(port.name for port in chosen)
+        _tell(wanted, inherited, f"GPU {device_index} ({address})")
+    else:
+        return inherited
+    environ[UCX_SETTING] = wanted
+    return wanted
+
+
+def _tell(chosen: str, inherited: str | None, gpu: str) -> None:
+    if inherited is None or inherited == chosen:
+        logger.info("%s: %s=%s, the nearest to it", gpu, UCX_SETTING, chosen)
+        return
+    logger.warning(
+        "%s: %s=%s was inherited and is overridden with %s, the nearest to it: one value for all "
+        "processes sends their traffic through one port, and `all` may pick a far one; "
+        "%s=%s keeps what is inherited",
+        gpu,
+        UCX_SETTING,
+        inherited,
+        chosen,
+        SETTING,
+        INHERIT,
+    )
+
+
+def _check_named(value: str, setting: str, ports: Sequence[RdmaPort], sysfs: Path) -> None:
+    """Refuse names of a list that are not here, or are down. UCX's patterns are UCX's to judge."""
+    rdma = {port.name: port for port in ports}
+    interfaces = network_interfaces(sysfs)
+    for name in (part.strip() for part in value.split(",")):
+        if name in ("", "all") or not re.fullmatch(r"[\w.:-]+", name):
+            continue
+        if name in rdma and not rdma[name].is_up:
+            raise TransportError(
+                f"{setting}: RDMA port {name} is down ({rdma[name].condition})",
+                remedy="bring it up (ibstat, ip link), or name another",
+            )
+        if interfaces.get(name, "up") in _DOWN:
+            raise TransportError(
+                f"{setting}: network interface {name} is {interfaces[name]}",
+                remedy="bring it up (ip link), or name another",
+            )
+        if name not in rdma and name not in interfaces:
+            there = ", ".join([*rdma, *interfaces]) or "none"
+            raise SettingsError(
+                f"{setting}: there is no network device {name!r} here; there are: {there}",
+                remedy="name an RDMA device with its port (mlx5_0:1), or a network interface",
+            )
