@@ -14,7 +14,7 @@ import torch
 from sglang.srt.managers.scheduler_components.weight_updater import _WeightUpdateSession
 
 from engine_plugins.errors import ConflictError, UnsupportedError, WeightMismatchError
-from engine_plugins.weights.coverage import left_out_by_design
+from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
     LoadWeights,
@@ -47,7 +47,11 @@ class SglangWeightInstaller:
     def may_go_unused(self, name: str) -> bool:
         """Names that SGLang's loaders leave out by design."""
         config = self._runner.model_config.hf_text_config
-        return left_out_by_design(name, tied=bool(getattr(config, "tie_word_embeddings", False)))
+        return left_out_by_design(
+            name,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            predicting=prediction_layers(config),
+        )
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
         """Record the loader's copies on a second model without memory."""

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
-from engine_plugins.weights.coverage import left_out_by_design
+from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
     LoadWeights,
@@ -55,7 +55,11 @@ class VllmWeightInstaller:
     def may_go_unused(self, name: str) -> bool:
         """Names that vLLM's loaders leave out by design."""
         config = self._vllm_config.model_config.hf_text_config
-        return left_out_by_design(name, tied=bool(getattr(config, "tie_word_embeddings", False)))
+        return left_out_by_design(
+            name,
+            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            predicting=prediction_layers(config),
+        )
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
         """Record the loader's copies on a second model without memory."""

@@ -12,7 +12,13 @@ import torch
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
 
-__all__ = ["EngineStep", "LoaderRules", "engine_steps", "left_out_by_design"]
+__all__ = [
+    "EngineStep",
+    "LoaderRules",
+    "engine_steps",
+    "left_out_by_design",
+    "prediction_layers",
+]
 
 EngineStep = tuple[list[str], list[LogicalTensor]]
 """Engine modules, and the HF tensors that fill them."""
@@ -20,6 +26,8 @@ EngineStep = tuple[list[str], list[LogicalTensor]]
 _SHOWN = 8
 _NUMBER = re.compile(r"\d+")
 _NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 class LoaderRules(Protocol):
@@ -35,14 +43,26 @@ class LoaderRules(Protocol):
         ...
 
 
-def left_out_by_design(name: str, *, tied: bool) -> bool:
+def left_out_by_design(name: str, *, tied: bool, predicting: range = range(0)) -> bool:
     """Names of a checkpoint that the loaders of both engines leave out, and rightly.
 
     Args:
         name: the HF name.
         tied: whether the output head shares the embedding's parameter.
+        predicting: layers that predict further tokens, which only a draft model has; see
+            `prediction_layers`.
     """
-    return bool(_NEVER_LOADED.search(name)) or (tied and name == "lm_head.weight")
+    if _NEVER_LOADED.search(name) or (tied and name == "lm_head.weight"):
+        return True
+    layer = _LAYER.match(name)
+    return int(layer[1]) in predicting if layer else bool(predicting) and name.startswith("mtp.")
+
+
+def prediction_layers(config: object) -> range:
+    """Layers behind the model's own that predict further tokens (MTP), from its HF config."""
+    count = next(filter(None, (getattr(config, key, None) for key in _PREDICTION_COUNTS)), 0)
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    return range(layers, layers + int(count))
 
 
 def engine_steps(

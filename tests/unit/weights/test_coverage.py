@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine_plugins.errors import WeightMismatchError
-from engine_plugins.weights.coverage import EngineStep, engine_steps
+from engine_plugins.weights.coverage import (
+    EngineStep,
+    engine_steps,
+    left_out_by_design,
+    prediction_layers,
+)
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
 from tests.support.in_memory_model import InMemoryModel, hf_tensors, traced
 
@@ -208,3 +214,27 @@ def _copy(
         parameter_dtype=torch.float32,
         pure=True,
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("model.layers.3.mlp.up_proj.weight", False),
+        ("model.layers.4.mlp.up_proj.weight", True),
+        ("model.layers.5.eh_proj.weight", True),
+        ("model.layers.6.mlp.up_proj.weight", False),
+        ("mtp.fc.weight", True),
+        ("model.norm.weight", False),
+    ],
+)
+def test_prediction_layers_are_those_that_the_config_counts(name: str, unused: bool) -> None:
+    """The target model of a checkpoint with MTP layers has no parameters for them."""
+    layers = prediction_layers(SimpleNamespace(num_hidden_layers=4, num_nextn_predict_layers=2))
+    assert left_out_by_design(name, tied=False, predicting=layers) is unused
+
+
+@pytest.mark.parametrize("counted", [{}, {"num_nextn_predict_layers": None}])
+def test_a_config_without_prediction_layers_excuses_no_name(counted: dict[str, None]) -> None:
+    layers = prediction_layers(SimpleNamespace(num_hidden_layers=4, **counted))
+    for name in ("model.layers.4.eh_proj.weight", "mtp.fc.weight"):
+        assert not left_out_by_design(name, tied=False, predicting=layers)
