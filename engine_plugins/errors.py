@@ -28,6 +28,7 @@ __all__ = [
     "TransportError",
     "UnknownIdError",
     "UnsupportedError",
+    "UpdateAbortedError",
     "UpdateFailedError",
     "WeightMismatchError",
 ]
@@ -90,6 +91,12 @@ class StaleVersionError(ConflictError):
     """The version offered is not newer than the one installed."""
 
     code = "stale_version"
+
+
+class UpdateAbortedError(ConflictError):
+    """An update that was prepared was given up: by its caller, or because no commit came."""
+
+    code = "update_aborted"
 
 
 class UnsupportedError(EnginePluginError):

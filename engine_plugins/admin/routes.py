@@ -11,6 +11,8 @@ from fastapi import APIRouter, Request, Response
 
 from engine_plugins.admin.auth import TokenScope
 from engine_plugins.admin.schemas import (
+    AbortBody,
+    CommitBody,
     ConnectBody,
     FlushBody,
     Flushed,
@@ -35,6 +37,9 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
     ("POST", SOURCES_PATH): "weights",
     ("POST", "/weights/connect"): "weights",
     ("POST", "/weights/update"): "weights",
+    ("POST", "/weights/prepare"): "weights",
+    ("POST", "/weights/commit"): "weights",
+    ("POST", "/weights/abort"): "weights",
     ("GET", "/weights"): "read",
 }
 """The scope that each route needs."""
@@ -95,6 +100,21 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
     async def update(body: UpdateBody) -> Response:
         """Install new weights, as one transaction."""
         return _json(await service.update(body))
+
+    @router.post("/weights/prepare")
+    async def prepare(body: UpdateBody) -> Response:
+        """Have new weights here, and go on serving the old ones until the commit."""
+        return _json(await service.prepare(body))
+
+    @router.post("/weights/commit")
+    async def commit(body: CommitBody) -> Response:
+        """Install what was prepared under a request_id."""
+        return _json(await service.commit(body))
+
+    @router.post("/weights/abort")
+    async def abort(body: AbortBody) -> Response:
+        """Give up what was prepared under a request_id; the old weights serve on."""
+        return _json(await service.abort(body))
 
     @router.get("/weights")
     async def weights() -> WeightsView:

@@ -11,6 +11,8 @@ from engine_plugins.admin.engine_control import InFlightKV, PauseMode
 from engine_plugins.admin.state import StateName
 
 __all__ = [
+    "AbortBody",
+    "CommitBody",
     "ConnectBody",
     "EngineView",
     "FenceView",
@@ -78,6 +80,22 @@ class UpdateBody(_Body):
     )
     timeout_s: float = Field(default=300.0, gt=0)
     force: bool = Field(default=False, description="install a version that is not newer")
+
+
+class CommitBody(_Body):
+    """Which prepared update to install."""
+
+    request_id: str = Field(min_length=1, max_length=256)
+
+
+class AbortBody(CommitBody):
+    """Which prepared update to give up."""
+
+    writes_ended: bool = Field(
+        default=False,
+        description="of a push: no write of the trainer is under way, so its targets can be used "
+        "again",
+    )
 
 
 class SourceAccepted(BaseModel):

@@ -8,14 +8,18 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 
+from engine_plugins.admin.background import Background
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
 from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.schemas import (
+    AbortBody,
+    CommitBody,
     ConnectBody,
     EngineView,
     FlushBody,
@@ -28,13 +32,11 @@ from engine_plugins.admin.schemas import (
 )
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, Pause, moved, require
-from engine_plugins.admin.update_answers import UpdateAnswers
-from engine_plugins.admin.update_transaction import UpdateTransaction
+from engine_plugins.admin.updates import Updates
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
-    StaleVersionError,
     UnknownIdError,
     UnsupportedError,
     WeightMismatchError,
@@ -48,8 +50,6 @@ from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescripti
 __all__ = ["AdminService"]
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 MAX_SOURCES = 4096
 MAX_PLANS = 8
@@ -68,10 +68,10 @@ class AdminService:
         self._shared = shared
         self._settings = settings
         self._workers = WorkerCalls(control)
-        self._answers = UpdateAnswers(shared)
+        self._background = Background()
+        self._updates = Updates(control, shared, settings, self._background)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
-        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def state_name(self) -> str:
@@ -101,11 +101,11 @@ class AdminService:
 
     async def pause(self, body: PauseBody) -> StateView:
         """Stop scheduling, and say so in the state."""
-        await self._to_the_end(self._pause(body))
+        await self._background.to_the_end(self._pause(body))
         return await self.state()
 
     async def _pause(self, body: PauseBody) -> None:
-        with self._shared.operation("pause"):
+        async with self._operation("pause"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="pause")
             if state.pause is not None and state.pause.mode != body.mode:
@@ -120,11 +120,11 @@ class AdminService:
             pause = Pause(mode=body.mode, until=until)
             self._shared.change(lambda now: moved(now, "paused", pause=pause))
         if body.hold_s is not None:
-            self._keep(asyncio.create_task(self._end_pause(pause, body.hold_s)))
+            self._background.keep(self._end_pause(pause, body.hold_s))
 
     async def resume(self) -> StateView:
         """Schedule again."""
-        with self._shared.operation("resume"):
+        async with self._operation("resume"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="resume")
             if state.state == "paused":
@@ -134,7 +134,7 @@ class AdminService:
 
     async def flush(self, body: FlushBody) -> list[str]:
         """Empty caches, whatever the engine is doing short of an update."""
-        with self._shared.operation("flush"):
+        async with self._operation("flush"):
             require(self._shared.read(), "serving", "paused", doing="flush")
             return await self._control.flush(
                 prefix_cache=body.prefix_cache, multimodal_cache=body.multimodal_cache
@@ -160,12 +160,12 @@ class AdminService:
             raise UnsupportedError(
                 "direction push is not built yet", remedy="connect with direction pull"
             )
-        with self._shared.operation("connect"):
+        async with self._operation("connect"):
             require(self._shared.read(), "serving", "paused", "fenced", doing="connect")
             manifests = self._manifests(body)
             plan_id = "plan-" + secrets.token_hex(8)
             try:
-                answers = await self._workers.connect(plan_id, manifests)
+                answers = await self._workers.connect(plan_id, manifests, direction=body.direction)
                 _refuse_unused(answers)
             except EnginePluginError:
                 await self._workers.drop(plan_id)
@@ -179,60 +179,29 @@ class AdminService:
         return plan
 
     async def update(self, body: UpdateBody) -> UpdateReport:
-        """Install new weights; a request_id that was answered before is answered again.
+        """Install new weights; see `Updates.update`."""
+        return await self._updates.update(body)
 
-        Raises:
-            StoredFailure: this request_id failed before.
-            EnginePluginError: see UpdateTransaction.run.
-        """
-        if body.verify != "none":
-            raise UnsupportedError(
-                f"verify {body.verify} is not built yet", remedy="update with verify none"
-            )
-        given = self._answers.again(body)
-        return given if given is not None else await self._to_the_end(self._update(body))
+    async def prepare(self, body: UpdateBody) -> UpdateReport:
+        """Have new weights here, and go on serving the old ones; see `Updates.prepare`."""
+        return await self._updates.prepare(body)
+
+    async def commit(self, body: CommitBody) -> UpdateReport:
+        """Install what was prepared; see `Updates.commit`."""
+        return await self._updates.commit(body.request_id)
+
+    async def abort(self, body: AbortBody) -> UpdateReport:
+        """Give up what was prepared; see `Updates.abort`."""
+        return await self._updates.abort(body)
 
     def weights(self) -> WeightsView:
         """The version that serves, past reports and known plans."""
         plans = [self._shared.get("plans", name) for name in self._shared.names("plans")]
         return WeightsView(
             version=self._shared.read().weights.version,
-            history=self._answers.reports(),
+            history=self._updates.reports(),
             plans=[msgspec.json.decode(plan) for plan in plans if plan is not None],
         )
-
-    async def _update(self, body: UpdateBody) -> UpdateReport:
-        with self._shared.operation("update"):
-            # The same request may have been answered while this one came to the lock.
-            given = self._answers.again(body)
-            if given is not None:
-                return given
-            plan = self._plan(body.plan_id)
-            state = self._shared.read()
-            require(state, "serving", "paused", "fenced", doing="update")
-            _refuse_stale(state, body)
-            if body.plan_id in self._shared.names("used"):
-                plan = msgspec.structs.replace(plan, connect_s=0.0, plan_s=0.0)
-            self._shared.put("used", body.plan_id, b"")
-            transaction = UpdateTransaction(
-                self._control, self._shared, body, plan, staged=self._staged(body, plan)
-            )
-            return await self._carry_through(transaction)
-
-    async def _carry_through(self, transaction: UpdateTransaction) -> UpdateReport:
-        try:
-            report = await transaction.run()
-        except EnginePluginError as error:
-            self._answers.keep(transaction.failure_report(error), error)
-            raise
-        self._answers.keep(report)
-        return report
-
-    def _staged(self, body: UpdateBody, plan: PlanSummary) -> bool:
-        if body.mode == "auto":
-            largest = max(rank.bytes_needed for rank in plan.ranks)
-            return 0 < largest <= self._settings.staging_bytes
-        return body.mode == "staged"
 
     def _manifests(self, body: ConnectBody) -> list[bytes]:
         bodies: list[bytes] = []
@@ -256,20 +225,11 @@ class AdminService:
         compare_facts(body.model, self._control.info.model_facts, who="the connect call")
         return bodies
 
-    def _plan(self, plan_id: str) -> PlanSummary:
-        kept = (
-            self._shared.get("plans", plan_id) if plan_id in self._shared.names("plans") else None
-        )
-        if kept is None:
-            raise UnknownIdError(f"no plan {plan_id[:80]!r} here", remedy="connect again")
-        return msgspec.json.decode(kept, type=PlanSummary)
-
     async def _request_counts(self) -> RequestCounts:
         """Ask the engine, but do not wait for a busy one, nor ask it twice at a time."""
         task = self._counting
         if task is None or task.done():
-            task = self._counting = asyncio.create_task(self._control.request_counts())
-            self._keep(task)
+            task = self._counting = self._background.keep(self._control.request_counts())
         await asyncio.wait({task}, timeout=BUSY_WAIT_S)
         if not task.done() or task.exception() is not None:
             return RequestCounts(running=None, waiting=None)
@@ -281,8 +241,7 @@ class AdminService:
         if task is None or (task.done() and task.exception() is not None):
             if state.state == "updating":
                 return []
-            task = self._describing = asyncio.create_task(self._workers.describe())
-            self._keep(task)
+            task = self._describing = self._background.keep(self._workers.describe())
         await asyncio.wait({task}, timeout=BUSY_WAIT_S)
         if not task.done() or task.exception() is not None:
             return []
@@ -294,21 +253,12 @@ class AdminService:
         for name in self._shared.names(folder)[:-most]:
             self._shared.drop(folder, name)
 
-    async def _to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
-        """Work in a task of its own: a client that hangs up must not stop it half way."""
-        task = asyncio.create_task(work)
-        self._keep(task)
-        return await asyncio.shield(task)
-
-    def _keep(self, task: asyncio.Task[Any]) -> None:
-        """Keep a task that nobody may be waiting for; the loop itself holds it only weakly."""
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
-
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever asked was told; asyncio need not complain
+    @asynccontextmanager
+    async def _operation(self, name: str) -> AsyncIterator[None]:
+        """Hold the operation lock, over an engine that no dead process has left updating."""
+        with self._shared.operation(name):
+            await self._updates.recover()
+            yield
 
     async def _end_pause(self, pause: Pause, hold_s: float) -> None:
         """End a pause whose holder said how long to hold it, if it is still that pause.
@@ -354,21 +304,4 @@ def _refuse_unused(answers: list[ConnectAnswer]) -> None:
         raise WeightMismatchError(
             f"{len(unused)} tensors reach no parameter of the engine's model: {shown}",
             remedy="publish the tensors of the model that this engine serves, and no others",
-        )
-
-
-def _refuse_stale(state: EngineState, body: UpdateBody) -> None:
-    if body.force:
-        return
-    if state.fence is not None:
-        if body.version < state.fence.attempted_version:
-            raise StaleVersionError(
-                f"version {body.version} is older than {state.fence.attempted_version}, whose "
-                "update failed half way",
-                remedy="repeat that version or send a newer one, or set force",
-            )
-    elif state.weights.version is not None and body.version <= state.weights.version:
-        raise StaleVersionError(
-            f"version {body.version} is not newer than the installed {state.weights.version}",
-            remedy="send a newer version, or set force",
         )

@@ -58,6 +58,8 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
     remedy: str
     attempted_version: int
     """Version whose update failed half way; that one or a newer one lifts the fence."""
+    for_good: bool = False
+    """Whether only a restart of the engine helps."""
 
 
 class UpdateProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -96,10 +98,16 @@ def require(state: EngineState, *allowed: StateName, doing: str) -> None:
     Raises:
         ConflictError: the text names the state, the reason of a fence, and the way out.
     """
-    if state.state in allowed:
+    fence = state.fence
+    if state.state in allowed and not (fence is not None and fence.for_good):
         return
-    why = f" ({state.fence.code}: {state.fence.detail})" if state.fence is not None else ""
-    raise ConflictError(f"cannot {doing} while {state.state}{why}", remedy=_WAY_OUT[state.state])
+    why = "" if fence is None else f" ({fence.code}: {fence.detail})"
+    if state.update is not None and state.update.phase == "prepared":
+        why = f" (version {state.update.version} is prepared as {state.update.request_id!r})"
+        remedy = "POST /admin/v1/weights/commit or /weights/abort with that request_id"
+    else:
+        remedy = fence.remedy if fence is not None and fence.for_good else _WAY_OUT[state.state]
+    raise ConflictError(f"cannot {doing} while {state.state}{why}", remedy=remedy)
 
 
 def refusal(state: EngineState) -> str | None:

@@ -1,5 +1,6 @@
 """A weight update as a transaction: pull, pause, install, flush, publish, resume.
 
+In one go (`run`), or in two phases: `prepare` brings every byte here, `commit` has it serve.
 Until the first live parameter is touched a failure leaves the engine as it was. From then on only
 completion may serve: a failure fences the engine. The version is published after the last cache
 is flushed, so it never labels anything else.
@@ -10,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Literal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Literal, Self
 
 import msgspec
 
@@ -28,9 +29,10 @@ from engine_plugins.admin.state import (
     WeightsInstalled,
     moved,
 )
+from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.worker_calls import WorkerCalls
-from engine_plugins.errors import EnginePluginError, TransferTimeoutError
-from engine_plugins.weights.report import Phases, PlanSummary, RankReport, UpdateReport
+from engine_plugins.errors import EnginePluginError, TransferTimeoutError, UpdateAbortedError
+from engine_plugins.weights.report import Outcome, Phases, PlanSummary, RankReport, UpdateReport
 from engine_plugins.weights.worker_service import StatusAnswer
 
 __all__ = ["UpdateTransaction"]
@@ -46,39 +48,55 @@ GRACE_S = 0.5
 
 
 class UpdateTransaction:
-    """One update of one engine. The caller holds the operation lock throughout.
+    """One update of one engine. The caller holds the operation lock during every method.
 
     Args:
         control: the engine.
         shared: the state that every process sees.
-        body: what was asked.
-        plan: the plan that it names.
-        staged: whether everything is pulled before the engine is paused.
+        record: where the update stands; kept in the runtime directory from step to step.
     """
 
-    def __init__(
-        self,
+    def __init__(self, control: EngineControl, shared: SharedState, record: UpdateRecord) -> None:
+        self._control = control
+        self._workers = WorkerCalls(control)
+        self._shared = shared
+        self._records = UpdateRecords(shared)
+        self._record = record
+        self._body = record.body
+        self._plan = record.plan
+        self._paused_s = 0.0
+
+    @classmethod
+    def begin(
+        cls,
         control: EngineControl,
         shared: SharedState,
         body: UpdateBody,
         plan: PlanSummary,
         *,
         staged: bool,
-    ) -> None:
-        self._control = control
-        self._workers = WorkerCalls(control)
-        self._shared = shared
-        self._body = body
-        self._plan = plan
-        self._staged = staged
-        self._before = shared.read()
-        self._paused_here = False
-        self._touched = False
-        self._seconds: dict[str, float] = {}
-        self._began = time.perf_counter()
-        self._deadline = time.monotonic() + body.timeout_s
-        self._still_since = self._began
-        self._paused_s = 0.0
+    ) -> Self:
+        """A new update of the engine as it is now.
+
+        Args:
+            control: the engine.
+            shared: the state that every process sees.
+            body: what was asked.
+            plan: the plan that it names.
+            staged: whether every byte is here before the engine is paused.
+        """
+        now = time.monotonic()
+        record = UpdateRecord(
+            asked=body.model_dump(),
+            plan=plan,
+            staged=staged,
+            before=shared.read(),
+            began=now,
+            deadline=now + body.timeout_s,
+            still_since=now,
+        )
+        UpdateRecords(shared).keep(record)
+        return cls(control, shared, record)
 
     async def run(self) -> UpdateReport:
         """Carry the update through.
@@ -87,59 +105,145 @@ class UpdateTransaction:
             EnginePluginError: what went wrong; the engine serves its old weights, or is fenced
                 and says so in its state.
         """
-        try:
+        async with self._or_give_up():
             await self._pull()
             await self._pause()
-            await self._install()
-            ranks = await self._finish()
-            await self._flush()
-            await self._publish()
+            ranks = await self._install()
+        return self._report("installed", ranks)
+
+    async def prepare(self) -> UpdateReport:
+        """Have every byte here, or of a push the memory ready that the trainer writes to.
+
+        The old weights serve on meanwhile and until `commit`; except where a push goes into live
+        parameters, for which the engine is paused and only completion may serve.
+
+        Raises:
+            EnginePluginError: as for `run`.
+        """
+        async with self._or_give_up():
+            statuses = await (self._open() if self._plan.direction == "push" else self._pull())
+        done = sum(status.bytes_done for status in statuses)
+        self._show("prepared", done)
+        report = self._report("prepared", [])
+        self._record.prepared = msgspec.structs.replace(report, bytes_moved=done)
+        self._records.keep(self._record)
+        return self._record.prepared
+
+    async def commit(self) -> UpdateReport:
+        """Install what was prepared, within `timeout_s` from now.
+
+        Raises:
+            EnginePluginError: as for `run`.
+        """
+        self._record.prepared = None
+        self._record.deadline = time.monotonic() + self._body.timeout_s
+        self._records.keep(self._record)
+        async with self._or_give_up():
+            if self._plan.direction == "push":
+                await self._workers.written()
+            await self._pause()
+            ranks = await self._install()
+        return self._report("installed", ranks)
+
+    async def give_up(self, error: EnginePluginError, *, writes_ended: bool = True) -> None:
+        """Back to the old weights if none was touched; otherwise behind a fence.
+
+        Args:
+            error: why; its remedy will say what serves.
+            writes_ended: whether a push's trainer is known to write no more.
+        """
+        wrote, lost = self._record.touched, False
+        pushed = self._plan.direction == "push"
+        try:
+            answer = await self._workers.abort(writes_ended=writes_ended if pushed else None)
+            wrote, lost = answer.wrote or wrote, answer.lost
+            if wrote or lost:
+                await self._fence(error, lost=lost)
+                return
+            if self._record.paused_here:
+                await self._control.resume()
+        except Exception:
+            logger.exception("giving up an update met another error")
+            if wrote or lost:
+                self._close_fence(error, lost=lost)
+                return
+        before = self._record.before
+        self._shared.change(
+            lambda state: moved(
+                state, before.state, pause=before.pause, fence=before.fence, update=None
+            )
+        )
+        error.remedy = error.remedy or "the old weights serve on; mend the cause and update again"
+
+    @asynccontextmanager
+    async def _or_give_up(self) -> AsyncIterator[None]:
+        try:
+            yield
         except EnginePluginError as error:
-            await self._give_up(error)
+            await self.give_up(error)
             raise
         except Exception as error:  # an engine's own exception must not leave the state behind
             failure = EnginePluginError(f"{type(error).__name__}: {error}")
-            await self._give_up(failure)
+            await self.give_up(failure)
             raise failure from error
-        return self._report(ranks)
 
-    async def _pull(self) -> None:
+    async def _pull(self) -> list[StatusAnswer]:
         """Pull until nothing more can come without the engine standing still."""
         self._show("pull", 0)
-        statuses = await self._workers.start(
-            self._plan.plan_id, staged=self._staged, timeout_s=self._body.timeout_s
-        )
+        statuses = await self._start()
         while not all(self._enough(status) for status in statuses):
             await asyncio.sleep(POLL_S)
             statuses = await self._workers.poll()
             self._progress("pull", statuses)
+        return statuses
 
     def _enough(self, status: StatusAnswer) -> bool:
-        return status.steps_ready >= (status.steps_total if self._staged else 1)
+        return status.steps_ready >= (status.steps_total if self._record.staged else 1)
+
+    async def _open(self) -> list[StatusAnswer]:
+        """Make the memory ready that the trainer will write to."""
+        self._show("open", 0)
+        if self._plan.direct_bytes:
+            await self._pause()
+            self._touch()
+        return await self._start()
+
+    async def _start(self) -> list[StatusAnswer]:
+        return await self._workers.start(
+            self._plan.plan_id, staged=self._record.staged, timeout_s=self._body.timeout_s
+        )
 
     async def _pause(self) -> None:
-        if self._before.state != "serving":
+        if self._record.before.state != "serving" or self._record.paused_here:
             return
         self._show("pause", None)
+        left = max(self._record.deadline - time.monotonic(), 0.1)
         with self._timed("pause_s"):
-            await pause_within(
-                self._control, self._body.pause, max(self._deadline - time.monotonic(), 0.1)
-            )
-        self._paused_here = True
-        self._still_since = time.perf_counter()
+            await pause_within(self._control, self._body.pause, left)
+        self._record.paused_here = True
+        self._record.still_since = time.monotonic()
 
-    async def _install(self) -> None:
-        self._touched = True
+    async def _install(self) -> list[RankReport]:
+        """Everything that follows once the engine stands still."""
+        self._touch()
         self._show("install", None)
-        self._mark_new_kv()
         while True:
             statuses = await self._workers.advance(budget_s=ADVANCE_S)
             if all(status.steps_installed == status.steps_total for status in statuses):
-                return
+                break
             self._progress("install", statuses)
+        ranks = await self._workers.finish()
+        await self._flush()
+        await self._publish()
+        return ranks
 
-    async def _finish(self) -> list[RankReport]:
-        return await self._workers.finish()
+    def _touch(self) -> None:
+        """From here on only completion may serve, and no request may use KV of the old weights."""
+        if self._record.touched:
+            return
+        self._record.touched = True
+        self._records.keep(self._record)
+        self._mark_new_kv()
 
     async def _flush(self) -> None:
         self._show("flush", None)
@@ -153,7 +257,7 @@ class UpdateTransaction:
         await self._control.publish_version(self._body.version)
         resume = self._body.resume
         if resume is None:
-            resume = self._before.pause is None
+            resume = self._record.before.pause is None
         weights = WeightsInstalled(
             version=self._body.version,
             request_id=self._body.request_id,
@@ -164,7 +268,7 @@ class UpdateTransaction:
             self._show("resume", None)
             with self._timed("resume_s"):
                 await self._control.resume()
-        self._paused_s = time.perf_counter() - self._still_since
+        self._paused_s = time.monotonic() - self._record.still_since
         left_paused = Pause(mode=self._body.pause, until=None)
         self._shared.change(
             lambda state: moved(
@@ -172,56 +276,20 @@ class UpdateTransaction:
                 "serving" if resume else "paused",
                 update=None,
                 fence=None,
-                pause=None if resume else self._before.pause or left_paused,
+                pause=None if resume else self._record.before.pause or left_paused,
             )
         )
 
-    async def _give_up(self, error: EnginePluginError) -> None:
-        """Back to the old weights if none was touched; otherwise behind a fence."""
-        wrote = self._touched
-        try:
-            wrote = await self._workers.abort() or wrote
-            if wrote:
-                await self._fence(error)
-                return
-            if self._paused_here:
-                await self._control.resume()
-        except Exception:
-            logger.exception("giving up an update met another error")
-            if wrote:
-                self._close_fence(error)
-                return
-        self._shared.change(
-            lambda state: moved(
-                state,
-                self._before.state,
-                pause=self._before.pause,
-                fence=self._before.fence,
-                update=None,
-            )
-        )
-        error.remedy = error.remedy or "the old weights serve on; mend the cause and update again"
-
-    async def _fence(self, error: EnginePluginError) -> None:
-        self._close_fence(error)
+    async def _fence(self, error: EnginePluginError, *, lost: bool) -> None:
+        self._close_fence(error, lost=lost)
         ended = await self._control.fail_requests()
         logger.error("engine fenced: %s; %d requests ended with an error", error.message, ended)
 
-    def _close_fence(self, error: EnginePluginError) -> None:
-        fence = Fence(
-            code=error.code,
-            detail=f"the update to version {self._body.version} failed half way: {error.message}",
-            remedy=f"repeat the update to version {self._body.version} or send a newer one, under "
-            "a new request_id",
-            attempted_version=self._body.version,
-        )
+    def _close_fence(self, error: EnginePluginError, *, lost: bool) -> None:
+        fence = _lost_memory(self._body, error) if lost else _half_way(self._body, error)
         self._shared.change(
             lambda state: moved(
-                state,
-                "fenced",
-                fence=fence,
-                update=None,
-                weights=WeightsInstalled(),
+                state, "fenced", fence=fence, update=None, weights=WeightsInstalled()
             )
         )
         error.remedy = f"the engine is fenced; {fence.remedy}"
@@ -240,7 +308,7 @@ class UpdateTransaction:
     def _progress(self, phase: str, statuses: list[StatusAnswer]) -> None:
         done = sum(status.bytes_done for status in statuses)
         self._show(phase, done)
-        if time.monotonic() > self._deadline + GRACE_S:
+        if time.monotonic() > self._record.deadline + GRACE_S:
             slowest = min(statuses, key=lambda status: status.bytes_done)
             raise TransferTimeoutError(
                 f"the update did not end within {self._body.timeout_s:g} s: rank "
@@ -266,41 +334,61 @@ class UpdateTransaction:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = time.monotonic()
         yield
-        self._seconds[phase] = time.perf_counter() - began
+        self._record.seconds[phase] = time.monotonic() - began
 
     def failure_report(self, error: EnginePluginError) -> UpdateReport:
         """The report of an update that failed, for the history."""
         return msgspec.structs.replace(
-            self._report([]),
-            outcome="failed",
+            self._report("aborted" if isinstance(error, UpdateAbortedError) else "failed", []),
             error={"code": error.code, "detail": error.message, "remedy": error.remedy},
         )
 
-    def _report(self, ranks: list[RankReport]) -> UpdateReport:
+    def _report(self, outcome: Outcome, ranks: list[RankReport]) -> UpdateReport:
         moved_bytes = sum(rank.bytes_moved for rank in ranks)
         wire_s = max((rank.wire_s for rank in ranks), default=0.0)
-        mode: Literal["staged", "in_place"] = "staged" if self._staged else "in_place"
+        mode: Literal["staged", "in_place"] = "staged" if self._record.staged else "in_place"
         return UpdateReport(
             version=self._body.version,
             request_id=self._body.request_id,
             plan_id=self._plan.plan_id,
-            outcome="installed",
+            outcome=outcome,
             mode=mode,
             bytes_moved=moved_bytes,
             bytes_needed=self._plan.bytes_needed,
             gbps=moved_bytes / 1e9 / wire_s if wire_s > 0 else 0.0,
-            seconds=time.perf_counter() - self._began,
-            paused_s=self._paused_s if self._paused_here else 0.0,
+            seconds=time.monotonic() - self._record.began,
+            paused_s=self._paused_s if self._record.paused_here else 0.0,
             phases=Phases(
                 connect_s=self._plan.connect_s,
                 plan_s=self._plan.plan_s,
                 pull_s=wire_s,
                 install_s=max((rank.install_s for rank in ranks), default=0.0),
-                **self._seconds,
+                **self._record.seconds,
             ),
             peak_extra_bytes=max((rank.peak_extra_bytes for rank in ranks), default=0),
             ranks=ranks,
             finished_at=time.time(),
         )
+
+
+def _half_way(body: UpdateBody, error: EnginePluginError) -> Fence:
+    return Fence(
+        code=error.code,
+        detail=f"the update to version {body.version} failed half way: {error.message}",
+        remedy=f"repeat the update to version {body.version} or send a newer one, under a new "
+        "request_id",
+        attempted_version=body.version,
+    )
+
+
+def _lost_memory(body: UpdateBody, error: EnginePluginError) -> Fence:
+    return Fence(
+        code="live_memory_lost",
+        detail=f"bytes of the update to version {body.version} may still land in live weights, "
+        f"which no later update can mend: {error.message}",
+        remedy="restart the engine",
+        attempted_version=body.version,
+        for_good=True,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.errors import EnginePluginError
@@ -32,21 +32,30 @@ class WorkerCalls:
         """Who the workers are."""
         return await self.ask("describe", WorkerDescription)
 
-    async def connect(self, plan_id: str, manifests: list[bytes]) -> list[ConnectAnswer]:
+    async def connect(
+        self, plan_id: str, manifests: list[bytes], *, direction: Literal["pull", "push"]
+    ) -> list[ConnectAnswer]:
         """Plan on every rank."""
-        return await self.ask("connect", ConnectAnswer, plan_id=plan_id, manifests=manifests)
+        push = {"direction": direction} if direction == "push" else {}
+        return await self.ask(
+            "connect", ConnectAnswer, plan_id=plan_id, manifests=manifests, **push
+        )
 
     async def drop(self, plan_id: str) -> None:
         """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
         await self._control.call_workers("drop", encode_call(plan_id=plan_id))
 
     async def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> list[StatusAnswer]:
-        """Begin to pull on every rank."""
+        """Begin to pull on every rank, or make the memory ready that a push writes to."""
         return await self._statuses("start", plan_id=plan_id, staged=staged, timeout_s=timeout_s)
 
     async def poll(self) -> list[StatusAnswer]:
         """Where every rank stands. Raises the first rank's failure."""
         return await self._statuses("poll")
+
+    async def written(self) -> list[StatusAnswer]:
+        """Tell every rank that the trainer has written every byte of a push."""
+        return await self._statuses("written")
 
     async def advance(self, *, budget_s: float) -> list[StatusAnswer]:
         """Install what is here on every rank."""
@@ -56,18 +65,24 @@ class WorkerCalls:
         """End the load on every rank."""
         return await self.ask("finish", RankReport)
 
-    async def abort(self) -> bool:
-        """Give up on every rank; whether live weights had been touched anywhere.
+    async def abort(self, *, writes_ended: bool | None = None) -> AbortAnswer:
+        """Give up on every rank; what may have become of live weights on any of them.
 
         A rank that cannot say counts as touched.
+
+        Args:
+            writes_ended: of a push, whether its trainer is known to write no more.
         """
-        wrote = False
-        for body in await self._control.call_workers("abort", encode_call()):
+        arguments = {} if writes_ended is None else {"writes_ended": writes_ended}
+        wrote = lost = False
+        for body in await self._control.call_workers("abort", encode_call(**arguments)):
             try:
-                wrote = read_answer(body, AbortAnswer).wrote or wrote
+                answer = read_answer(body, AbortAnswer)
             except EnginePluginError:
                 wrote = True
-        return wrote
+            else:
+                wrote, lost = answer.wrote or wrote, answer.lost or lost
+        return AbortAnswer(wrote=wrote, lost=lost)
 
     async def _statuses(self, call: str, **arguments: Any) -> list[StatusAnswer]:
         statuses = await self.ask(call, StatusAnswer, **arguments)

@@ -89,6 +89,8 @@ class AbortAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Whether live weights had been touched when the update was given up."""
 
     wrote: bool
+    lost: bool = False
+    """Whether bytes may still land in live weights, at any time."""
 
 
 class _Answer(msgspec.Struct, frozen=True, kw_only=True):

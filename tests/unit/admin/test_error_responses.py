@@ -34,6 +34,7 @@ STATUS = {
     "TransportError": 500,
     "UnknownIdError": 404,
     "UnsupportedError": 422,
+    "UpdateAbortedError": 409,
     "UpdateFailedError": 500,
     "WeightMismatchError": 422,
 }

@@ -1,0 +1,73 @@
+"""What an update remembers while it is under way, kept where every API process finds it.
+
+Prepare and commit may land on different processes, and the process that carries an update may die.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from engine_plugins.admin.schemas import UpdateBody
+from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import EngineState
+from engine_plugins.weights.report import PlanSummary, UpdateReport
+
+__all__ = ["UpdateRecord", "UpdateRecords"]
+
+_FOLDER = "underway"
+_NAME = "update"
+"""One file: an engine has one update at a time."""
+
+
+class UpdateRecord(msgspec.Struct, kw_only=True):
+    """One update under way. Times are of the host's monotonic clock, in seconds."""
+
+    asked: dict[str, Any]
+    """The fields of the `UpdateBody`."""
+    plan: PlanSummary
+    staged: bool
+    before: EngineState
+    began: float
+    deadline: float
+    still_since: float
+    """When generation last stopped; the update's begin where it stood still before."""
+    paused_here: bool = False
+    touched: bool = False
+    """Whether a live weight may have been written: from here on only completion may serve."""
+    seconds: dict[str, float] = {}
+    prepared: UpdateReport | None = None
+    """The answer to prepare, while the update waits for its commit."""
+
+    @property
+    def body(self) -> UpdateBody:
+        """What was asked."""
+        return UpdateBody.model_validate(self.asked)
+
+
+class UpdateRecords:
+    """The record of the engine's one update under way."""
+
+    def __init__(self, shared: SharedState) -> None:
+        self._shared = shared
+
+    def read(self) -> UpdateRecord | None:
+        """The update under way, or None."""
+        kept = self._shared.get(_FOLDER, _NAME)
+        return None if kept is None else msgspec.msgpack.decode(kept, type=UpdateRecord)
+
+    def prepared(self, request_id: str) -> UpdateRecord | None:
+        """The update of this request, if it is prepared and waits."""
+        record = self.read()
+        if record is None or record.prepared is None:
+            return None
+        return record if record.body.request_id == request_id else None
+
+    def keep(self, record: UpdateRecord) -> None:
+        """Write it down, before what it says is done."""
+        self._shared.put(_FOLDER, _NAME, msgspec.msgpack.encode(record))
+
+    def drop(self) -> None:
+        """The update has ended."""
+        self._shared.drop(_FOLDER, _NAME)

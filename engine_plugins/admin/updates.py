@@ -1,0 +1,323 @@
+"""Weight updates, in one call or in two phases, each once however often it is asked for.
+
+The operation lock is held during a call, never between two. What lies between them is the record
+in the runtime directory, so any API process may take the next call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable
+
+import msgspec
+
+from engine_plugins.admin.background import Background
+from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.admin.schemas import AbortBody, UpdateBody
+from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import EngineState, require
+from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
+from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
+from engine_plugins.admin.update_transaction import UpdateTransaction
+from engine_plugins.errors import (
+    ConflictError,
+    EnginePluginError,
+    StaleVersionError,
+    UnknownIdError,
+    UnsupportedError,
+    UpdateAbortedError,
+    UpdateFailedError,
+)
+from engine_plugins.settings import Settings
+from engine_plugins.weights.report import PlanSummary, UpdateReport
+
+__all__ = ["Updates"]
+
+RETRY_S = 0.05
+
+
+class Updates:
+    """The updates of an engine, in one of its API processes."""
+
+    def __init__(
+        self,
+        control: EngineControl,
+        shared: SharedState,
+        settings: Settings,
+        background: Background,
+    ) -> None:
+        self._control = control
+        self._shared = shared
+        self._settings = settings
+        self._background = background
+        self._answers = UpdateAnswers(shared)
+        self._records = UpdateRecords(shared)
+
+    async def update(self, body: UpdateBody) -> UpdateReport:
+        """Install new weights; a request_id that was answered before is answered again.
+
+        Raises:
+            StoredFailure: this request_id failed before.
+            EnginePluginError: see UpdateTransaction.run.
+        """
+        _refuse_verify(body)
+        given = self._answers.again(body)
+        if given is not None:
+            return given
+        return await self._background.to_the_end(self._update(body))
+
+    async def prepare(self, body: UpdateBody) -> UpdateReport:
+        """Have every byte here; the engine stays as it is until `commit`, or `abort`.
+
+        Without either the update is given up `timeout_s` after this call began.
+
+        Raises:
+            StoredFailure: this request_id failed before, or was aborted.
+            EnginePluginError: see UpdateTransaction.prepare.
+        """
+        _refuse_verify(body)
+        given = self._given(body)
+        if given is not None:
+            return given
+        return await self._background.to_the_end(self._prepare(body))
+
+    async def commit(self, request_id: str) -> UpdateReport:
+        """Install what was prepared under a request_id; repeated, the same report again.
+
+        Raises:
+            StoredFailure: it failed before, or was aborted.
+            UnknownIdError: nothing was prepared under it.
+            EnginePluginError: see UpdateTransaction.commit.
+        """
+        given = self._answers.of(request_id)
+        if given is not None:
+            return given.report_or_raise()
+        return await self._background.to_the_end(self._commit(request_id))
+
+    async def abort(self, body: AbortBody) -> UpdateReport:
+        """Give up what was prepared under a request_id; also fine if it had failed or was aborted.
+
+        Raises:
+            UnknownIdError: nothing was prepared under it.
+            ConflictError: it was committed.
+        """
+        given = self._answers.of(body.request_id)
+        if given is None:
+            return await self._background.to_the_end(self._abort(body))
+        if given.report.outcome == "installed":
+            raise ConflictError(
+                f"cannot abort {body.request_id!r}: its version {given.report.version} is "
+                "installed",
+                remedy="update again, with the weights of before and a newer version",
+            )
+        return given.report
+
+    async def recover(self) -> None:
+        """Give up an update that nobody carries on; the caller holds the operation lock.
+
+        Either its commit is overdue, or the process that carried it has died: it would hold the
+        lock otherwise.
+        """
+        record = self._records.read()
+        if record is None:
+            return
+        if self._shared.read().state != "updating":
+            self._records.drop()
+            return
+        error: EnginePluginError
+        if record.prepared is None:
+            # Whether it had come to its pause is not known.
+            record.paused_here = record.before.state == "serving"
+            error = UpdateFailedError("the API process that carried the update ended")
+            await self._give_up(record, error, writes_ended=True)
+        elif time.monotonic() >= record.deadline:
+            error = UpdateAbortedError(
+                f"no commit came within {record.body.timeout_s:g} s of prepare"
+            )
+            await self._give_up(record, error, writes_ended=False)
+
+    def reports(self) -> list[dict[str, object]]:
+        """Reports of updates that have ended, newest first."""
+        return self._answers.reports()
+
+    async def _update(self, body: UpdateBody) -> UpdateReport:
+        with self._shared.operation("update"):
+            # The same request may have been answered while this one came to the lock.
+            given = self._answers.again(body)
+            if given is not None:
+                return given
+            plan = await self._accepted(body, doing="update")
+            if plan.direction == "push":
+                raise ConflictError(
+                    f"{plan.plan_id} is a push: its trainer writes before anything is installed",
+                    remedy="POST /admin/v1/weights/prepare, write, then /admin/v1/weights/commit",
+                )
+            transaction = self._begin(body, plan, staged=self._staged(body, plan))
+            report = await self._carried(transaction, transaction.run())
+            self._ended(report)
+            return report
+
+    async def _prepare(self, body: UpdateBody) -> UpdateReport:
+        with self._shared.operation("prepare"):
+            given = self._given(body)
+            if given is not None:
+                return given
+            plan = await self._accepted(body, doing="prepare an update")
+            transaction = self._begin(body, plan, staged=_staged_in_two_phases(body, plan))
+            report = await self._carried(transaction, transaction.prepare())
+            self._background.keep(self._expire(body.request_id))
+            return report
+
+    async def _commit(self, request_id: str) -> UpdateReport:
+        with self._shared.operation("commit"):
+            record = await self._prepared(request_id)
+            if isinstance(record, UpdateReport):
+                return record
+            transaction = UpdateTransaction(self._control, self._shared, record)
+            report = await self._carried(transaction, transaction.commit())
+            self._ended(report)
+            return report
+
+    async def _abort(self, body: AbortBody) -> UpdateReport:
+        with self._shared.operation("abort"):
+            await self.recover()
+            given = self._answers.of(body.request_id)
+            if given is not None:
+                return given.report
+            record = self._records.prepared(body.request_id)
+            if record is None:
+                raise _nothing_prepared(body.request_id)
+            error = UpdateAbortedError(
+                f"its caller aborted the update to version {record.body.version}"
+            )
+            return await self._give_up(record, error, writes_ended=body.writes_ended)
+
+    async def _prepared(self, request_id: str) -> UpdateRecord | UpdateReport:
+        """The record of a prepared update, or the report if it was committed meanwhile."""
+        await self.recover()
+        given = self._answers.of(request_id)
+        if given is not None:
+            return given.report_or_raise()
+        record = self._records.prepared(request_id)
+        if record is None:
+            raise _nothing_prepared(request_id)
+        return record
+
+    def _given(self, body: UpdateBody) -> UpdateReport | None:
+        """The answer to a prepare that came before."""
+        record = self._records.prepared(body.request_id)
+        if record is None or record.prepared is None:
+            return self._answers.again(body)
+        refuse_other_update(record.prepared, body)
+        return record.prepared
+
+    async def _accepted(self, body: UpdateBody, *, doing: str) -> PlanSummary:
+        """The plan of an update that may begin now."""
+        await self.recover()
+        plan = self._plan(body.plan_id)
+        state = self._shared.read()
+        require(state, "serving", "paused", "fenced", doing=doing)
+        _refuse_stale(state, body)
+        return plan
+
+    def _begin(self, body: UpdateBody, plan: PlanSummary, *, staged: bool) -> UpdateTransaction:
+        if plan.plan_id in self._shared.names("used"):
+            plan = msgspec.structs.replace(plan, connect_s=0.0, plan_s=0.0)
+        self._shared.put("used", plan.plan_id, b"")
+        return UpdateTransaction.begin(self._control, self._shared, body, plan, staged=staged)
+
+    async def _carried(
+        self, transaction: UpdateTransaction, step: Awaitable[UpdateReport]
+    ) -> UpdateReport:
+        try:
+            return await step
+        except EnginePluginError as error:
+            self._ended(transaction.failure_report(error), error)
+            raise
+
+    async def _give_up(
+        self, record: UpdateRecord, error: EnginePluginError, *, writes_ended: bool
+    ) -> UpdateReport:
+        transaction = UpdateTransaction(self._control, self._shared, record)
+        await transaction.give_up(error, writes_ended=writes_ended)
+        report = transaction.failure_report(error)
+        self._ended(report, error)
+        return report
+
+    def _ended(self, report: UpdateReport, error: EnginePluginError | None = None) -> None:
+        self._answers.keep(report, error)
+        self._records.drop()
+
+    async def _expire(self, request_id: str) -> None:
+        """Give a prepared update up once its commit is overdue."""
+        while (record := self._records.prepared(request_id)) is not None:
+            await asyncio.sleep(max(record.deadline - time.monotonic(), RETRY_S))
+            try:
+                with self._shared.operation("abort"):
+                    await self.recover()
+            except ConflictError:
+                continue  # a commit, most likely
+
+    def _staged(self, body: UpdateBody, plan: PlanSummary) -> bool:
+        if body.mode == "auto":
+            largest = max(rank.bytes_needed for rank in plan.ranks)
+            return 0 < largest <= self._settings.staging_bytes
+        return body.mode == "staged"
+
+    def _plan(self, plan_id: str) -> PlanSummary:
+        kept = (
+            self._shared.get("plans", plan_id) if plan_id in self._shared.names("plans") else None
+        )
+        if kept is None:
+            raise UnknownIdError(f"no plan {plan_id[:80]!r} here", remedy="connect again")
+        return msgspec.json.decode(kept, type=PlanSummary)
+
+
+def _nothing_prepared(request_id: str) -> UnknownIdError:
+    return UnknownIdError(
+        f"nothing is prepared under request_id {request_id[:80]!r}",
+        remedy="POST /admin/v1/weights/prepare first",
+    )
+
+
+def _staged_in_two_phases(body: UpdateBody, plan: PlanSummary) -> bool:
+    """Whether the old weights serve until the commit."""
+    if plan.direction == "push" and plan.direct_bytes:
+        if body.mode == "staged":
+            raise UnsupportedError(
+                f"this push writes {plan.direct_bytes} bytes into live parameters, so the old "
+                "weights cannot serve until the commit",
+                remedy="prepare with mode auto or in_place",
+            )
+        return False
+    if body.mode == "in_place":
+        raise UnsupportedError(
+            "what is prepared waits in a receive buffer: that is mode staged",
+            remedy="prepare with mode auto or staged, or POST /admin/v1/weights/update",
+        )
+    return True
+
+
+def _refuse_verify(body: UpdateBody) -> None:
+    if body.verify != "none":
+        raise UnsupportedError(
+            f"verify {body.verify} is not built yet", remedy="update with verify none"
+        )
+
+
+def _refuse_stale(state: EngineState, body: UpdateBody) -> None:
+    if body.force:
+        return
+    if state.fence is not None:
+        if body.version < state.fence.attempted_version:
+            raise StaleVersionError(
+                f"version {body.version} is older than {state.fence.attempted_version}, whose "
+                "update failed half way",
+                remedy="repeat that version or send a newer one, or set force",
+            )
+    elif state.weights.version is not None and body.version <= state.weights.version:
+        raise StaleVersionError(
+            f"version {body.version} is not newer than the installed {state.weights.version}",
+            remedy="send a newer version, or set force",
+        )
