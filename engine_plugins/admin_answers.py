@@ -8,7 +8,15 @@ import msgspec
 
 from engine_plugins.weights.report import UpdateReport
 
-__all__ = ["EngineState", "InstalledWeights", "PauseMode", "Progress", "UpdateRequest", "Weights"]
+__all__ = [
+    "EngineOffer",
+    "EngineState",
+    "InstalledWeights",
+    "PauseMode",
+    "Progress",
+    "UpdateRequest",
+    "Weights",
+]
 
 PauseMode = Literal["keep", "wait", "abort"]
 
@@ -39,6 +47,16 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     engine: dict[str, Any] = {}
     requests: dict[str, Any] = {}
     workers: list[dict[str, Any]] = []
+
+
+class EngineOffer(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine offers its peers: its weights where they lie, and which version they are."""
+
+    version: int
+    request_id: str | None
+    """Of the update that installed them."""
+    manifests: list[bytes]
+    """One for each rank, as msgpack; base64 in JSON."""
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):

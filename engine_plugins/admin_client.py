@@ -16,7 +16,13 @@ from typing import Self, TypeVar
 import httpx
 import msgspec
 
-from engine_plugins.admin_answers import EngineState, PauseMode, UpdateRequest, Weights
+from engine_plugins.admin_answers import (
+    EngineOffer,
+    EngineState,
+    PauseMode,
+    UpdateRequest,
+    Weights,
+)
 from engine_plugins.errors import (
     AdminAnswerError,
     EngineUnreachableError,
@@ -95,6 +101,10 @@ class AdminClient:
     def weights(self) -> Weights:
         """Ask for the installed version and the reports of past updates."""
         return self._call("GET", "/weights", Weights, scope="read")
+
+    def manifest(self) -> EngineOffer:
+        """Ask for what the engine offers its peers: manifests of the version that it holds."""
+        return self._call("GET", "/weights/manifest", EngineOffer, scope="weights")
 
     def pause(
         self, mode: PauseMode = "keep", *, timeout_s: float = 30.0, hold_s: float | None = None

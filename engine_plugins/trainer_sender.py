@@ -11,6 +11,7 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -27,6 +28,7 @@ from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Offer, Round, checked_version, drive, offer_to
+from engine_plugins.sender.tree_update import TreeUpdate
 from engine_plugins.weights.fsdp_source import fsdp_tensors
 from engine_plugins.weights.megatron_source import megatron_boxes
 from engine_plugins.weights.model_facts import model_facts
@@ -58,11 +60,14 @@ class WeightSender:
         transport: an open transport, which stays the caller's to close; by default NIXL.
         process_group: the ranks that take part; by default all.
         progress: draw progress bars on stderr of the leading rank; None when it is a terminal.
+        fan_out: have engines feed each other: the trainer's memory is read by the first one only,
+            and each engine that has the version feeds so many others. None has every engine read
+            the trainer's. The engines take a version one after the other, down the tree.
         places: gives the place of every rank of a larger job that this process plays; see
             `check_topology`.
 
     Raises:
-        SettingsError: an engine url that is none, or given twice.
+        SettingsError: an engine url that is none, or given twice; a fan_out below 1.
         NotConfiguredError: NIXL is not installed.
         SourceError: tensors that cannot be offered.
         TransportError: memory that cannot be registered.
@@ -78,11 +83,13 @@ class WeightSender:
         transport: Transport | None = None,
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
+        fan_out: int | None = None,
         places: Callable[[], Sequence[Place]] = tuple,
     ) -> None:
         self._token = token
         self._model = dict(model or {})
         self._progress = progress
+        self._fan_out = fan_out
         self._owned_transport: Transport | None = None
         self._source: WeightSource | None = None
         self._links: dict[str, EngineLink] = {}
@@ -108,6 +115,7 @@ class WeightSender:
         transport: Transport | None = None,
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
+        fan_out: int | None = None,
     ) -> Self:
         """Send HF-named tensors: whole ones, and of DTensors each rank's share.
 
@@ -122,6 +130,7 @@ class WeightSender:
             transport: see the class.
             process_group: see the class.
             progress: see the class.
+            fan_out: see the class.
         """
         kept = dict(named_tensors) if isinstance(named_tensors, Mapping) else list(named_tensors)
         return cls(
@@ -132,6 +141,7 @@ class WeightSender:
             transport=transport,
             process_group=process_group,
             progress=progress,
+            fan_out=fan_out,
         )
 
     @classmethod
@@ -145,6 +155,7 @@ class WeightSender:
         transport: Transport | None = None,
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
+        fan_out: int | None = None,
     ) -> Self:
         """Send what this process holds of an FSDP2 model (HSDP, with tensor parallelism or not).
 
@@ -160,6 +171,7 @@ class WeightSender:
             transport: see the class.
             process_group: see the class.
             progress: see the class.
+            fan_out: see the class.
 
         Raises:
             UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
@@ -173,6 +185,7 @@ class WeightSender:
             transport=transport,
             process_group=process_group,
             progress=progress,
+            fan_out=fan_out,
         )
 
     @classmethod
@@ -186,6 +199,7 @@ class WeightSender:
         transport: Transport | None = None,
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
+        fan_out: int | None = None,
     ) -> Self:
         """Send what this process holds of a Megatron model, in Megatron's own layout.
 
@@ -198,6 +212,7 @@ class WeightSender:
             transport: see the class.
             process_group: see the class.
             progress: see the class.
+            fan_out: see the class.
         """
         return cls(
             lambda: [box for rank in ranks_of(ranks) for box in megatron_boxes(rank, config)],
@@ -208,6 +223,7 @@ class WeightSender:
             transport=transport,
             process_group=process_group,
             progress=progress,
+            fan_out=fan_out,
         )
 
     def update(
@@ -300,11 +316,16 @@ class WeightSender:
         result = self._rounds(request)
         if result.failures:
             raise EnginesFailedError(
-                version=request.version, failures=result.failures, reports=result.reports
+                version=request.version,
+                failures=result.failures,
+                reports=result.reports,
+                fed_by=result.fed_by,
             )
         # The leading rank's clock, so that the report is the same everywhere.
         seconds = self._ranks.lead("timing", lambda: time.perf_counter() - started, float)
-        return SenderReport.of(request.version, result.reports, result.plans, seconds)
+        return SenderReport.of(
+            request.version, result.reports, result.plans, seconds, fed_by=result.fed_by
+        )
 
     def _open(
         self,
@@ -313,6 +334,11 @@ class WeightSender:
         transport: Transport | None,
     ) -> None:
         self._links = {link.url: link for link in links_to(engines, self._token)}
+        if self._fan_out is not None and self._fan_out < 1:
+            raise SettingsError(
+                f"fan_out is {self._fan_out}: then no engine would feed another",
+                remedy="give how many engines each one feeds, or None",
+            )
         if transport is None:
             transport = self._owned_transport = _nixl()
         place = f"trainer rank {self._ranks.global_rank} of {self._ranks.count}"
@@ -335,6 +361,8 @@ class WeightSender:
 
     def _rounds(self, request: UpdateRequest) -> Round:
         """Offer and update, and once more for engines that had forgotten us."""
+        if self._fan_out is not None:
+            return self._rounds_of_tree(self._fan_out, request)
         urls = list(self._links)
         result = Round()
         for _ in range(2):
@@ -349,6 +377,19 @@ class WeightSender:
                 break
         return result.settled()
 
+    def _rounds_of_tree(self, arity: int, request: UpdateRequest) -> Round:
+        """Offer to one engine, which feeds the others; to more only where that does not do."""
+        update = TreeUpdate(self._links, arity, self._model, request)
+        result = Round(roots=list(self._links)[:1])
+        while roots := result.roots:
+            links = [self._links[url] for url in roots]
+            offers = self._ranks.agree("offering the weights", partial(self._offer, links), Offer)
+            step = partial(self._drive_tree, update, roots, offers, request.version)
+            result = self._ranks.lead("updating the engines", step, Round).after(result)
+            for url in result.forgotten:
+                self._links[url].forget()
+        return result
+
     def _offer(self, links: Sequence[EngineLink]) -> Offer:
         source = self._open_source()
         if not source.manifest.tensors.names:
@@ -358,9 +399,17 @@ class WeightSender:
     def _drive(
         self, links: Sequence[EngineLink], offers: Sequence[Offer], request: UpdateRequest
     ) -> Round:
-        urls = [link.url for link in links]
-        with progress_of(urls, version=request.version, token=self._token, shown=self._progress):
+        with self._shown([link.url for link in links], request.version):
             return drive(links, offers, self._model, request)
+
+    def _drive_tree(
+        self, update: TreeUpdate, roots: Sequence[str], offers: Sequence[Offer], version: int
+    ) -> Round:
+        with self._shown(list(self._links), version):
+            return update.round(roots, offers)
+
+    def _shown(self, urls: Sequence[str], version: int) -> AbstractContextManager[None]:
+        return progress_of(urls, version=version, token=self._token, shown=self._progress)
 
 
 def _nixl() -> Transport:

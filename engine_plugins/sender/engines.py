@@ -40,6 +40,7 @@ class EngineLink:
         self.plan: PlanSummary | None = None
         self._source_id: str | None = None
         self._planned: tuple[str, ...] = ()
+        self._peers: dict[bytes, str] = {}
 
     @property
     def url(self) -> str:
@@ -52,9 +53,18 @@ class EngineLink:
             self._source_id = self.client.put_source(manifest())
         return self._source_id
 
+    def publish_peer(self, manifests: Sequence[bytes]) -> list[str]:
+        """Offer another engine's manifests, one for each of its ranks; known ones once."""
+        self._peers = {
+            manifest: self._peers.get(manifest) or self.client.put_source(manifest)
+            for manifest in manifests
+        }
+        return list(self._peers.values())
+
     def forget(self) -> None:
         """Drop what the engine said: it restarted, or our manifest changed."""
         self._source_id = self.plan = None
+        self._peers = {}
 
     def update(
         self,

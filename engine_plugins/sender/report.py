@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
 import msgspec
 
 from engine_plugins.errors import UpdateFailedError
+from engine_plugins.sender.fan_out import TRAINER
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
 __all__ = ["EngineFailure", "EnginesFailedError", "SenderReport"]
@@ -29,6 +30,8 @@ class EngineFailure(msgspec.Struct, frozen=True, kw_only=True):
 class SenderReport:
     """A version that every engine has installed; the same on every trainer rank.
 
+    Where engines fed each other, `bytes` is still what all of them read together.
+
     Attributes:
         version: the version installed.
         engines: each engine's own report, by its url.
@@ -37,6 +40,7 @@ class SenderReport:
         seconds: wall seconds of `update()` on the leading rank, after all ranks had arrived.
         gbps: gigabytes (1e9 bytes) per second over all of `seconds`; the engines' own reports
             have the rate on the wire.
+        fed_by: whose memory each engine read, by its url: another engine's url, or `trainer`.
     """
 
     version: int
@@ -45,6 +49,7 @@ class SenderReport:
     bytes: int
     seconds: float
     gbps: float
+    fed_by: dict[str, str]
 
     @classmethod
     def of(
@@ -53,8 +58,10 @@ class SenderReport:
         engines: dict[str, UpdateReport],
         plans: dict[str, PlanSummary],
         seconds: float,
+        *,
+        fed_by: Mapping[str, str],
     ) -> Self:
-        """Sum up the engines' own reports."""
+        """Sum up the engines' own reports; who is not in `fed_by` was fed by the trainer."""
         moved = sum(report.bytes_moved for report in engines.values())
         return cls(
             version=version,
@@ -63,7 +70,17 @@ class SenderReport:
             bytes=moved,
             seconds=seconds,
             gbps=moved / max(seconds, 1e-9) / 1e9,
+            fed_by=_fed_by(engines, fed_by),
         )
+
+    @property
+    def bytes_given(self) -> dict[str, int]:
+        """Bytes that were read from each feeder: the trainer, and engines that fed others."""
+        given: dict[str, int] = {}
+        for url, report in self.engines.items():
+            feeder = self.fed_by[url]
+            given[feeder] = given.get(feeder, 0) + report.bytes_moved
+        return given
 
     @property
     def paused_s(self) -> float:
@@ -79,9 +96,13 @@ class SenderReport:
         lines = [
             f"{url}: {report.bytes_moved / 1e6:.1f} MB in {report.seconds:.2f} s "
             f"({report.gbps:.3g} GB/s on the wire), paused {report.paused_s:.2f} s{self._plan(url)}"
+            f"{self._fed(url)}"
             for url, report in self.engines.items()
         ]
         return "; ".join([head, *lines]) if len(lines) == 1 else "\n  ".join([head, *lines])
+
+    def _fed(self, url: str) -> str:
+        return "" if self.fed_by[url] == TRAINER else f", fed by {self.fed_by[url]}"
 
     def _plan(self, url: str) -> str:
         plan = self.plans.get(url)
@@ -103,6 +124,7 @@ class EnginesFailedError(UpdateFailedError):
         version: the version that was offered.
         failures: by engine url.
         reports: of the engines that installed the version, by url.
+        fed_by: whose memory each of these read; see `SenderReport`.
     """
 
     def __init__(
@@ -111,6 +133,7 @@ class EnginesFailedError(UpdateFailedError):
         version: int,
         failures: Mapping[str, EngineFailure],
         reports: Mapping[str, UpdateReport],
+        fed_by: Mapping[str, str],
     ) -> None:
         said = "; ".join(
             f"{url}: {failure.code}: {failure.detail} (it holds {failure.holds})"
@@ -126,3 +149,9 @@ class EnginesFailedError(UpdateFailedError):
         self.version = version
         self.failures = dict(failures)
         self.reports = dict(reports)
+        self.fed_by = _fed_by(reports, fed_by)
+
+
+def _fed_by(engines: Iterable[str], told: Mapping[str, str]) -> dict[str, str]:
+    """Who fed each of some engines: the trainer, where nothing else is told."""
+    return {url: told.get(url, TRAINER) for url in engines}

@@ -36,14 +36,22 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
     failures: dict[str, EngineFailure] = {}
     forgotten: list[str] = []
     plans: dict[str, PlanSummary] = {}
+    fed_by: dict[str, str] = {}
+    """Where engines feed each other: whose memory each has read."""
+    roots: list[str] = []
+    """Where engines feed each other: those that the trainer has to feed in the next round."""
 
     def after(self, earlier: Round) -> Round:
         """Both rounds as one; what was forgotten earlier has an answer here."""
+        failures = earlier.failures | self.failures
+        reports = earlier.reports | self.reports
         return Round(
-            reports=earlier.reports | self.reports,
-            failures=earlier.failures | self.failures,
+            reports={url: report for url, report in reports.items() if url not in failures},
+            failures=failures,
             plans=earlier.plans | self.plans,
+            fed_by=earlier.fed_by | self.fed_by,
             forgotten=self.forgotten,
+            roots=self.roots,
         )
 
     def settled(self) -> Round:

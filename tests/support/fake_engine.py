@@ -10,7 +10,7 @@ import gzip
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,13 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 
+from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.manifest import SourceManifest, decode_manifest
 from engine_plugins.weights.report import Phases, PlanSummary, UpdateReport
+from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.pull import pull
 
 __all__ = ["TOKEN", "FakeEngine", "served"]
@@ -46,6 +50,10 @@ class FakeEngine:
         self.pulls = pulls
         self.weights: dict[str, torch.Tensor] = {}
         self.version: int | None = None
+        self.request_id: str | None = None
+        self.paused = False
+        self.offered: WeightSource | None = None
+        self.offers = 0
         self.sources: dict[str, SourceManifest] = {}
         self.plans: dict[str, list[str]] = {}
         self.models: list[dict[str, Any]] = []
@@ -55,16 +63,21 @@ class FakeEngine:
         self.refuse: dict[str, Refused] = {}
         self.restart_after: set[int] = set()
         self.update_s = 0.0
+        self.after_update: Callable[[], object] = lambda: None
         self.progress: dict[str, Any] | None = None
         self.polls = 0
 
     def reset(self) -> None:
         """Become as if made anew, behind the same url."""
+        self.restart()
         vars(self).update(vars(FakeEngine()) | {"url": self.url})
 
     def restart(self) -> None:
         """Forget everything, as a new process would."""
         self.version = None
+        if self.offered is not None:
+            self.offered.close()
+            self.offered = None
         for kept in (self.sources, self.plans, self.answered, self.weights):
             kept.clear()
 
@@ -109,13 +122,33 @@ class FakeEngine:
         plain: dict[str, Any] = msgspec.to_builtins(known)
         return plain
 
+    def manifest(self) -> dict[str, Any]:
+        """The weights as they were pulled, in a manifest that stays the same."""
+        self.offers += 1
+        if self.version is None:
+            raise Refused(409, "illegal_state", "nothing was installed")
+        if self.offered is None:
+            boxes = hf_boxes(self.weights)
+            self.offered = WeightSource(boxes, InMemoryTransport(f"fake-{uuid.uuid4().hex[:8]}"))
+        offer = EngineOffer(
+            version=self.version,
+            request_id=self.request_id,
+            manifests=[self.offered.manifest_bytes],
+        )
+        plain: dict[str, Any] = msgspec.to_builtins(offer)
+        return plain
+
     def state(self) -> dict[str, Any]:
         self.polls += 1
         return {
             "engine": {"kind": "fake"},
-            "state": "updating" if self.progress else "serving",
+            "state": "updating" if self.progress else "paused" if self.paused else "serving",
             "since": 0.0,
-            "weights": {"version": self.version, "request_id": None, "installed_at": None},
+            "weights": {
+                "version": self.version,
+                "request_id": self.request_id,
+                "installed_at": 0.0,
+            },
             "fence": None,
             "requests": {"running": 0, "waiting": 0},
             "workers": [],
@@ -132,9 +165,12 @@ class FakeEngine:
         self.progress = {"phase": "pull", "bytes_done": nbytes // 2, "bytes_total": nbytes}
         time.sleep(self.update_s)
         for source in self.plans[body["plan_id"]] if self.pulls else []:
-            self.weights.update(pull(self.sources[source]))
+            self._take(pull(self.sources[source]))
         self.progress = None
-        self.version = body["version"]
+        self.version, self.request_id = body["version"], body["request_id"]
+        if body["resume"] is not None:
+            self.paused = not body["resume"]
+        self.after_update()
         return UpdateReport(
             version=body["version"],
             request_id=body["request_id"],
@@ -151,6 +187,11 @@ class FakeEngine:
             ranks=[],
             finished_at=0.0,
         )
+
+    def _take(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Into the memory that was there before: peers have its addresses."""
+        for name, tensor in tensors.items():
+            self.weights.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
 
     def _nbytes(self, plan_id: str) -> int:
         return sum(sum(self.sources[name].regions.nbytes) for name in self.plans[plan_id])
@@ -187,12 +228,16 @@ def application(engine: FakeEngine) -> FastAPI:
             return await run_in_threadpool(engine.update, msgspec.json.decode(body))
         if path == "/flush":
             return {"flushed": [name for name, asked in msgspec.json.decode(body).items() if asked]}
+        if path == "/weights/manifest":
+            return engine.manifest()
+        if path == "/resume":
+            engine.paused = False
         if path == "/weights":
             history = [msgspec.to_builtins(report) for report in engine.answered.values()]
             return {"version": engine.version, "history": history, "plans": []}
         return engine.state()
 
-    for path in ("/state", "/weights"):
+    for path in ("/state", "/weights", "/weights/manifest"):
         app.add_api_route("/admin/v1" + path, guarded, methods=["GET"])
     for path in ("/pause", "/resume", "/flush", "/weights/sources", "/weights/connect"):
         app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])

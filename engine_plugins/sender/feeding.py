@@ -1,0 +1,193 @@
+"""The two ends of a feed between engines: one offers what it holds, the other reads it.
+
+What is read lies in the parameters that the feeder serves with. That they were not written
+meanwhile is asked of it afterwards; until it has said so, the reader stays paused.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from engine_plugins.admin_answers import EngineOffer, UpdateRequest
+from engine_plugins.errors import (
+    ConflictError,
+    EnginePluginError,
+    EngineUnreachableError,
+    ManifestError,
+    PeerError,
+    PeerLostError,
+    PlanError,
+    TransferTimeoutError,
+    TransportError,
+    WeightMismatchError,
+)
+from engine_plugins.sender.engines import EngineLink, forgot_us
+from engine_plugins.weights.report import UpdateReport
+
+__all__ = ["Feeder", "FeederError", "Reader"]
+
+_FEEDERS_FAULT = frozenset(
+    error.code
+    for error in (
+        ManifestError,
+        PeerError,
+        PeerLostError,
+        PlanError,
+        TransferTimeoutError,
+        TransportError,
+        WeightMismatchError,
+    )
+)
+"""What a reader's update may fail with because of what it read from."""
+
+
+class FeederError(Exception):
+    """A feed failed, and the reader may be fed by somebody else.
+
+    Attributes:
+        error: what was seen.
+        gone: whether the feeder itself no longer answers.
+        useless: whether it answers and cannot feed anybody.
+    """
+
+    def __init__(self, error: EnginePluginError, *, gone: bool, useless: bool) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.gone = gone
+        self.useless = useless
+
+
+class Feeder:
+    """One engine's offer of the version that it holds: asked for once, however many read it."""
+
+    def __init__(self, link: EngineLink, version: int) -> None:
+        self._link = link
+        self._version = version
+        self._lock = threading.Lock()
+        self._offer: EngineOffer | None = None
+
+    def offer(self) -> EngineOffer:
+        """What it offers.
+
+        Raises:
+            FeederError: it does not answer, cannot offer, or holds another version.
+        """
+        with self._lock:
+            if self._offer is None:
+                try:
+                    offer = self._link.client.manifest()
+                    self._refuse_other(offer.version, "")
+                except EnginePluginError as error:
+                    raise _blamed(error) from error
+                self._offer = offer
+        return self._offer
+
+    def check(self) -> None:
+        """See that it still holds what it offered, installed by the same request.
+
+        Raises:
+            FeederError: it does not: what was read from it may be a mixture.
+        """
+        offer = self.offer()
+        try:
+            holds = self._link.client.state().weights
+            self._refuse_other(holds.version, " now")
+            if holds.request_id != offer.request_id:
+                raise ConflictError(
+                    f"{self._link.url} was updated again (request {holds.request_id}) while it "
+                    f"fed others"
+                )
+        except EnginePluginError as error:
+            raise _blamed(error) from error
+
+    def _refuse_other(self, version: int | None, when: str) -> None:
+        if version != self._version:
+            raise ConflictError(
+                f"{self._link.url} holds version {version}{when}, not {self._version}",
+                remedy="let one sender at a time update these engines",
+            )
+
+
+class Reader:
+    """One engine that takes an update, from one feeder after the other until one has worked.
+
+    Args:
+        link: the engine.
+        model: facts of the trainer's HF config.
+        request: the update, as the caller asked for it.
+    """
+
+    def __init__(
+        self, link: EngineLink, model: Mapping[str, str | int | bool], request: UpdateRequest
+    ) -> None:
+        self.link = link
+        self._model = model
+        self._request = request
+        self._attempts = 0
+        self._installed = False
+        self._serves_after: bool | None = None
+
+    def read_trainer(self, source_ids: Sequence[str]) -> UpdateReport:
+        """Update from the trainer's sources.
+
+        Raises:
+            EnginePluginError: as `EngineLink.update`.
+        """
+        again = self._serves_after is not None
+        resume = self._serves_after if again else self._request.resume
+        return self._update(source_ids, resume=resume)
+
+    def read(self, feeder: Feeder) -> UpdateReport:
+        """Update from another engine.
+
+        Raises:
+            FeederError: another feeder may do better. The reader has its old weights, is fenced,
+                or is paused with weights that may be a mixture; the next feed mends the latter two.
+            EnginePluginError: the reader itself refused or failed.
+        """
+        offer = feeder.offer()
+        if self._serves_after is None:
+            wanted = self._request.resume
+            paused = self.link.client.state().state == "paused"
+            self._serves_after = not paused if wanted is None else wanted
+        try:
+            report = self._read(offer)
+        except EnginePluginError as error:
+            if error.code not in _FEEDERS_FAULT:
+                raise
+            feeder.check()
+            raise FeederError(error, gone=False, useless=False) from error
+        self._installed = True
+        feeder.check()
+        if self._serves_after:
+            self.link.client.resume()
+        return report
+
+    def _read(self, offer: EngineOffer) -> UpdateReport:
+        try:
+            return self._update(self.link.publish_peer(offer.manifests), resume=False)
+        except EnginePluginError as error:
+            if not forgot_us(error):
+                raise
+        self.link.forget()  # it restarted
+        return self._update(self.link.publish_peer(offer.manifests), resume=False)
+
+    def _update(self, source_ids: Sequence[str], *, resume: bool | None) -> UpdateReport:
+        """A further attempt is a request of its own: the engine keeps its answer to each."""
+        self._attempts += 1
+        suffix = f".{self._attempts}" if self._attempts > 1 else ""
+        request = msgspec.structs.replace(
+            self._request,
+            request_id=self._request.request_id + suffix,
+            resume=resume,
+            force=self._request.force or self._installed,
+        )
+        return self.link.update(source_ids, self._model, request)
+
+
+def _blamed(error: EnginePluginError) -> FeederError:
+    gone = isinstance(error, EngineUnreachableError)
+    return FeederError(error, gone=gone, useless=not gone)
