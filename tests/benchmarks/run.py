@@ -20,7 +20,10 @@ from tests.support.engine_server import ROOT
 
 MEGATRON_PYTHON = ROOT / ".venv" / "megatron" / "bin" / "python"
 """What we are compared with has pins of its own, so those benchmarks run in its environment."""
-BESIDE_OTHERS = {"wire": "tests.benchmarks.wire_share"}
+BESIDE_OTHERS = {
+    "wire": "tests.benchmarks.wire_share",
+    "megatron": "tests.benchmarks.megatron_export",
+}
 """Modules that print their own table there."""
 
 
