@@ -15,9 +15,13 @@ from typing import Any
 
 from engine_plugins.errors import SettingsError
 
-__all__ = ["PREFIX", "Settings"]
+__all__ = ["PREFIX", "SOURCE_POLICIES", "Settings"]
 
 PREFIX = "ENGINE_PLUGINS_"
+
+_SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
+SOURCE_POLICIES = ("balanced", "nearest", "same_rank")
+"""How a rank chooses among trainer ranks that hold the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,12 @@ class Settings:
         stall_timeout_s: a pull that moves nothing for so long is given up, and says who stalled.
         staging_bytes: receive buffer per rank that `mode: auto` may use to stage a whole update
             while the old weights serve; 0 installs in place, module by module.
+        direct_landing: whether bytes may land in live parameters, where these were seen to hold
+            the loader's layout.
+        source_policy: how a rank chooses among sources that hold the same, one of
+            `SOURCE_POLICIES`.
+        expected_link_gbps: gigabytes per second that the link to a source should give; one that
+            gives far less starts with a warning. `None` expects nothing.
     """
 
     admin_token: str | None = field(default=None, repr=False)
@@ -42,6 +52,9 @@ class Settings:
     max_manifest_entries: int = 1_000_000
     stall_timeout_s: float = 30.0
     staging_bytes: int = 0
+    direct_landing: bool = True
+    source_policy: str = "balanced"
+    expected_link_gbps: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
@@ -51,6 +64,13 @@ class Settings:
             raise SettingsError(f"{PREFIX}STALL_TIMEOUT_S must be positive seconds")
         if self.staging_bytes < 0:
             raise SettingsError(f"{PREFIX}STAGING_BYTES must not be negative")
+        if self.source_policy not in SOURCE_POLICIES:
+            raise SettingsError(
+                f"{PREFIX}SOURCE_POLICY must be one of {', '.join(SOURCE_POLICIES)}, "
+                f"not {self.source_policy!r}"
+            )
+        if self.expected_link_gbps is not None and not 0 < self.expected_link_gbps < math.inf:
+            raise SettingsError(f"{PREFIX}EXPECTED_LINK_GBPS must be positive GB/s")
 
     @classmethod
     def load(
@@ -84,9 +104,11 @@ def _read(name: str, kind: str, value: Any) -> Any:
         return None
     text = isinstance(value, str)
     try:
+        if kind == "bool" and (type(value) is bool or str(value).lower() in _SWITCH):
+            return value if type(value) is bool else _SWITCH[value.lower()]
         if kind == "int" and (text or type(value) is int):
             return int(value)
-        if kind == "float" and (text or type(value) in (int, float)):
+        if kind.startswith("float") and (text or type(value) in (int, float)):
             return float(value)
         if kind.startswith("Path"):
             return Path(value)

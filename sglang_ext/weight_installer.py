@@ -7,7 +7,7 @@ routes for them wait at a barrier of all ranks, so one rank's failure would hang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -33,6 +33,7 @@ class SglangWeightInstaller:
         self._sessions = scheduler.weight_updater
         self._runner = scheduler.tp_worker.model_runner
         self._has_draft = scheduler.draft_worker is not None
+        self._landed = False
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -65,6 +66,10 @@ class SglangWeightInstaller:
                 dict(model.named_parameters()), cast(LoadWeights, model.load_weights), tensors
             )
 
+    def live_parameters(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that serve; SGLang loads into them."""
+        return dict(self._runner.model.named_parameters())
+
     def begin(self) -> None:
         """Open a session, with no step of the model under way.
 
@@ -87,15 +92,21 @@ class SglangWeightInstaller:
         with torch.no_grad():
             self._runner.model.load_weights(iter(tensors))
 
+    def landed(self, modules: Sequence[str]) -> None:
+        """What a model derives from them is made anew at the end."""
+        self._landed = self._landed or bool(modules)
+
     def finish(self) -> None:
         """Close the session: packed forms of the new weights are made anew.
 
         Fixups of a model's own belong to its `load_weights` and have run with the last module.
+        Where modules did not come through it, they are run here.
         """
         try:
             with torch.no_grad():
-                self._runner.weight_updater.end_weight_update(run_post_load=False)
+                self._runner.weight_updater.end_weight_update(run_post_load=self._landed)
         finally:  # a session that stayed open would refuse the update that repairs this one
+            self._landed = False
             self._sessions._session = None
 
     def abandon(self) -> None:

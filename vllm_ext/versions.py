@@ -24,6 +24,7 @@ VLLM = EngineRelease(
             "finalize_layerwise_reload",
             "get_layerwise_info",
             "_layerwise_process",
+            "_place_kernel_tensors",
         ),
     },
 )

@@ -8,7 +8,7 @@ holds. What the official route gets wrong on CPU is put right here, one function
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -81,6 +81,10 @@ class VllmWeightInstaller:
                 remedy="serve without --enable-eplb",
             )
 
+    def live_parameters(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that serve; a reload copies into them in the end."""
+        return dict(self._model.named_parameters())
+
     def begin(self) -> None:
         """Put every layer on meta, its kernel tensors kept aside."""
         layerwise.initialize_layerwise_reload(self._model)
@@ -102,6 +106,14 @@ class VllmWeightInstaller:
                     layerwise._layerwise_process(layer, info)
         if self._on_cpu:
             return_free_memory()
+
+    def landed(self, modules: Sequence[str]) -> None:
+        """Give layers that have nothing to load the tensors back that serve."""
+        for layer in (self._modules[name] for name in modules):
+            info = layerwise.get_layerwise_info(layer)
+            if info.can_load() and not is_deferred_attention_layer(layer):
+                layerwise._place_kernel_tensors(layer, info)
+                info.reset()
 
     def finish(self) -> None:
         """Put back what has nothing to load, and bring derived copies up to date."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +21,13 @@ from engine_plugins.weights.placement import Interval, check_exact_coverage
 __all__ = [
     "BoxTable",
     "Column",
+    "LiveBox",
     "SourceTable",
+    "TargetTable",
     "TensorTable",
     "contiguous_strides",
-    "needed_table",
     "source_table",
+    "target_table",
     "volumes",
 ]
 
@@ -73,6 +75,32 @@ class BoxTable:
 
     def __getitem__(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> BoxTable:
         return BoxTable(tensor=self.tensor[rows], start=self.start[rows], shape=self.shape[rows])
+
+
+class LiveBox(NamedTuple):
+    """A box of a tensor and the memory of a live parameter that it goes into."""
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    address: int
+    """Of the box's first element."""
+    strides_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TargetTable:
+    """What a rank wants, and where it goes.
+
+    Attributes:
+        boxes: [n] of them, by tensor.
+        offset: [n] bytes to where the box's first element goes: from the start of its step's
+            buffer, or an address in live memory.
+        strides_bytes: [n, axes] of the box there.
+    """
+
+    boxes: BoxTable
+    offset: Column
+    strides_bytes: Column
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,21 +157,47 @@ def source_table(manifests: Sequence[SourceManifest], tensors: TensorTable) -> S
     return table
 
 
-def needed_table(tensors: TensorTable, needed: Mapping[str, Sequence[Interval]]) -> BoxTable:
-    """The boxes that are wanted, in the tensors' order; without an entry a tensor is, whole."""
+def target_table(
+    tensors: TensorTable,
+    needed: Mapping[str, Sequence[Interval]],
+    live: Mapping[str, Sequence[LiveBox]],
+    offsets: Column,
+) -> TargetTable:
+    """The boxes that are wanted and where they go, in the tensors' order.
+
+    Args:
+        tensors: all of them.
+        needed: boxes by tensor; without an entry, here or in `live`, a tensor is wanted whole.
+        live: boxes that go into live parameters, by tensor.
+        offsets: [n] where each whole tensor of the others goes, contiguous.
+    """
     numbers: list[int] = []
     boxes: list[Interval] = []
+    rows: list[int] = []
+    placed: list[LiveBox] = []
     for number, tensor in enumerate(tensors.tensors):
-        wanted = needed.get(tensor.name)
-        if wanted is None:
-            wanted = [((0,) * len(tensor.shape), tensor.shape)]
-        numbers += [number] * len(wanted)
-        boxes += wanted
-    return BoxTable(
+        into = live.get(tensor.name)
+        if into is None:
+            wanted = needed.get(tensor.name)
+            if wanted is None:
+                wanted = [((0,) * len(tensor.shape), tensor.shape)]
+            boxes += wanted
+            numbers += [number] * len(wanted)
+        else:
+            rows += range(len(boxes), len(boxes) + len(into))
+            placed += into
+            boxes += [(box.start, box.shape) for box in into]
+            numbers += [number] * len(into)
+    table = BoxTable(
         tensor=np.array(numbers, dtype=np.int64),
         start=_aligned([start for start, _ in boxes], tensors.axes, 0),
         shape=_aligned([shape for _, shape in boxes], tensors.axes, 1),
     )
+    strides = tensors.strides_bytes[table.tensor]
+    offset = offsets[table.tensor] + (table.start * strides).sum(axis=1)
+    offset[rows] = [box.address for box in placed]
+    strides[rows] = _aligned([box.strides_bytes for box in placed], tensors.axes, 0)
+    return TargetTable(boxes=table, offset=offset, strides_bytes=strides)
 
 
 def volumes(shape: Column) -> Column:

@@ -16,7 +16,7 @@ import torch
 
 from engine_plugins.errors import UnsupportedError
 
-__all__ = ["CudaRuntime", "gpu_pci_address", "torch_cuda_runtime"]
+__all__ = ["CudaRuntime", "address_of", "file_of", "gpu_pci_address", "torch_cuda_runtime"]
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class CudaRuntime:
     def __init__(self, user: Path) -> None:
         try:
             linked = ctypes.CDLL(str(user))
-            self.path = _file_of(_address(linked.cudaMalloc))
+            self.path = file_of(address_of(linked.cudaMalloc))
             self._library = ctypes.CDLL(self.path)
         except (OSError, AttributeError) as error:
             raise UnsupportedError(
@@ -71,7 +71,7 @@ class CudaRuntime:
 
     def address(self, name: str) -> int:
         """Where a function lies; raises as `function`."""
-        return _address(self.function(name))
+        return address_of(self.function(name))
 
     def make_visible(self) -> bool:
         """Let the process-wide symbol look-up find this libcudart.
@@ -81,7 +81,7 @@ class CudaRuntime:
             names; nothing can come before that one any more.
         """
         ctypes.CDLL(self.path, mode=ctypes.RTLD_GLOBAL)
-        winner = _file_of(_address(ctypes.CDLL(None).cudaMalloc))
+        winner = file_of(address_of(ctypes.CDLL(None).cudaMalloc))
         if os.path.samefile(winner, self.path):
             return True
         logger.warning(
@@ -122,12 +122,17 @@ def gpu_pci_address(device_index: int) -> str:
     return f"{int(domain, 16):04x}:{rest}"
 
 
-def _address(function: ctypes._NamedFuncPointer) -> int:
+def address_of(function: ctypes._NamedFuncPointer) -> int:
+    """Where a loaded function lies."""
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def _file_of(address: int) -> str:
-    """The file whose code lies at an address."""
+def file_of(address: int) -> str:
+    """The file whose code lies at an address.
+
+    Raises:
+        OSError: none does.
+    """
     info = _DlInfo()
     if not ctypes.CDLL(None).dladdr(ctypes.c_void_p(address), ctypes.byref(info)):
         raise OSError(f"no loaded file has code at {address:#x}")

@@ -8,22 +8,24 @@ computed once and used for every update.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from engine_plugins.errors import PlanError
 from engine_plugins.weights.box_table import (
     Column,
+    LiveBox,
     SourceTable,
     TensorTable,
     contiguous_strides,
-    needed_table,
     source_table,
+    target_table,
     volumes,
 )
 from engine_plugins.weights.coverage import EngineStep
@@ -43,6 +45,7 @@ __all__ = [
     "Window",
     "build_plan",
     "coalesced",
+    "laid_apart",
     "logical_tensors",
     "schedule",
 ]
@@ -51,6 +54,8 @@ ALIGNMENT_BYTES = 64
 SHORT_RUN_BYTES = 16 * 1024
 """Below this, rows are fetched as one block and spread locally: a descriptor costs 4-8 us, in
 which a copy within memory moves more bytes than that (docs/decisions.md, D7)."""
+SCRATCH_SHARE = 256
+"""The scratch area may take one byte for so many that a rank receives."""
 
 
 class Landing(NamedTuple):
@@ -64,7 +69,8 @@ class Landing(NamedTuple):
 class StepRead:
     """Bytes that one source gives straight into place.
 
-    `descriptors` is [n, 3] uint64: offset from the step's start, remote address, bytes.
+    `descriptors` is [n, 3] uint64: offset from the step's start (in a direct step the address in
+    live memory), remote address, bytes.
     """
 
     source: int
@@ -84,14 +90,15 @@ class PackedPiece(NamedTuple):
     remote_address: int
     nbytes: int
     scratch_offset: int
+    dtype: torch.dtype
     shape: tuple[int, ...]
     """Of the rows as they are read, in elements."""
     wanted: tuple[slice, ...]
     """What of them is wanted."""
-    landing: int
-    """Row in the step's landings."""
-    slices: tuple[slice, ...]
-    """Where that lies in the landing's tensor."""
+    target: int
+    """Where that goes: bytes from the step's start, or an address in live memory."""
+    target_strides: tuple[int, ...]
+    """Of what is wanted where it goes, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,8 +109,11 @@ class Step:
     tensors: Sequence[LogicalTensor]
     offsets: Column
     """[n] bytes from the step's start, for each of the tensors."""
+    direct: bool
+    """Whether what is fetched goes into live parameters instead of the receive buffer."""
     nbytes: int
-    """Receive buffer of the step: its whole tensors, of which only what is needed is fetched."""
+    """Receive buffer of the step: its whole tensors, of which only what is needed is fetched.
+    None at all for a direct step."""
     bytes_needed: int
     reads: tuple[StepRead, ...]
     packed: tuple[tuple[PackedPiece, ...], ...]
@@ -136,7 +146,12 @@ class FetchPlan:
     @property
     def largest_step_bytes(self) -> int:
         """Receive buffer that the largest module needs."""
-        return max(step.nbytes for step in self.steps)
+        return max((step.nbytes for step in self.steps), default=0)
+
+    @property
+    def direct_bytes(self) -> int:
+        """Bytes that land in live parameters."""
+        return sum(step.bytes_needed for step in self.steps if step.direct)
 
     @property
     def total_bytes(self) -> int:
@@ -162,6 +177,9 @@ def schedule(sizes: Sequence[int], capacity: int) -> list[Window]:
     position = 0
     wrapped = False
     for size in sizes:
+        if not size:
+            windows.append(Window(offset_bytes=position, installed_before=0))
+            continue
         if position + size > capacity:
             position, wrapped = 0, True
         before = _last_overlap(windows, sizes, position, size) if wrapped else -1
@@ -199,18 +217,20 @@ def logical_tensors(manifests: Sequence[SourceManifest]) -> list[LogicalTensor]:
     return [tensor for tensor, _ in known.values()]
 
 
-def coalesced(steps: Sequence[EngineStep]) -> list[EngineStep]:
+def coalesced(steps: Sequence[EngineStep], direct: Container[str] = ()) -> list[EngineStep]:
     """Join neighbouring small modules into one step, so that norms do not travel one by one.
 
     A joined step stays below a quarter of the largest module: several still fit the receive
-    buffer, and the next ones are fetched while one is installed.
+    buffer, and the next ones are fetched while one is installed. Modules that land directly, by
+    name, do not join those that do not.
     """
     sizes = [sum(tensor.nbytes for tensor in tensors) for _, tensors in steps]
     limit = max(sizes, default=0) // 4
     joined: list[EngineStep] = []
     room = 0
     for (modules, tensors), size in zip(steps, sizes, strict=True):
-        if joined and size <= room:
+        alike = bool(joined) and (joined[-1][0][0] in direct) == (modules[0] in direct)
+        if alike and size <= room:
             joined[-1][0].extend(modules)
             joined[-1][1].extend(tensors)
             room -= size
@@ -224,6 +244,7 @@ def build_plan(
     manifests: Sequence[SourceManifest],
     steps: Sequence[tuple[Sequence[str], Sequence[LogicalTensor]]],
     needed: Mapping[str, Sequence[Interval]] | None = None,
+    live: Mapping[str, Sequence[LiveBox]] | None = None,
 ) -> FetchPlan:
     """Plan the fetch of what a rank needs of its tensors, step by step.
 
@@ -232,6 +253,7 @@ def build_plan(
         steps: engine modules and the HF tensors that fill them, in the engine's order.
         needed: disjoint boxes (start, shape) of a tensor that are fetched; a tensor without an
             entry is fetched whole. The sources must offer all of it either way.
+        live: where tensors go that land in live parameters. A step's tensors all do, or none.
 
     Raises:
         PlanError: a gap or an overlap; the text names the tensor and the boxes.
@@ -239,9 +261,11 @@ def build_plan(
     ordered = [tensor for _, tensors in steps for tensor in tensors]
     table = TensorTable(ordered)
     sources = source_table(manifests, table)
-    parts = intersect(needed_table(table, needed or {}), sources, table)
-    layout = _Layout(table, [len(tensors) for _, tensors in steps])
-    scratch = min(4 << 20, layout.largest // 4 // ALIGNMENT_BYTES * ALIGNMENT_BYTES)
+    live = live or {}
+    direct = [bool(tensors) and tensors[0].name in live for _, tensors in steps]
+    layout = _Layout(table, [len(tensors) for _, tensors in steps], direct)
+    parts = intersect(target_table(table, needed or {}, live, layout.offset), sources, table)
+    scratch = _scratch_bytes(layout, parts)
     packed = _packed_rows(parts, sources, table, scratch)
     reads = _reads(parts, sources, table, layout, np.flatnonzero(~packed))
     pieces = _pieces(parts, sources, table, layout, np.flatnonzero(packed), scratch)
@@ -251,6 +275,7 @@ def build_plan(
             modules=tuple(modules),
             tensors=tensors,
             offsets=layout.offset[layout.tensors(number)],
+            direct=direct[number],
             nbytes=int(layout.nbytes[number]),
             bytes_needed=int(wanted[number]),
             reads=tuple(reads.get(number, ())),
@@ -258,7 +283,26 @@ def build_plan(
         )
         for number, (modules, tensors) in enumerate(steps)
     ]
-    return FetchPlan(steps=tuple(planned), scratch_bytes=scratch)
+    return FetchPlan(steps=tuple(planned), scratch_bytes=scratch if pieces else 0)
+
+
+def _scratch_bytes(layout: _Layout, parts: Parts) -> int:
+    """Scratch area for short rows: small beside what the rank receives, and never large."""
+    room = max(layout.largest // 4, int(parts.nbytes.sum()) // SCRATCH_SHARE)
+    return min(4 << 20, room) // ALIGNMENT_BYTES * ALIGNMENT_BYTES
+
+
+def laid_apart(plan: FetchPlan) -> FetchPlan:
+    """The same plan with a place of its own in the scratch area for every packed piece."""
+    used = 0
+    steps: list[Step] = []
+    for step in plan.steps:
+        apart: list[PackedPiece] = []
+        for piece in (piece for batch in step.packed for piece in batch):
+            apart.append(piece._replace(scratch_offset=used))
+            used = _aligned(used + piece.nbytes)
+        steps.append(replace(step, packed=(tuple(apart),) if apart else ()))
+    return FetchPlan(steps=tuple(steps), scratch_bytes=used)
 
 
 class _Layout:
@@ -266,19 +310,18 @@ class _Layout:
 
     Attributes:
         step: [n] of each tensor, by number.
-        row: [n] its place among the step's landings.
         offset: [n] bytes from the step's start.
         nbytes: [steps] receive buffer of each step.
     """
 
-    def __init__(self, tensors: TensorTable, counts: Sequence[int]) -> None:
+    def __init__(self, tensors: TensorTable, counts: Sequence[int], direct: Sequence[bool]) -> None:
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         sizes = -(-tensors.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         before = np.concatenate([[0], sizes.cumsum()])
         self.step = np.repeat(np.arange(len(counts)), counts)
-        self.row = np.arange(len(sizes)) - self._first[self.step]
         self.offset = before[:-1] - before[self._first[self.step]]
         self.nbytes = before[self._first[1:]] - before[self._first[:-1]]
+        self.nbytes[np.array(direct, np.bool_)] = 0
         self.largest = int(self.nbytes.max(initial=0))
 
     def tensors(self, step: int) -> slice:
@@ -298,7 +341,7 @@ def _reads(
     step, source, device = layout.step[number], sources.source[offer], sources.device[offer]
     order = np.lexsort((device, source, step))
     keys = np.stack([step, source, device], axis=1)[order]
-    table, of_part = _descriptors(parts, tensors, layout, rows[order])
+    table, of_part = _descriptors(parts, tensors, rows[order])
     begins = np.flatnonzero(np.concatenate([[True], (keys[1:] != keys[:-1]).any(axis=1)]))
     cuts = np.searchsorted(of_part, begins[1:])
     reads: dict[int, list[StepRead]] = {}
@@ -310,20 +353,18 @@ def _reads(
     return reads
 
 
-def _descriptors(
-    parts: Parts, tensors: TensorTable, layout: _Layout, rows: Column
-) -> tuple[Descriptors, Column]:
-    """[m, 3] rows of (offset from the step's start, remote address, bytes), and their parts.
+def _descriptors(parts: Parts, tensors: TensorTable, rows: Column) -> tuple[Descriptors, Column]:
+    """[m, 3] rows of (where it goes, remote address, bytes), and their parts.
 
     A part is walked run by run: runs that follow each other on both sides are one.
     """
     run, outer = runs(parts, tensors)
-    boxes, target = parts.boxes[rows], tensors.strides_bytes[parts.boxes.tensor[rows]]
+    boxes, target = parts.boxes[rows], parts.target_strides[rows]
     walked = np.where(np.arange(tensors.axes) < outer[rows, None], boxes.shape, 1)
     counts = walked.prod(axis=1)
     of_part = np.repeat(np.arange(len(rows)), counts)
     left = np.arange(len(of_part)) - np.repeat(counts.cumsum() - counts, counts)
-    local = (layout.offset[boxes.tensor] + (boxes.start * target).sum(axis=1))[of_part]
+    local = parts.target[rows][of_part]
     skipped = np.zeros(len(of_part), np.int64)
     for axis in reversed(range(tensors.axes)):
         left, index = np.divmod(left, walked[of_part, axis])
@@ -378,8 +419,10 @@ def _pieces(
         parts.offer[rows].tolist(),
         parts.boxes.start[rows].tolist(),
         parts.boxes.shape[rows].tolist(),
+        parts.target[rows].tolist(),
+        parts.target_strides[rows].tolist(),
     )
-    for number, offer, start, shape in zip(*columns, strict=True):
+    for number, offer, start, shape, target, target_strides in zip(*columns, strict=True):
         tensor = tensors.tensors[number]
         own = slice(tensors.axes - len(tensor.shape), None)
         cut = _Cut(
@@ -398,13 +441,11 @@ def _pieces(
                 remote_address=address + row * row_bytes,
                 nbytes=count * row_bytes,
                 scratch_offset=0,
+                dtype=tensor.dtype,
                 shape=(count, *cut.offered_shape[1:]),
-                wanted=(slice(0, count), *cut.slices(cut.offered_start)),
-                landing=int(layout.row[number]),
-                slices=(
-                    slice(cut.start[0] + row, cut.start[0] + row + count),
-                    *cut.slices([0] * len(cut.start)),
-                ),
+                wanted=(slice(0, count), *cut.within()),
+                target=target + row * target_strides[own][0],
+                target_strides=tuple(target_strides[own]),
             )
             pieces.setdefault(int(layout.step[number]), []).append(piece)
     return pieces
@@ -424,10 +465,11 @@ class _Cut:
         for row in range(0, self.shape[0], most):
             yield row, min(most, self.shape[0] - row)
 
-    def slices(self, origin: Sequence[int]) -> Iterator[slice]:
-        """Where the part lies on all axes but the first, counted from an origin."""
-        for first, zero, size in list(zip(self.start, origin, self.shape, strict=True))[1:]:
-            yield slice(first - zero, first - zero + size)
+    def within(self) -> Iterator[slice]:
+        """Where the part lies in the source's box, on all axes but the first."""
+        bounds = zip(self.start, self.offered_start, self.shape, strict=True)
+        for first, origin, size in list(bounds)[1:]:
+            yield slice(first - origin, first - origin + size)
 
 
 def _batches(pieces: Sequence[PackedPiece], scratch: int) -> tuple[tuple[PackedPiece, ...], ...]:

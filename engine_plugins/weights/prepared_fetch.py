@@ -1,4 +1,4 @@
-"""A plan made ready to run: peers met, arena registered, reads prepared once for many updates."""
+"""A plan made ready to pull: peers met, memory registered, reads prepared once for many updates."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import psutil
 import torch
 
-from engine_plugins.errors import TransferTimeoutError, TransportError, UnsupportedError
-from engine_plugins.weights.arena import Arena
+from engine_plugins.errors import TransferTimeoutError, TransportError
+from engine_plugins.weights.live_memory import LiveMemory
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.plan import FetchPlan, PackedPiece, StepRead, schedule
+from engine_plugins.weights.plan import FetchPlan, PackedPiece, Step, StepRead, Window
+from engine_plugins.weights.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import PreparedTransfer, Transport
 from engine_plugins.weights.transport.meeting import meet
+from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
 
 __all__ = ["PreparedFetch"]
-
-HEADROOM = 4
-"""In place, the arena holds the largest module and a quarter more for the next ones."""
 
 BATCH_BYTES = 64 << 20
 """The most that is fetched in one go; a step that is larger goes alone."""
@@ -29,7 +27,21 @@ SLOWEST_BYTES_PER_S = 100e6
 
 
 class PreparedFetch:
-    """Reads of every step of a plan into one arena. Used by one pull thread at a time."""
+    """Reads of every step of a plan, into one arena or straight into live parameters.
+
+    Used by one pull thread at a time.
+
+    Args:
+        plan: what to fetch.
+        manifests: the sources, as the plan numbers them.
+        transport: does the reads.
+        staged: whether the arena holds every step at once.
+        live: the parameters that direct steps land in; it stays the caller's to close.
+
+    Raises:
+        UnsupportedError: the machine has not the memory to stage.
+        TransportError: a peer cannot be met or read.
+    """
 
     def __init__(
         self,
@@ -38,6 +50,7 @@ class PreparedFetch:
         transport: Transport,
         *,
         staged: bool,
+        live: LiveMemory | None = None,
     ) -> None:
         self.plan = plan
         self.staged = staged
@@ -47,18 +60,11 @@ class PreparedFetch:
         self.reads_may_be_active = False
         self.bytes_total = sum(step.bytes_to_move for step in plan.steps)
         self.reset_counters()
-        largest = plan.largest_step_bytes
-        capacity = plan.total_bytes if staged else largest + largest // HEADROOM
-        if staged:
-            _check_memory(capacity)
-        self.windows = schedule([step.nbytes for step in plan.steps], capacity)
-        self._scratch_offset = capacity
         self._sources = manifests
         self._transport = transport
         self._prepared: list[_PreparedStep] = []
-        for manifest in manifests:
-            meet(transport, manifest)
-        self._arena = Arena(capacity + plan.scratch_bytes, transport)
+        self.greet()
+        self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
         try:
             for index in range(len(plan.steps)):
                 self._prepared.append(self._prepare_step(index))
@@ -69,37 +75,45 @@ class PreparedFetch:
     @property
     def arena_bytes(self) -> int:
         """Size of the receive buffer, scratch included."""
-        return self._arena.nbytes
+        return self._buffer.nbytes
+
+    @property
+    def windows(self) -> Sequence[Window]:
+        """Where each step lies, and which ones must be installed before it is fetched."""
+        return self._buffer.windows
 
     def reset_counters(self) -> None:
         """Start counting bytes and wire seconds anew."""
         self.bytes_done = 0
         self.wire_s = 0.0
 
+    def greet(self) -> None:
+        """Read a few bytes of every source, so that one that is gone is found here.
+
+        Raises:
+            TransportError: a source gives nothing.
+        """
+        for manifest in self._sources:
+            meet(self._transport, manifest)
+
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
-        """Views of a fetched step's whole tensors, by HF name."""
-        base = self.windows[index].offset_bytes
-        return [
-            (
-                landing.tensor.name,
-                self._arena.tensor(
-                    base + landing.offset_bytes, landing.tensor.shape, landing.tensor.dtype
-                ),
-            )
-            for landing in self.plan.steps[index].landings
-        ]
+        """Views of a fetched step's whole tensors, by HF name; not of a direct step."""
+        return self._buffer.tensors(index)
 
     def steps_with_room(self, index: int, installed: int) -> range:
         """Steps from `index` on that may be fetched together, once `installed` are installed.
 
         Together they cost one wait instead of one each. They take half of the arena at most, so
-        that the other half can be installed meanwhile; a step that is larger goes alone.
+        that the other half can be installed meanwhile; a step that is larger goes alone. Steps that
+        land directly do not go with others.
         """
-        limit = min(self._scratch_offset // 2, BATCH_BYTES)
-        end, size = index + 1, self.plan.steps[index].nbytes
-        while end < len(self.windows) and self.windows[end].installed_before <= installed:
-            size += self.plan.steps[end].nbytes
-            if size > limit:
+        steps = self.plan.steps
+        direct = steps[index].direct
+        limit = BATCH_BYTES if direct else min(self._buffer.ring_bytes // 2, BATCH_BYTES)
+        end, size = index + 1, _room(steps[index])
+        while end < len(steps) and self.windows[end].installed_before <= installed:
+            size += _room(steps[end])
+            if size > limit or steps[end].direct != direct:
                 break
             end += 1
         return range(index, end)
@@ -121,22 +135,21 @@ class PreparedFetch:
         direct = [read for index in steps for read in self._prepared[index].reads]
         self._run(steps, direct, stall_timeout_s, deadline, cancelled)
         for index in steps:
-            batches = self._prepared[index].batches
-            targets = [tensor for _, tensor in self.tensors(index)] if batches else []
-            for batch, reads in zip(self.plan.steps[index].packed, batches, strict=True):
+            batches = zip(self.plan.steps[index].packed, self._prepared[index].batches, strict=True)
+            for batch, reads in batches:
                 self._run(range(index, index + 1), reads, stall_timeout_s, deadline, cancelled)
                 for piece in batch:
-                    self._spread(piece, targets[piece.landing])
+                    self._buffer.spread(index, piece)
 
     def close(self) -> None:
         """Release the reads, then the arena."""
         self._release_reads()
-        self._arena.close()
+        self._buffer.close()
 
     def quarantine(self) -> None:
         """Give up the arena without freeing it: a read that timed out may still write to it."""
         self.usable = False
-        self._arena.quarantine()
+        self._buffer.quarantine()
 
     def _run(
         self,
@@ -161,8 +174,7 @@ class PreparedFetch:
         except TransportError as error:
             self.usable = False
             self.reads_may_be_active = isinstance(error, TransferTimeoutError)
-            landings = [each for index in steps for each in self.plan.steps[index].landings]
-            names = [landing.tensor.name for landing in landings]
+            names = [tensor.name for index in steps for tensor in self.plan.steps[index].tensors]
             error.message += (
                 f"; it was giving {', '.join(names[:3])}"
                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}, after "
@@ -173,9 +185,8 @@ class PreparedFetch:
 
     def _prepare_step(self, index: int) -> _PreparedStep:
         step = self.plan.steps[index]
-        base = self._arena.address + self.windows[index].offset_bytes
         return _PreparedStep(
-            reads=[self._read(read, base) for read in step.reads],
+            reads=[self._read(read, *self._buffer.place(index)) for read in step.reads],
             batches=[self._packed_reads(batch) for batch in step.packed],
         )
 
@@ -184,7 +195,6 @@ class PreparedFetch:
         for piece in batch:
             row = (piece.scratch_offset, piece.remote_address, piece.nbytes)
             by_peer.setdefault((piece.source, piece.remote_device), []).append(row)
-        base = self._arena.address + self._scratch_offset
         return [
             self._read(
                 StepRead(
@@ -192,26 +202,21 @@ class PreparedFetch:
                     remote_device=device,
                     descriptors=np.array(rows, dtype=np.uint64),
                 ),
-                base,
+                self._buffer.scratch,
+                HOST,
             )
             for (source, device), rows in by_peer.items()
         ]
 
-    def _read(self, read: StepRead, base: int) -> PreparedTransfer:
+    def _read(self, read: StepRead, base: int, device: int) -> PreparedTransfer:
         table = read.descriptors.copy()
         table[:, 0] += np.uint64(base)
         return self._transport.prepare_read(
             self._sources[read.source].agent,
             table,
-            local_device=-1,
+            local_device=device,
             remote_device=read.remote_device,
         )
-
-    def _spread(self, piece: PackedPiece, target: torch.Tensor) -> None:
-        rows = self._arena.tensor(
-            self._scratch_offset + piece.scratch_offset, piece.shape, target.dtype
-        )
-        target[piece.slices].copy_(rows[piece.wanted])
 
     def _release_reads(self) -> None:
         for prepared in self._prepared:
@@ -220,15 +225,9 @@ class PreparedFetch:
         self._prepared = []
 
 
-def _check_memory(wanted_bytes: int) -> None:
-    """Refuse to stage what this machine cannot hold: the kernel would end the engine for it."""
-    available = psutil.virtual_memory().available
-    if wanted_bytes > available:
-        raise UnsupportedError(
-            f"staging needs {wanted_bytes / 2**30:.1f} GiB of memory on this rank and "
-            f"{available / 2**30:.1f} are available; nothing was fetched",
-            remedy="update with mode in_place",
-        )
+def _room(step: Step) -> int:
+    """Bytes of a step, as a batch of several counts them."""
+    return step.bytes_needed if step.direct else step.nbytes
 
 
 class _PreparedStep:

@@ -1,36 +1,62 @@
-"""The engine-side receiver of one rank: connect, pull in a thread, install when told.
+"""The engine-side receiver of one rank: connect, bring an update in, install when told.
 
 The engine's process calls short methods (`connect`, `start`, `poll`, `advance`, `finish`,
-`abort`); the pull runs in a thread, so that the engine goes on meanwhile. Fetched modules wait in
-a registered arena until `advance` hands them to the engine's loader. An arena that holds one
-module and a little more bounds the memory (in place); one that holds all of them keeps the old
-weights serving until everything is here (staged).
+`abort`); a pull runs in a thread, so that the engine goes on meanwhile. Each module has one of
+three ways in. *Direct*: its bytes land in the live parameters, while the engine stands still.
+*Staged*: they wait in a registered arena and are copied from there to where the loader would put
+them. *Through the loader*: the engine's own loader gets whole tensors from the arena. An arena that
+holds one module and a little more bounds the memory (in place); one that holds all of them keeps
+the old weights serving until everything is here (staged).
 """
 
 from __future__ import annotations
 
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 import torch
 
-from engine_plugins.errors import ConflictError, EnginePluginError, UnknownIdError
-from engine_plugins.weights.coverage import LoaderRules, engine_steps
+from engine_plugins.errors import ConflictError, EngineCallError, UnknownIdError
+from engine_plugins.weights.coverage import EngineStep, LoaderRules, engine_steps
+from engine_plugins.weights.destination import destination_map
+from engine_plugins.weights.destinations import Destination
+from engine_plugins.weights.landing import Landing
+from engine_plugins.weights.live_memory import LiveMemory
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.needed import needed_boxes
 from engine_plugins.weights.peak_memory import PeakMemory
-from engine_plugins.weights.plan import FetchPlan, build_plan, coalesced, logical_tensors
+from engine_plugins.weights.peer_source import PeerSource, peer_boxes
+from engine_plugins.weights.placement import Interval, SourceBox
+from engine_plugins.weights.plan import (
+    FetchPlan,
+    Step,
+    build_plan,
+    coalesced,
+    laid_apart,
+    logical_tensors,
+)
 from engine_plugins.weights.prepared_fetch import PreparedFetch
+from engine_plugins.weights.prepared_push import PreparedPush
 from engine_plugins.weights.report import RankPlan, RankReport
 from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.update_run import PreparedPlan, PullStatus, UpdateRun
 
-__all__ = ["PullStatus", "WeightInstaller", "WeightReceiver"]
+__all__ = [
+    "Aborted",
+    "ConnectResult",
+    "Direction",
+    "PullStatus",
+    "WeightInstaller",
+    "WeightReceiver",
+]
+
+Direction = Literal["pull", "push"]
+
+_SHOWN = 8
 
 
 class WeightInstaller(LoaderRules, Protocol):
@@ -40,12 +66,20 @@ class WeightInstaller(LoaderRules, Protocol):
         """Record what the engine's loader does with these tensors; touches nothing live."""
         ...
 
+    def live_parameters(self) -> Mapping[str, torch.Tensor]:
+        """The parameters that serve, by the trace's names; asked while no load is under way."""
+        ...
+
     def begin(self) -> None:
         """Make the model ready for new weights; generation stands still from here on."""
         ...
 
     def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load whole HF tensors that fill `modules`; keeps no reference to them afterwards."""
+        ...
+
+    def landed(self, modules: Sequence[str]) -> None:
+        """Take note that the live parameters of `modules` were written without `install`."""
         ...
 
     def finish(self) -> None:
@@ -58,17 +92,29 @@ class WeightInstaller(LoaderRules, Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PullStatus:
-    """Where an update stands on this rank."""
+class _Connected:
+    """Sources that this rank knows, and what it wants of them."""
 
-    steps_ready: int
-    steps_installed: int
-    steps_total: int
-    bytes_done: int
-    bytes_total: int
-    wrote: bool
-    """Whether a live parameter has been touched: from here on only success keeps it serving."""
-    error: EnginePluginError | None
+    direction: Direction
+    manifests: Sequence[SourceManifest]
+    steps: Sequence[EngineStep]
+    needed: Mapping[str, Sequence[Interval]]
+    plans: dict[frozenset[str], FetchPlan] = field(default_factory=dict)
+    """By the modules that land directly; made once."""
+
+    def plan(self, landing: Landing, *, direct: bool) -> FetchPlan:
+        """The plan with the proven modules landing directly, or with none."""
+        chosen = [mods for mods, _ in self.steps if direct and landing.proven >= set(mods)]
+        modules = frozenset(module for modules in chosen for module in modules)
+        if modules not in self.plans:
+            plan = build_plan(
+                self.manifests,
+                coalesced(self.steps, modules),
+                self.needed,
+                landing.live_boxes(modules),
+            )
+            self.plans[modules] = laid_apart(plan) if self.direction == "push" else plan
+        return self.plans[modules]
 
 
 class WeightReceiver:
@@ -79,6 +125,7 @@ class WeightReceiver:
         transport: makes the agent of this process when the first plan needs it.
         tp_rank: this rank, as errors will name it.
         stall_timeout_s: a pull that moves no byte for so long is given up.
+        direct_landing: whether bytes may land in live parameters at all.
     """
 
     def __init__(
@@ -88,19 +135,30 @@ class WeightReceiver:
         *,
         tp_rank: int,
         stall_timeout_s: float,
+        direct_landing: bool = True,
     ) -> None:
         self._installer = installer
         self._make_transport = transport
         self._transport: Transport | None = None
         self._tp_rank = tp_rank
         self._stall_timeout_s = stall_timeout_s
-        self._plans: dict[str, tuple[FetchPlan, Sequence[SourceManifest]]] = {}
-        self._fetch: tuple[str, PreparedFetch] | None = None
-        self._run: _Run | None = None
-        self._traced: tuple[tuple[LogicalTensor, ...], LoaderTrace] | None = None
+        self._direct_landing = direct_landing
+        self._connected: dict[str, _Connected] = {}
+        self._prepared: tuple[str, PreparedPlan] | None = None
+        self._run: UpdateRun | None = None
+        self._traced: tuple[tuple[LogicalTensor, ...], LoaderTrace, Landing] | None = None
+        self._live: tuple[frozenset[str], LiveMemory] | None = None
+        self._lost = False
+        self._peers: PeerSource | None = None
 
-    def connect(self, plan_id: str, manifests: Sequence[SourceManifest]) -> ConnectResult:
-        """Plan the fetch of this rank and meet the peers.
+    def connect(
+        self,
+        plan_id: str,
+        manifests: Sequence[SourceManifest],
+        *,
+        direction: Direction = "pull",
+    ) -> ConnectResult:
+        """Plan what this rank gets from the sources, and meet them or say where they write.
 
         Raises:
             WeightMismatchError: names, shapes or dtypes do not fit the engine's model.
@@ -110,39 +168,89 @@ class WeightReceiver:
         self._refuse_while_running()
         planning = time.perf_counter()
         tensors = logical_tensors(manifests)
-        trace = self._trace(tensors)
+        trace, landing = self._trace(tensors)
         steps, unused = engine_steps(trace, tensors, self._installer)
-        plan = build_plan(manifests, coalesced(steps), needed_boxes(trace, tensors))
+        connected = _Connected(
+            direction=direction,
+            manifests=manifests,
+            steps=steps,
+            needed=needed_boxes(trace, tensors),
+        )
+        plan = connected.plan(landing, direct=self._direct_landing)
         connecting = time.perf_counter()
-        fetch = self._prepare(plan_id, plan, manifests, staged=False)
-        self._plans[plan_id] = (plan, manifests)
+        prepared = self._prepare(plan_id, connected, plan, staged=False)
+        self._connected[plan_id] = connected
         return ConnectResult(
-            plan=_rank_plan(plan, self._tp_rank, fetch.arena_bytes),
+            plan=_rank_plan(plan, landing, self._tp_rank, prepared.arena_bytes),
             unused=unused,
             plan_s=connecting - planning,
             connect_s=time.perf_counter() - connecting,
+            destination=(
+                prepared.destination(self._tp_rank) if isinstance(prepared, PreparedPush) else None
+            ),
         )
+
+    def manifest(self, model: Mapping[str, str | int | bool]) -> bytes:
+        """What this rank's live parameters hold, as a source for other engines.
+
+        Args:
+            model: facts of the engine's HF config.
+
+        Raises:
+            ConflictError: in the middle of an update, or see `peer_boxes`.
+        """
+        if self._peers is None:
+            self._peers = PeerSource(
+                self._peer_boxes, self._make_transport(), tp_rank=self._tp_rank, model=model
+            )
+        return self._peers.manifest_bytes()
 
     def drop(self, plan_id: str) -> None:
         """Forget a plan and its receive buffer."""
         self._refuse_while_running()
-        self._plans.pop(plan_id, None)
-        if self._fetch is not None and self._fetch[0] == plan_id:
+        self._connected.pop(plan_id, None)
+        if self._prepared is not None and self._prepared[0] == plan_id:
             self._release()
 
     def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> PullStatus:
-        """Begin to pull. The engine's weights are untouched until `advance`."""
+        """Begin to pull; of a push, make ready what the trainers write to.
+
+        A pull leaves the engine's weights untouched until `advance`. A push into live parameters
+        may write to them from here on: the engine must stand still.
+        """
         self._refuse_while_running()
-        if plan_id not in self._plans:
+        if plan_id not in self._connected:
             raise UnknownIdError(
                 f"rank {self._tp_rank} holds no plan {plan_id}", remedy="connect again"
             )
-        plan, manifests = self._plans[plan_id]
+        connected = self._connected[plan_id]
         memory = PeakMemory.start(already_held=self._held_bytes())
-        fetch = self._prepare(plan_id, plan, manifests, staged=staged)
-        deadline = time.monotonic() + timeout_s
-        self._run = _Run(fetch, memory, deadline, self._stall_timeout_s, self._tp_rank)
+        if connected.direction == "pull":
+            prepared = self._pull_of(plan_id, connected, staged=staged)
+        else:
+            prepared = self._push_of(plan_id)
+        self._run = UpdateRun(
+            prepared,
+            memory,
+            deadline=time.monotonic() + timeout_s,
+            stall_timeout_s=self._stall_timeout_s,
+            tp_rank=self._tp_rank,
+        )
+        if connected.direction == "pull":
+            self._run.go()
+        elif prepared.plan.direct_bytes:
+            self._run.begin(self._installer.begin)
         return self._run.status()
+
+    def written(self) -> PullStatus:
+        """Go on with a push: the trainers have written every byte of it."""
+        run = self._current()
+        if not isinstance(run.prepared, PreparedPush):
+            raise ConflictError(
+                f"rank {self._tp_rank} pulls, nobody writes to it", remedy="commit the update"
+            )
+        run.go()
+        return run.status()
 
     def poll(self) -> PullStatus:
         """Where the update stands; never blocks."""
@@ -156,15 +264,13 @@ class WeightReceiver:
         """
         run = self._current()
         until = time.monotonic() + budget_s
-        if not run.wrote:
-            run.wrote = True
-            self._installer.begin()
+        run.begin(self._installer.begin)
         while run.installed < run.total and time.monotonic() < until:
-            step = run.next_ready(until)
-            if step is None:
+            ready = run.next_ready(until)
+            if ready is None:
                 break
             with run.installing():
-                self._installer.install(*step)
+                self._install(run.prepared, *ready)
         return run.status()
 
     def finish(self) -> RankReport:
@@ -182,51 +288,135 @@ class WeightReceiver:
         with run.timed_install():
             self._installer.finish()
         self._run = None
+        direct = run.prepared.plan.direct_bytes
+        needed = sum(step.bytes_needed for step in run.prepared.plan.steps)
         return RankReport(
             tp_rank=self._tp_rank,
             pid=os.getpid(),
-            bytes_moved=run.bytes_done,
-            wire_s=run.wire_s,
+            bytes_moved=run.prepared.bytes_done,
+            direct_bytes=direct,
+            staged_bytes=run.staged_bytes,
+            loader_bytes=needed - direct - run.staged_bytes,
+            wire_s=run.prepared.wire_s,
             install_s=run.install_s,
             peak_extra_bytes=run.memory.peak_extra_bytes(),
         )
 
-    def abort(self) -> bool:
-        """Stop the update under way, if any; say whether live weights had been touched."""
+    def abort(self, *, writes_ended: bool | None = None) -> Aborted:
+        """Stop the update under way, if any; say what may have become of live weights.
+
+        Args:
+            writes_ended: of a push, whether the trainers are known to write no more.
+        """
         run, self._run = self._run, None
         if run is None:
-            return False
+            return Aborted(wrote=False, lost=self._lost)
         still_landing = not run.stop()
+        if isinstance(run.prepared, PreparedPush):
+            still_landing = still_landing or not writes_ended
         # First of all: whatever becomes of the engine, this memory must not be used again.
         if still_landing or run.lost_track_of_buffer:
             self._quarantine()
+            self._lost = self._lost or (run.wrote and run.prepared.plan.direct_bytes > 0)
         if run.wrote:
             self._installer.abandon()
-        return run.wrote
+        return Aborted(wrote=run.wrote, lost=self._lost)
 
     def close(self) -> None:
-        """Release the arena and the agent."""
+        """Release the arena, the live parameters and the agent."""
         self.abort()
         self._release()
+        if self._peers is not None:
+            self._peers.close()
+            self._peers = None
+        if self._live is not None and not self._lost:
+            self._live[1].close()
+            self._live = None
         if self._transport is not None:
             self._transport.close()
             self._transport = None
 
-    def _trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
+    def _install(self, prepared: PreparedPlan, step: Step, index: int) -> None:
+        """Bring one step, which is here in full, into the model."""
+        if step.direct:
+            self._installer.landed(step.modules)
+            return
+        landing = self._landing()
+        tensors = prepared.tensors(index)
+        if prepared.staged and landing.proven >= set(step.modules):
+            landing.copy(step.modules, dict(tensors))
+            self._installer.landed(step.modules)
+            self._current().staged_bytes += step.bytes_needed
+            return
+        self._installer.install(step.modules, tensors)
+        if self._direct_landing:
+            landing.compare(step.modules, dict(tensors))
+
+    def _trace(self, tensors: Sequence[LogicalTensor]) -> tuple[LoaderTrace, Landing]:
         """The engine's trace; a trainer that connects anew has the tensors that it had before."""
         key = tuple(tensors)
         if self._traced is None or self._traced[0] != key:
-            self._traced = (key, self._installer.trace(tensors))
-        return self._traced[1]
+            trace = self._installer.trace(tensors)
+            self._traced = (key, trace, self._new_landing(trace, tensors))
+        elif self._traced[2].moved(self._installer.live_parameters()):
+            self._look_again()
+        return self._traced[1:]
+
+    def _new_landing(self, trace: LoaderTrace, tensors: Sequence[LogicalTensor]) -> Landing:
+        parameters = self._installer.live_parameters()
+        return Landing(destination_map(trace, tensors), trace.layouts, parameters)
+
+    def _peer_boxes(self) -> list[SourceBox]:
+        self._refuse_while_running()
+        if self._landing().moved(self._installer.live_parameters()):
+            self._look_again()
+        tensors = self._traced[0] if self._traced is not None else ()
+        return peer_boxes(self._landing(), tensors)
+
+    def _landing(self) -> Landing:
+        if self._traced is None:
+            raise EngineCallError(f"rank {self._tp_rank} has no trace of its loader")
+        return self._traced[2]
+
+    def _look_again(self) -> None:
+        """Forget what was known of live parameters that are no longer where they were."""
+        if self._traced is not None:
+            tensors, trace, _ = self._traced
+            self._traced = (tensors, trace, self._new_landing(trace, tensors))
+            self._release()
+            for connected in self._connected.values():
+                connected.plans.clear()
+
+    def _pull_of(self, plan_id: str, connected: _Connected, *, staged: bool) -> PreparedPlan:
+        if self._landing().moved(self._installer.live_parameters()):
+            self._look_again()
+        plan = connected.plan(self._landing(), direct=self._direct_landing and not staged)
+        return self._prepare(plan_id, connected, plan, staged=staged)
+
+    def _push_of(self, plan_id: str) -> PreparedPlan:
+        """The memory that the trainers were told of; nothing else will do."""
+        moved = self._landing().moved(self._installer.live_parameters())
+        if self._prepared is None or self._prepared[0] != plan_id or moved:
+            raise UnknownIdError(
+                f"rank {self._tp_rank} no longer holds the memory that plan {plan_id} told of",
+                remedy="connect again",
+            )
+        return self._prepared[1]
 
     def _refuse_while_running(self) -> None:
+        if self._lost:
+            raise ConflictError(
+                f"rank {self._tp_rank} cannot tell whether bytes of a broken update still come "
+                "into its live parameters",
+                remedy="restart the engine",
+            )
         if self._run is not None:
             raise ConflictError(
                 f"rank {self._tp_rank} is in the middle of an update",
                 remedy="wait for it, or abort it",
             )
 
-    def _current(self) -> _Run:
+    def _current(self) -> UpdateRun:
         if self._run is None:
             raise ConflictError(
                 f"rank {self._tp_rank} has no update under way", remedy="start one first"
@@ -234,35 +424,56 @@ class WeightReceiver:
         return self._run
 
     def _prepare(
-        self, plan_id: str, plan: FetchPlan, manifests: Sequence[SourceManifest], *, staged: bool
-    ) -> PreparedFetch:
-        """The prepared fetch of a plan; kept from update to update while it fits."""
-        if self._fetch is not None:
-            known, fetch = self._fetch
-            if known == plan_id and fetch.staged == staged and fetch.usable:
-                return fetch
+        self, plan_id: str, connected: _Connected, plan: FetchPlan, *, staged: bool
+    ) -> PreparedPlan:
+        """The plan with its memory; kept from update to update while it fits."""
+        if self._prepared is not None:
+            known, prepared = self._prepared
+            fits = prepared.staged == staged and prepared.usable
+            if known == plan_id and fits and prepared.plan is plan:
+                return prepared
         self._release()
         if self._transport is None:
             self._transport = self._make_transport()
-        fetch = PreparedFetch(plan, manifests, self._transport, staged=staged)
-        self._fetch = (plan_id, fetch)
-        return fetch
+        live = self._live_memory() if plan.direct_bytes else None
+        made: PreparedPlan
+        if connected.direction == "push":
+            made = PreparedPush(plan, connected.manifests, self._transport, live=live)
+        else:
+            made = PreparedFetch(
+                plan, connected.manifests, self._transport, staged=staged, live=live
+            )
+        self._prepared = (plan_id, made)
+        return made
+
+    def _live_memory(self) -> LiveMemory:
+        """The proven modules' parameters, registered."""
+        landing = self._landing()
+        proven = frozenset(landing.proven)
+        if self._live is None or self._live[0] != proven:
+            if self._live is not None:
+                self._live[1].close()
+                self._live = None
+            if self._transport is None:
+                self._transport = self._make_transport()
+            self._live = (proven, LiveMemory(landing.memory(), self._transport))
+        return self._live[1]
 
     def _held_bytes(self) -> int:
         """Of the receive buffer, what an earlier update has made resident."""
-        if self._fetch is None or not self._fetch[1].touched:
+        if self._prepared is None or not self._prepared[1].touched:
             return 0
-        return self._fetch[1].arena_bytes
+        return self._prepared[1].arena_bytes
 
     def _release(self) -> None:
-        known, self._fetch = self._fetch, None
+        known, self._prepared = self._prepared, None
         if known is not None:
             known[1].close()
 
     def _quarantine(self) -> None:
-        if self._fetch is not None:
-            self._fetch[1].quarantine()
-            self._fetch = None
+        if self._prepared is not None:
+            self._prepared[1].quarantine()
+            self._prepared = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,143 +485,33 @@ class ConnectResult:
     """HF names that reached no parameter of this rank and are not known to be ignorable."""
     plan_s: float
     connect_s: float
+    destination: Destination | None
+    """Of a push, where the trainers write."""
 
 
-class _Run:
-    """One update under way: the pull thread and what the two sides tell each other."""
+@dataclass(frozen=True, kw_only=True)
+class Aborted:
+    """What an update that was given up may have done to live weights."""
 
-    def __init__(
-        self,
-        fetch: PreparedFetch,
-        memory: PeakMemory,
-        deadline: float,
-        stall_timeout_s: float,
-        tp_rank: int,
-    ) -> None:
-        self.memory = memory
-        self.installed = 0
-        self.install_s = 0.0
-        self.wrote = False
-        self.total = len(fetch.plan.steps)
-        self.lost_track_of_buffer = False
-        self._fetch = fetch
-        self._deadline = deadline
-        self._stall_timeout_s = stall_timeout_s
-        self._tp_rank = tp_rank
-        self._ready = 0
-        self._error: EnginePluginError | None = None
-        self._stopped = False
-        self._news = threading.Condition()
-        fetch.reset_counters()
-        self._thread = threading.Thread(target=self._pull, name="weight-pull", daemon=True)
-        self._thread.start()
-
-    @property
-    def bytes_done(self) -> int:
-        return self._fetch.bytes_done
-
-    @property
-    def wire_s(self) -> float:
-        return self._fetch.wire_s
-
-    def status(self) -> PullStatus:
-        with self._news:
-            return PullStatus(
-                steps_ready=self._ready,
-                steps_installed=self.installed,
-                steps_total=self.total,
-                bytes_done=self._fetch.bytes_done,
-                bytes_total=self._fetch.bytes_total,
-                wrote=self.wrote,
-                error=self._error,
-            )
-
-    def next_ready(
-        self, until: float
-    ) -> tuple[Sequence[str], list[tuple[str, torch.Tensor]]] | None:
-        """The next module that is here in full; None when `until` passes first."""
-        with self._news:
-            while self._ready <= self.installed and self._error is None:
-                left = until - time.monotonic()
-                if left <= 0:
-                    return None
-                self._news.wait(left)
-            if self._ready <= self.installed and self._error is not None:
-                raise self._error
-        step = self._fetch.plan.steps[self.installed]
-        return step.modules, self._fetch.tensors(self.installed)
-
-    @contextmanager
-    def timed_install(self) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.install_s += time.perf_counter() - began
-
-    @contextmanager
-    def installing(self) -> Iterator[None]:
-        """Around one install: when it is done the step's bytes may be overwritten."""
-        with self.timed_install():
-            yield
-        with self._news:
-            self.installed += 1
-            self._news.notify_all()
-
-    def stop(self) -> bool:
-        """Ask the pull to end; False when it has not within two seconds."""
-        with self._news:
-            self._stopped = True
-            self._news.notify_all()
-        self._thread.join(2.0)
-        return not self._thread.is_alive()
-
-    def _pull(self) -> None:
-        try:
-            self._pull_steps()
-        except EnginePluginError as error:
-            self._fail(error)
-        except Exception as error:  # a thread's failure must reach whoever polls
-            self._fail(EnginePluginError(f"{type(error).__name__}: {error}"))
-
-    def _pull_steps(self) -> None:
-        while self._ready < self.total:
-            if not self._wait_for_room(self._ready):
-                return
-            steps = self._fetch.steps_with_room(self._ready, self.installed)
-            self._fetch.run_steps(
-                steps,
-                stall_timeout_s=self._stall_timeout_s,
-                deadline=self._deadline,
-                cancelled=lambda: self._stopped,
-            )
-            with self._news:
-                self._ready = steps.stop
-                self._news.notify_all()
-
-    def _wait_for_room(self, index: int) -> bool:
-        needed = self._fetch.windows[index].installed_before
-        with self._news:
-            self._news.wait_for(lambda: self._stopped or self.installed >= needed)
-            return not self._stopped
-
-    def _fail(self, error: EnginePluginError) -> None:
-        error.message = f"rank {self._tp_rank}: {error.message}"
-        with self._news:
-            self._error = error
-            self.lost_track_of_buffer = self._fetch.reads_may_be_active
-            self._news.notify_all()
+    wrote: bool
+    lost: bool
+    """Bytes may still come in, at any time: only a restart helps."""
 
 
-def _rank_plan(plan: FetchPlan, tp_rank: int, arena_bytes: int) -> RankPlan:
+def _rank_plan(plan: FetchPlan, landing: Landing, tp_rank: int, arena_bytes: int) -> RankPlan:
     moved = sum(step.bytes_to_move for step in plan.steps)
     needed = sum(step.bytes_needed for step in plan.steps)
+    modules = [module for step in plan.steps if not step.direct for module in step.modules]
+    reasons = [f"{name}: {landing.reasons[name]}" for name in modules if name in landing.reasons]
     return RankPlan(
         tp_rank=tp_rank,
         bytes_needed=needed,
         bytes_to_move=moved,
         operations=sum(step.operations for step in plan.steps),
-        direct_bytes=0,
+        direct_bytes=plan.direct_bytes,
         staged_bytes=0,
-        loader_bytes=needed,
+        loader_bytes=needed - plan.direct_bytes,
+        reasons=reasons[:_SHOWN],
         steps=len(plan.steps),
         largest_step_bytes=plan.largest_step_bytes,
         arena_bytes=arena_bytes,

@@ -42,8 +42,13 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     operations: int
     """Descriptors on the wire after merging neighbours."""
     direct_bytes: int
+    """Bytes that land in live parameters."""
     staged_bytes: int
+    """Bytes that are copied from the receive buffer into live parameters."""
     loader_bytes: int
+    """Bytes of tensors that the engine's own loader gets whole."""
+    reasons: list[str] = []
+    """Why modules go through the loader; of the first few."""
     steps: int
     """Fetched and installed one after the other; each is a module, or a few small ones."""
     largest_step_bytes: int
@@ -77,6 +82,12 @@ class RankReport(msgspec.Struct, frozen=True, kw_only=True):
     tp_rank: int
     pid: int
     bytes_moved: int
+    direct_bytes: int = 0
+    """Of the bytes needed, those that landed in live parameters."""
+    staged_bytes: int = 0
+    """Those that were copied from the receive buffer into live parameters."""
+    loader_bytes: int = 0
+    """Those that went through the engine's loader."""
     wire_s: float
     install_s: float
     peak_extra_bytes: int
@@ -93,6 +104,9 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     mode: Literal["staged", "in_place"]
     bytes_moved: int
     bytes_needed: int
+    direct_bytes: int = 0
+    staged_bytes: int = 0
+    loader_bytes: int = 0
     gbps: float
     """Gigabytes (1e9 bytes) per second on the wire, all ranks together."""
     seconds: float

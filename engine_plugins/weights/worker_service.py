@@ -18,8 +18,9 @@ import msgspec
 from engine_plugins import errors
 from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
 from engine_plugins.settings import Settings
+from engine_plugins.weights.destinations import Destination
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.receiver import PullStatus, WeightInstaller, WeightReceiver
+from engine_plugins.weights.receiver import Direction, PullStatus, WeightInstaller, WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
 from engine_plugins.weights.transport.base import Transport
 
@@ -70,6 +71,7 @@ class ConnectAnswer(msgspec.Struct, frozen=True, kw_only=True):
     unused: list[str]
     plan_s: float
     connect_s: float
+    destination: Destination | None = None
 
 
 class StatusAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +83,8 @@ class StatusAnswer(msgspec.Struct, frozen=True, kw_only=True):
     steps_total: int
     bytes_done: int
     bytes_total: int
+    may_begin: bool
+    """Whether nothing more can come without the engine standing still."""
     wrote: bool
     failure: Failure | None
 
@@ -139,6 +143,7 @@ def make_worker_service(
         lambda: _nixl_transport(tp_rank),
         tp_rank=tp_rank,
         stall_timeout_s=settings.stall_timeout_s,
+        direct_landing=settings.direct_landing,
     )
     return WorkerService(receiver, tp_rank=tp_rank, calls=calls)
 
@@ -164,9 +169,11 @@ class WorkerService:
         self._calls: dict[str, Callable[..., Any]] = {
             "describe": self._describe,
             "connect": self._connect,
+            "manifest": self._manifest,
             "drop": self._drop,
             "start": self._start,
             "poll": self._poll,
+            "written": self._written,
             "advance": self._advance,
             "finish": self._finish,
             "abort": self._abort,
@@ -194,15 +201,22 @@ class WorkerService:
     def _describe(self) -> WorkerDescription:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())
 
-    def _connect(self, plan_id: str, manifests: Sequence[bytes]) -> ConnectAnswer:
+    def _connect(
+        self, plan_id: str, manifests: Sequence[bytes], direction: Direction = "pull"
+    ) -> ConnectAnswer:
         decoder = msgspec.msgpack.Decoder(SourceManifest)
-        result = self._receiver.connect(plan_id, [decoder.decode(body) for body in manifests])
+        offers = [decoder.decode(body) for body in manifests]
+        result = self._receiver.connect(plan_id, offers, direction=direction)
         return ConnectAnswer(
             plan=result.plan,
             unused=result.unused,
             plan_s=result.plan_s,
             connect_s=result.connect_s,
+            destination=result.destination,
         )
+
+    def _manifest(self, model: dict[str, str | int | bool]) -> bytes:
+        return self._receiver.manifest(model)
 
     def _drop(self, plan_id: str) -> None:
         self._receiver.drop(plan_id)
@@ -219,8 +233,12 @@ class WorkerService:
     def _finish(self) -> RankReport:
         return self._receiver.finish()
 
-    def _abort(self) -> AbortAnswer:
-        return AbortAnswer(wrote=self._receiver.abort())
+    def _written(self) -> StatusAnswer:
+        return self._answer(self._receiver.written())
+
+    def _abort(self, writes_ended: bool | None = None) -> AbortAnswer:
+        aborted = self._receiver.abort(writes_ended=writes_ended)
+        return AbortAnswer(wrote=aborted.wrote, lost=aborted.lost)
 
     def _answer(self, status: PullStatus) -> StatusAnswer:
         return StatusAnswer(
@@ -230,6 +248,7 @@ class WorkerService:
             steps_total=status.steps_total,
             bytes_done=status.bytes_done,
             bytes_total=status.bytes_total,
+            may_begin=status.may_begin,
             wrote=status.wrote,
             failure=None if status.error is None else _failure(status.error),
         )

@@ -171,17 +171,17 @@ class InMemoryInstaller:
     Attributes:
         install_s: how long each install takes, before it looks at the tensors.
         loading: whether the model holds half-new weights.
+        landings: modules whose live parameters were written without an install, this time.
         failures: method name -> how many more of its calls succeed before one fails.
-        poison: overwrite what was handed over once it is installed.
     """
 
     def __init__(self, model: LoadableModel) -> None:
         self.model = model
         self.install_s = 0.0
         self.loading = False
-        self.poison = True
         self.failures: dict[str, int] = {}
         self.installed: list[str] = []
+        self.landings: list[str] = []
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -194,11 +194,15 @@ class InMemoryInstaller:
         self._maybe_fail("trace")
         return traced(self.model, tensors)
 
+    def live_parameters(self) -> dict[str, torch.Tensor]:
+        assert not self.loading, "asked in the middle of a load"
+        return dict(self.model.named_parameters())
+
     def begin(self) -> None:
         assert not self.loading, "begun twice"
         self._maybe_fail("begin")
         self.loading = True
-        self.installed = []
+        self.installed, self.landings = [], []
 
     def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         assert self.loading, "installed before begin"
@@ -206,9 +210,12 @@ class InMemoryInstaller:
         time.sleep(self.install_s)
         self.model.load_weights(tensors)
         self.installed += modules
-        if self.poison:
-            for _, tensor in tensors:
-                tensor.fill_(float("nan"))
+
+    def landed(self, modules: Sequence[str]) -> None:
+        assert self.loading, "landed before begin"
+        self._maybe_fail("landed")
+        self.landings += modules
+        self.installed += modules
 
     def finish(self) -> None:
         assert self.loading, "finished before begin"

@@ -9,9 +9,16 @@ from typing import Any
 
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.receiver import ConnectResult, PullStatus, WeightReceiver
+from engine_plugins.weights.plan import Step
+from engine_plugins.weights.receiver import (
+    ConnectResult,
+    Direction,
+    PullStatus,
+    WeightReceiver,
+)
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.update_run import PreparedPlan
 from engine_plugins.weights.worker_service import WorkerService
 from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel
 
@@ -27,9 +34,15 @@ class _BreakableReceiver(WeightReceiver):
         super().__init__(*args, **kwargs)
         self.failures: dict[str, EnginePluginError] = {}
 
-    def connect(self, plan_id: str, manifests: Sequence[SourceManifest]) -> ConnectResult:
+    def connect(
+        self,
+        plan_id: str,
+        manifests: Sequence[SourceManifest],
+        *,
+        direction: Direction = "pull",
+    ) -> ConnectResult:
         self._maybe_fail("connect")
-        return super().connect(plan_id, manifests)
+        return super().connect(plan_id, manifests, direction=direction)
 
     def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> PullStatus:
         self._maybe_fail("start")
@@ -43,6 +56,13 @@ class _BreakableReceiver(WeightReceiver):
         self._maybe_fail("finish")
         return super().finish()
 
+    def _install(self, prepared: PreparedPlan, step: Step, index: int) -> None:
+        """And poison what was installed: nothing that a later step did not bring can pass."""
+        super()._install(prepared, step, index)
+        if not step.direct:
+            for _, tensor in prepared.tensors(index):
+                tensor.fill_(float("nan"))
+
     def _maybe_fail(self, call: str) -> None:
         error = self.failures.pop(call, None)
         if error is not None:
@@ -55,17 +75,26 @@ class InMemoryRank:
     Args:
         model: what this rank serves from.
         tp_rank: its number.
-        stall_timeout_s: as for the receiver.
+        stall_timeout_s, direct_landing: as for the receiver.
     """
 
     def __init__(
-        self, model: InMemoryModel, *, tp_rank: int = 0, stall_timeout_s: float = 5.0
+        self,
+        model: InMemoryModel,
+        *,
+        tp_rank: int = 0,
+        stall_timeout_s: float = 5.0,
+        direct_landing: bool = False,
     ) -> None:
         self.model = model
         self.installer = InMemoryInstaller(model)
         self.transports: list[InMemoryTransport] = []
         self.receiver = _BreakableReceiver(
-            self.installer, self._transport, tp_rank=tp_rank, stall_timeout_s=stall_timeout_s
+            self.installer,
+            self._transport,
+            tp_rank=tp_rank,
+            stall_timeout_s=stall_timeout_s,
+            direct_landing=direct_landing,
         )
         self.service = WorkerService(self.receiver, tp_rank=tp_rank)
 

@@ -22,6 +22,8 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         "ENGINE_PLUGINS_MAX_MANIFEST_ENTRIES": "30",
         "ENGINE_PLUGINS_STALL_TIMEOUT_S": "0.5",
         "ENGINE_PLUGINS_STAGING_BYTES": "40",
+        "ENGINE_PLUGINS_SOURCE_POLICY": "nearest",
+        "ENGINE_PLUGINS_EXPECTED_LINK_GBPS": "45",
         "PATH": "/bin",
     }
     settings = Settings.load(environ=environ)
@@ -33,11 +35,14 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         max_manifest_entries=30,
         stall_timeout_s=0.5,
         staging_bytes=40,
+        source_policy="nearest",
+        expected_link_gbps=45.0,
     )
     assert len(environ) - 1 == len(fields(Settings)), "a new setting belongs in this test"
     for field in fields(Settings):
-        wanted = {"int": int, "float": float, "str | None": str, "Path | None": Path}
-        assert isinstance(getattr(settings, field.name), wanted[str(field.type)])
+        wanted = {"int": int, "float": float, "str": str, "Path": Path}
+        kind = str(field.type).removesuffix(" | None")
+        assert isinstance(getattr(settings, field.name), wanted[kind])
 
 
 def test_the_defaults_are_safe() -> None:
@@ -91,6 +96,11 @@ def test_a_setting_that_does_not_exist_is_told_with_those_that_do() -> None:
         ("max_body_bytes", [1]),
         ("staging_bytes", True),
         ("staging_bytes", 1.5),
+        ("source_policy", "closest"),
+        ("source_policy", None),
+        ("expected_link_gbps", "0"),
+        ("expected_link_gbps", "fast"),
+        ("expected_link_gbps", "nan"),
         ("admin_token", 5),
         ("admin_token", ["t"]),
         ("admin_token_file", 5),

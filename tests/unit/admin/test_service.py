@@ -406,7 +406,7 @@ async def test_a_plan_that_one_rank_refuses_is_no_plan_on_any(
             assert (answer.status_code, answer.json()["code"]) == (422, "weight_mismatch")
             assert "not mine" in answer.json()["detail"]
             assert "the other 1 ranks are well" in answer.json()["detail"]
-            assert all(not rank.receiver._plans for rank in server.engine.ranks)
+            assert all(not rank.receiver._connected for rank in server.engine.ranks)
             assert (await server.connect([trainer.manifest])).status_code == 200
 
 
@@ -417,7 +417,7 @@ async def test_old_plans_are_forgotten_everywhere(make_server: MakeServer) -> No
         with offered_tensors(hf_tensors(seed=1)) as trainer:
             plans = [await server.plan(trainer.manifest) for _ in range(10)]
             (rank,) = server.engine.ranks
-            assert list(rank.receiver._plans) == plans[2:]
+            assert list(rank.receiver._connected) == plans[2:]
             listed = (await server.get("/weights")).json()["plans"]
             assert {each["plan_id"] for each in listed} == set(plans[2:])
             answer = await server.post("/weights/update", plan_id=plans[0], version=1)

@@ -271,7 +271,7 @@ def test_calls_out_of_order_are_refused_and_break_nothing(
     ):
         with pytest.raises(ConflictError, match="no update under way"):
             call()
-    assert rank.receiver.abort() is False
+    assert rank.receiver.abort().wrote is False
     connect(rank, trainer)
     rank.receiver.start("plan", staged=False, timeout_s=10)
     for again in (
@@ -339,7 +339,7 @@ def test_a_peer_that_dies_in_mid_pull_is_named_with_what_it_was_giving(
     assert f"{status.bytes_done} of {trainer.source.nbytes} bytes" in text
     with pytest.raises(PeerLostError):
         rank.receiver.advance(budget_s=10)
-    assert rank.receiver.abort()
+    assert rank.receiver.abort().wrote
     rank.model.load_weights(hf_tensors(seed=0, layers=LAYERS).items())
 
     before = quarantined_bytes()
@@ -385,7 +385,7 @@ def test_a_stalled_peer_ends_in_a_timeout_that_names_everything(trainer: SourceR
     for said in ("rank 3: ", trainer.manifest.agent, "model.embed.weight", "after 0 of"):
         assert said in error.message
     assert f"of {trainer.source.nbytes} bytes" in error.message
-    assert rank.receiver.abort() is False
+    assert rank.receiver.abort().wrote is False
     assert quarantined_bytes() - before == held
     assert serves(rank, seed=0)
 
@@ -456,7 +456,7 @@ def test_an_abort_before_the_first_install_leaves_the_old_weights(
     rank.receiver.start("plan", staged=False, timeout_s=60)
     rank.wait(steps=1)
     began = time.monotonic()
-    assert rank.receiver.abort() is False
+    assert rank.receiver.abort().wrote is False
     assert time.monotonic() - began < 2.5
     assert serves(rank, seed=0)
     assert not rank.installer.loading
@@ -474,7 +474,7 @@ def test_an_abort_after_the_first_install_says_so_and_leaves_a_loadable_engine(
     rank.installer.install_s = 0.05
     rank.receiver.start("plan", staged=False, timeout_s=60)
     assert rank.receiver.advance(budget_s=0.01).steps_installed == 1
-    assert rank.receiver.abort() is True
+    assert rank.receiver.abort().wrote is True
     assert not rank.installer.loading
     assert not serves(rank, seed=0)
     assert not serves(rank, seed=1)
@@ -494,7 +494,7 @@ def test_an_engine_that_fails_to_load_counts_as_written(
     rank.receiver.start("plan", staged=False, timeout_s=60)
     with pytest.raises(RuntimeError, match=method):
         rank.install_all()
-    assert rank.receiver.abort() is True
+    assert rank.receiver.abort().wrote is True
     rank.receiver.start("plan", staged=False, timeout_s=60)
     rank.install_all()
     assert serves(rank, seed=1)
