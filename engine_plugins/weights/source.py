@@ -32,6 +32,7 @@ from engine_plugins.weights.manifest_checks import check_manifest
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source_memory import (
     Region,
+    copy_memory,
     is_readable,
     regions_of,
     storage_key,
@@ -79,6 +80,7 @@ class WeightSource:
             was replaced under the same tensor object.
         transport: where the memory is registered; it stays the caller's to close.
         source: who speaks, for people; names host and pid when empty.
+        global_rank: in the trainer's job, where there is one.
         model: facts of the HF config (see `model_facts`).
 
     Raises:
@@ -93,11 +95,13 @@ class WeightSource:
         transport: Transport,
         *,
         source: str = "",
+        global_rank: int | None = None,
         model: Mapping[str, str | int | bool] | None = None,
     ) -> None:
         self._describe = boxes if callable(boxes) else lambda: boxes
         self._transport = transport
         self._source = source or f"trainer ({socket.gethostname()}, pid {os.getpid()})"
+        self._global_rank = global_rank
         self._model = dict(model or {})
         self._placed: list[_Placed] = []
         self._regions: dict[tuple[int, int, int], Region] = {}
@@ -205,7 +209,7 @@ class WeightSource:
                 if mine is not None and mine.is_copy and _fits(mine.memory, box.data):
                     memory = mine.memory
                 else:
-                    memory = torch.empty(box.shape, dtype=memory.dtype, device=memory.device)
+                    memory = copy_memory(memory)
             placed.append(_Placed(box=box, memory=memory))
         return placed
 
@@ -240,6 +244,8 @@ class WeightSource:
                 devices=[region.device for region in regions],
             ),
             boxes=_box_columns(self._placed, tensors, regions),
+            host=socket.gethostname(),
+            global_rank=self._global_rank,
         )
         entries = len(tensors.names) + len(regions) + len(self._placed)
         if entries:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from engine_plugins.errors import SourceError
+from engine_plugins.weights.cuda_pool import PlainCudaPool
+from engine_plugins.weights.expandable_segments import WHY_NOT, asked_for, expandable_ranges
 
 __all__ = [
     "Region",
+    "copy_memory",
     "is_readable",
     "regions_of",
     "storage_key",
@@ -127,20 +130,43 @@ def regions_of(tensors: Iterable[torch.Tensor]) -> list[Region]:
     return regions
 
 
-def warn_of_expandable_segments(regions: Sequence[Region]) -> None:
-    """Warn when CUDA memory comes from expandable segments, which network cards cannot read.
+def copy_memory(data: torch.Tensor) -> torch.Tensor:
+    """Contiguous memory of a tensor's shape and dtype, on its device, that a wire can register.
 
-    Such memory registers without complaint and fails when it is used.
+    CUDA memory is plain cudaMalloc's where torch's own is of expandable segments; what is freed
+    of it serves the next copies.
+
+    Raises:
+        UnsupportedError: there is no such memory (see `PlainCudaPool`).
     """
-    if all(region.device == HOST for region in regions):
+    if data.is_cuda and asked_for() is not None:
+        return _pool(data.device).empty(data.shape, data.dtype)
+    return torch.empty(data.shape, dtype=data.dtype, device=data.device)
+
+
+def warn_of_expandable_segments(regions: Sequence[Region]) -> None:
+    """Warn of CUDA memory in expandable segments, which network cards cannot read.
+
+    Where torch's allocator can list its segments, they are looked at; elsewhere its settings are.
+    """
+    on_cuda = [region for region in regions if region.device != HOST]
+    asked = asked_for() if on_cuda else None
+    if torch.cuda.is_initialized():
+        ranges = expandable_ranges() if on_cuda else []
+        on_cuda = [r for r in on_cuda if any(r.address in each for each in ranges)]
+    elif asked is None:
         return
-    for setting in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        value = os.environ.get(setting, "").replace(" ", "").lower()
-        if "expandable_segments:true" in value:
-            logger.warning(
-                "%s=%s: memory of expandable segments can be registered but not read by RDMA; "
-                "start the trainer with expandable_segments:False",
-                setting,
-                value,
-            )
-            return
+    if on_cuda:
+        logger.warning(
+            "%.3f GiB of the memory offered on CUDA devices is of expandable segments (%s): %s. "
+            "Start with expandable_segments:False, or allocate what is offered within "
+            "PlainCudaPool.active()",
+            sum(region.nbytes for region in on_cuda) / 2**30,
+            asked or "no longer asked for",
+            WHY_NOT,
+        )
+
+
+@cache
+def _pool(device: torch.device) -> PlainCudaPool:
+    return PlainCudaPool(device)

@@ -47,7 +47,8 @@ def test_wheel_holds_every_module_of_every_package(wheel: zipfile.ZipFile) -> No
     expected = {
         module.relative_to(folder.parent).as_posix()
         for folder in packages().values()
-        for module in folder.rglob("*.py")
+        for kind in ("*.py", "*.c")
+        for module in folder.rglob(kind)
     }
     assert expected - shipped(wheel) == set()
 

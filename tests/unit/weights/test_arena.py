@@ -107,11 +107,12 @@ def test_a_quarantined_arena_is_kept_and_never_used_again(
     transport.deregister(address)
 
 
-def test_sizes_and_allocators_that_cannot_work_are_refused(
-    transport: InMemoryTransport, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_arena_of_no_bytes_is_refused(transport: InMemoryTransport) -> None:
     with pytest.raises(TransportError, match="0 bytes"):
         Arena(0, transport)
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native,expandable_segments:True")
-    with pytest.raises(UnsupportedError, match="PYTORCH_ALLOC_CONF"):
-        Arena(4096, transport, "cuda:0")
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "meta", "xpu:0", "no-such-device"])
+def test_a_device_that_is_not_here_is_refused(transport: InMemoryTransport, device: str) -> None:
+    with pytest.raises(UnsupportedError, match=device):
+        Arena(4096, transport, device)

@@ -272,16 +272,20 @@ def test_registered_memory_is_exactly_the_storages() -> None:
     transport.close()
 
 
-@pytest.mark.parametrize("setting", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
-def test_expandable_segments_are_warned_of(
-    setting: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Only for CUDA memory, whichever of the two variables asks for them."""
-    monkeypatch.setenv(setting, "max_split_size_mb:64, expandable_segments: True")
-    regions = regions_of([torch.zeros(4)])
-    with caplog.at_level(logging.WARNING):
-        warn_of_expandable_segments(regions)
-        assert not caplog.records
-        object.__setattr__(regions[0], "device", 0)
-        warn_of_expandable_segments(regions)
-    assert setting in caplog.text
+def test_expandable_segments_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Only for CUDA memory, and only while the allocator is set so."""
+    on_host = regions_of([torch.zeros(4)])
+    on_cuda = regions_of([torch.zeros(1 << 20)])
+    object.__setattr__(on_cuda[0], "device", 0)
+    warn_of_expandable_segments(on_cuda)
+    torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    try:
+        with caplog.at_level(logging.WARNING):
+            warn_of_expandable_segments(on_host)
+            assert not caplog.records
+            warn_of_expandable_segments([*on_host, *on_cuda])
+    finally:
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:False")
+    assert "0.004 GiB" in caplog.text
+    assert "a setting made at run time" in caplog.text
+    assert "cannot walk" in caplog.text
