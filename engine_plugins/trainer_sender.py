@@ -346,6 +346,7 @@ class WeightSender:
             boxes,
             transport,
             source=f"{place} ({socket.gethostname()}, pid {os.getpid()})",
+            global_rank=self._ranks.global_rank,
             model=self._model,
         )
 
