@@ -9,6 +9,7 @@ import msgspec
 from engine_plugins.weights.report import UpdateReport
 
 __all__ = [
+    "Direction",
     "EngineOffer",
     "EngineState",
     "InstalledWeights",
@@ -19,6 +20,9 @@ __all__ = [
 ]
 
 PauseMode = Literal["keep", "wait", "abort"]
+
+Direction = Literal["pull", "push"]
+"""Who moves the bytes: the engine reads them, or the trainer writes them."""
 
 
 class InstalledWeights(msgspec.Struct, frozen=True, kw_only=True):
@@ -68,7 +72,7 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of `POST /weights/update`; see the admin contract for the meaning of each field."""
+    """The body of `POST /weights/update` and `/prepare`; see the admin contract for each field."""
 
     plan_id: str
     version: int

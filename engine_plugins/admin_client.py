@@ -17,6 +17,7 @@ import httpx
 import msgspec
 
 from engine_plugins.admin_answers import (
+    Direction,
     EngineOffer,
     EngineState,
     PauseMode,
@@ -136,15 +137,16 @@ class AdminClient:
         self,
         source_ids: Sequence[str],
         *,
+        direction: Direction = "pull",
         model: Mapping[str, str | int | bool] | None = None,
     ) -> PlanSummary:
-        """Have the engine meet the sources and plan a pull from them."""
+        """Have the engine plan from the sources: a pull, or a push to its `destinations`."""
         facts = dict(model or {})
         return self._call(
             "POST",
             "/weights/connect",
             PlanSummary,
-            json={"source_ids": list(source_ids), "direction": "pull", "model": facts},
+            json={"source_ids": list(source_ids), "direction": direction, "model": facts},
             scope="weights",
             patience_s=self._connect_timeout_s,
         )
@@ -158,6 +160,38 @@ class AdminClient:
             json=msgspec.to_builtins(request),
             scope="weights",
             patience_s=request.timeout_s,
+        )
+
+    def prepare(self, request: UpdateRequest) -> UpdateReport:
+        """Have the engine get ready for a version, to be installed by `commit`."""
+        return self._call(
+            "POST",
+            "/weights/prepare",
+            UpdateReport,
+            json=msgspec.to_builtins(request),
+            scope="weights",
+            patience_s=request.timeout_s,
+        )
+
+    def commit(self, request_id: str, *, timeout_s: float) -> UpdateReport:
+        """Have the engine install what it prepared; `timeout_s` is that of `prepare`."""
+        return self._call(
+            "POST",
+            "/weights/commit",
+            UpdateReport,
+            json={"request_id": request_id},
+            scope="weights",
+            patience_s=timeout_s,
+        )
+
+    def abort(self, request_id: str, *, writes_ended: bool = False) -> UpdateReport:
+        """Have the engine give up what it prepared; of a push, say if no write is under way."""
+        return self._call(
+            "POST",
+            "/weights/abort",
+            UpdateReport,
+            json={"request_id": request_id, "writes_ended": writes_ended},
+            scope="weights",
         )
 
     def _call(

@@ -20,19 +20,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine_plugins.admin_answers import PauseMode, UpdateRequest
+from engine_plugins.admin_answers import Direction, PauseMode, UpdateRequest
 from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.sender.engines import EngineLink, links_to
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology, ranks_of
 from engine_plugins.sender.progress import progress_of
+from engine_plugins.sender.push import Push
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Offer, Round, checked_version, drive, offer_to
 from engine_plugins.sender.tree_update import TreeUpdate
+from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
 from engine_plugins.weights.fsdp_source import fsdp_tensors
 from engine_plugins.weights.megatron_source import megatron_boxes
 from engine_plugins.weights.model_facts import model_facts
 from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.report import UpdateReport
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.base import Transport
@@ -63,11 +66,16 @@ class WeightSender:
         fan_out: have engines feed each other: the trainer's memory is read by the first one only,
             and each engine that has the version feeds so many others. None has every engine read
             the trainer's. The engines take a version one after the other, down the tree.
+        direction: `pull` has the engines read the trainer's memory, `push` has every rank write
+            into the engines'. A push is always in two phases.
+        two_phase: have no engine install a version before all are ready to; if one is not, all
+            keep their old weights. It costs the memory of mode staged. None: only for a push.
         places: gives the place of every rank of a larger job that this process plays; see
             `check_topology`.
 
     Raises:
-        SettingsError: an engine url that is none, or given twice; a fan_out below 1.
+        SettingsError: an engine url that is none, or given twice; a fan_out below 1, or together
+            with two phases; a push in one phase.
         NotConfiguredError: NIXL is not installed.
         SourceError: tensors that cannot be offered.
         TransportError: memory that cannot be registered.
@@ -84,12 +92,17 @@ class WeightSender:
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
         fan_out: int | None = None,
+        direction: Direction = "pull",
+        two_phase: bool | None = None,
         places: Callable[[], Sequence[Place]] = tuple,
     ) -> None:
         self._token = token
         self._model = dict(model or {})
         self._progress = progress
         self._fan_out = fan_out
+        self._direction: Direction = direction
+        self._two_phase = direction == "push" if two_phase is None else two_phase
+        self._push: Push | None = None
         self._owned_transport: Transport | None = None
         self._source: WeightSource | None = None
         self._links: dict[str, EngineLink] = {}
@@ -116,6 +129,8 @@ class WeightSender:
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
         fan_out: int | None = None,
+        direction: Direction = "pull",
+        two_phase: bool | None = None,
     ) -> Self:
         """Send HF-named tensors: whole ones, and of DTensors each rank's share.
 
@@ -131,6 +146,8 @@ class WeightSender:
             process_group: see the class.
             progress: see the class.
             fan_out: see the class.
+            direction: see the class.
+            two_phase: see the class.
         """
         kept = dict(named_tensors) if isinstance(named_tensors, Mapping) else list(named_tensors)
         return cls(
@@ -142,6 +159,8 @@ class WeightSender:
             process_group=process_group,
             progress=progress,
             fan_out=fan_out,
+            direction=direction,
+            two_phase=two_phase,
         )
 
     @classmethod
@@ -156,6 +175,8 @@ class WeightSender:
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
         fan_out: int | None = None,
+        direction: Direction = "pull",
+        two_phase: bool | None = None,
     ) -> Self:
         """Send what this process holds of an FSDP2 model (HSDP, with tensor parallelism or not).
 
@@ -172,6 +193,8 @@ class WeightSender:
             process_group: see the class.
             progress: see the class.
             fan_out: see the class.
+            direction: see the class.
+            two_phase: see the class.
 
         Raises:
             UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
@@ -186,6 +209,8 @@ class WeightSender:
             process_group=process_group,
             progress=progress,
             fan_out=fan_out,
+            direction=direction,
+            two_phase=two_phase,
         )
 
     @classmethod
@@ -200,6 +225,8 @@ class WeightSender:
         process_group: dist.ProcessGroup | None = None,
         progress: bool | None = None,
         fan_out: int | None = None,
+        direction: Direction = "pull",
+        two_phase: bool | None = None,
     ) -> Self:
         """Send what this process holds of a Megatron model, in Megatron's own layout.
 
@@ -213,6 +240,8 @@ class WeightSender:
             process_group: see the class.
             progress: see the class.
             fan_out: see the class.
+            direction: see the class.
+            two_phase: see the class.
         """
         return cls(
             lambda: [box for rank in ranks_of(ranks) for box in megatron_boxes(rank, config)],
@@ -224,6 +253,8 @@ class WeightSender:
             process_group=process_group,
             progress=progress,
             fan_out=fan_out,
+            direction=direction,
+            two_phase=two_phase,
         )
 
     def update(
@@ -286,6 +317,8 @@ class WeightSender:
 
         Engines keep the weights that they have; their plans from this sender are void.
         """
+        if self._push is not None:
+            self._push.close()
         if self._source is not None:
             self._source.close()
         if self._owned_transport is not None:
@@ -313,7 +346,7 @@ class WeightSender:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
         self._ranks.agree("refreshing the weights", self._refresh, None)
-        result = self._rounds(request)
+        result = self._in_two_phases(request) if self._two_phase else self._rounds(request)
         if result.failures:
             raise EnginesFailedError(
                 version=request.version,
@@ -334,13 +367,11 @@ class WeightSender:
         transport: Transport | None,
     ) -> None:
         self._links = {link.url: link for link in links_to(engines, self._token)}
-        if self._fan_out is not None and self._fan_out < 1:
-            raise SettingsError(
-                f"fan_out is {self._fan_out}: then no engine would feed another",
-                remedy="give how many engines each one feeds, or None",
-            )
+        self._check_ways()
         if transport is None:
             transport = self._owned_transport = _nixl()
+        if self._direction == "push":
+            self._push = Push(self._ranks, transport)
         place = f"trainer rank {self._ranks.global_rank} of {self._ranks.count}"
         self._source = WeightSource(
             boxes,
@@ -349,6 +380,23 @@ class WeightSender:
             global_rank=self._ranks.global_rank,
             model=self._model,
         )
+
+    def _check_ways(self) -> None:
+        if self._fan_out is not None and self._fan_out < 1:
+            raise SettingsError(
+                f"fan_out is {self._fan_out}: then no engine would feed another",
+                remedy="give how many engines each one feeds, or None",
+            )
+        if self._fan_out is not None and self._two_phase:
+            raise SettingsError(
+                "with fan_out engines take a version one after the other, so none can wait for "
+                "all to be ready",
+                remedy="leave out fan_out, or direction push and two_phase",
+            )
+        if self._direction == "push" and not self._two_phase:
+            raise SettingsError(
+                "a push is written between prepare and commit", remedy="leave out two_phase=False"
+            )
 
     def _open_source(self) -> WeightSource:
         if self._source is None:
@@ -378,6 +426,27 @@ class WeightSender:
                 break
         return result.settled()
 
+    def _in_two_phases(self, request: UpdateRequest) -> Round:
+        """Have every engine prepare, in a push write, then have every engine commit."""
+        deadline = time.monotonic() + request.timeout_s
+        prepared = self._rounds(request)
+        if prepared.failures:
+            step = partial(aborted, self._links, prepared, request)
+            return self._ranks.lead("aborting the update", step, Round)
+        if self._push is not None:
+            try:
+                self._push.run(self._links, deadline=deadline)
+            except BaseException as error:  # an interrupt too: the engines must not wait
+                self._abort(request, error, writes_ended=self._push.ended)
+                raise
+        step = partial(commit_all, self._links, prepared, request)
+        return self._ranks.lead("committing the update", step, Round)
+
+    def _abort(self, request: UpdateRequest, error: BaseException, *, writes_ended: bool) -> None:
+        if self._ranks.leads:
+            because = f"the trainer's ranks did not write: {error}"
+            abort_all(self._links.values(), request, because=because, writes_ended=writes_ended)
+
     def _rounds_of_tree(self, arity: int, request: UpdateRequest) -> Round:
         """Offer to one engine, which feeds the others; to more only where that does not do."""
         update = TreeUpdate(self._links, arity, self._model, request)
@@ -400,8 +469,13 @@ class WeightSender:
     def _drive(
         self, links: Sequence[EngineLink], offers: Sequence[Offer], request: UpdateRequest
     ) -> Round:
+        def step(link: EngineLink, source_ids: Sequence[str]) -> UpdateReport:
+            if self._two_phase:
+                return link.prepare(source_ids, self._model, request, self._direction)
+            return link.update(source_ids, self._model, request)
+
         with self._shown([link.url for link in links], request.version):
-            return drive(links, offers, self._model, request)
+            return drive(links, offers, step)
 
     def _drive_tree(
         self, update: TreeUpdate, roots: Sequence[str], offers: Sequence[Offer], version: int

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import msgspec
 
-from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.admin_answers import Direction, UpdateRequest
 from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import (
     AdminAnswerError,
@@ -77,16 +77,51 @@ class EngineLink:
         Raises:
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
-        plan = self.plan
-        if plan is None or self._planned != tuple(source_ids):
-            plan = self.plan = self.client.connect(source_ids, model=model)
+        self._connect(source_ids, model, "pull")
+        return self._carried(request, self._ask)
+
+    def prepare(
+        self,
+        source_ids: Sequence[str],
+        model: Mapping[str, str | int | bool],
+        request: UpdateRequest,
+        direction: Direction,
+    ) -> UpdateReport:
+        """Connect if the sources are new to the engine, then prepare.
+
+        Raises:
+            EnginePluginError: the engine refused, failed or cannot be reached.
+        """
+        self._connect(source_ids, model, direction)
+        return self._carried(request, self._ask_to_prepare)
+
+    def commit(self, request: UpdateRequest) -> UpdateReport:
+        """Have the engine install what it prepared.
+
+        Raises:
+            EnginePluginError: the engine failed or cannot be reached.
+        """
+        return self._carried(request, self._ask_to_commit)
+
+    def _connect(
+        self, source_ids: Sequence[str], model: Mapping[str, str | int | bool], direction: Direction
+    ) -> None:
+        if self.plan is None or self._planned != tuple(source_ids):
+            self.plan = self.client.connect(source_ids, direction=direction, model=model)
             self._planned = tuple(source_ids)
+
+    def _carried(
+        self, request: UpdateRequest, ask: Callable[[UpdateRequest], UpdateReport]
+    ) -> UpdateReport:
+        """One call about an update from the plan; a plan that failed once is made anew."""
+        if self.plan is not None:
+            request = msgspec.structs.replace(request, plan_id=self.plan.plan_id)
         try:
-            report = self._ask(msgspec.structs.replace(request, plan_id=plan.plan_id))
+            report = ask(request)
         except EnginePluginError:
-            self.plan = None  # a plan that failed once is made anew: that costs little
+            self.plan = None  # that costs little
             raise
-        if report.outcome != "installed":
+        if report.outcome in ("failed", "aborted"):
             self.plan = None
             raise _reported(report)
         return report
@@ -100,14 +135,37 @@ class EngineLink:
         try:
             return self.client.update(request)
         except EngineUnreachableError:
-            give_up = time.monotonic() + request.timeout_s + GRACE_S
-            while self.client.state().state == "updating" and time.monotonic() < give_up:
-                time.sleep(POLL_S)
+            self._wait_for_end(request)
             history = self.client.weights().history
             ours = [report for report in history if report.request_id == request.request_id]
             if not ours:
                 raise
             return ours[0]
+
+    def _ask_to_prepare(self, request: UpdateRequest) -> UpdateReport:
+        """Prepare; if the connection broke, ask for the answer, which is given again."""
+        try:
+            return self.client.prepare(request)
+        except EngineUnreachableError:
+            self._wait_for_end(request)
+            return self.client.prepare(request)
+
+    def _ask_to_commit(self, request: UpdateRequest) -> UpdateReport:
+        """Commit; if the connection broke, ask for the answer, which is given again."""
+        try:
+            return self.client.commit(request.request_id, timeout_s=request.timeout_s)
+        except EngineUnreachableError:
+            self._wait_for_end(request)
+            return self.client.commit(request.request_id, timeout_s=request.timeout_s)
+
+    def _wait_for_end(self, request: UpdateRequest) -> None:
+        """Wait until the engine is in the middle of nothing, or has had more than its time."""
+        give_up = time.monotonic() + request.timeout_s + GRACE_S
+        while time.monotonic() < give_up:
+            state = self.client.state()
+            if state.state != "updating" or (state.update and state.update.phase == "prepared"):
+                return
+            time.sleep(POLL_S)
 
 
 def links_to(engines: str | Sequence[str], token: str | None) -> list[EngineLink]:

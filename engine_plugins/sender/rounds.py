@@ -6,7 +6,7 @@ restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -85,19 +85,24 @@ def offer_to(
 def drive(
     links: Sequence[EngineLink],
     offers: Sequence[Offer],
-    model: Mapping[str, str | int | bool],
-    request: UpdateRequest,
+    step: Callable[[EngineLink, Sequence[str]], UpdateReport],
 ) -> Round:
-    """Connect and update every engine that all ranks have offered to."""
+    """Take a step with every engine that all ranks have offered to.
+
+    Args:
+        links: the engines.
+        offers: what each rank has from them.
+        step: given an engine and the ids of its sources: update it, say.
+    """
     result = Round()
     for offer in reversed(offers):  # of several ranks' failures, the first rank's is told
         result.failures.update(offer.failures)
 
-    def update(link: EngineLink) -> UpdateReport:
+    def with_ids(link: EngineLink) -> UpdateReport:
         ids = [offer.source_ids[link.url] for offer in offers if link.url in offer.source_ids]
-        return link.update(ids, model, request)
+        return step(link, ids)
 
-    answers = for_each_engine([link for link in links if link.url not in result.failures], update)
+    answers = for_each_engine([link for link in links if link.url not in result.failures], with_ids)
     for link in links:
         answer = answers.get(link.url)
         if forgot_us(answer):
@@ -107,7 +112,7 @@ def drive(
         elif answer is not None:
             result.reports[link.url] = answer
             if link.plan is not None:
-                result.plans[link.url] = link.plan
+                result.plans[link.url] = msgspec.structs.replace(link.plan, destinations=[])
     return result
 
 

@@ -1,7 +1,7 @@
 """An engine without a model: a real HTTP server that keeps the admin contract's promises.
 
 It checks tokens and manifests, makes plans from the sources that it holds, refuses stale
-versions and unknown ids, and (within one process) pulls the bytes for real.
+versions and unknown ids, and (within one process) pulls the bytes for real, or has them pushed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from fastapi.responses import JSONResponse
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.manifest import SourceManifest, decode_manifest
-from engine_plugins.weights.report import Phases, PlanSummary, UpdateReport
+from engine_plugins.weights.report import Outcome, Phases, PlanSummary, UpdateReport
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.pull import pull
+from tests.support.push_target import PushTarget
 
 __all__ = ["TOKEN", "FakeEngine", "served"]
 
@@ -60,6 +61,9 @@ class FakeEngine:
         self.updates: list[dict[str, Any]] = []
         self.encodings: list[str | None] = []
         self.answered: dict[str, UpdateReport] = {}
+        self.prepared: dict[str, dict[str, Any]] = {}
+        self.aborts: list[dict[str, Any]] = []
+        self.pushed: dict[str, PushTarget] = {}
         self.refuse: dict[str, Refused] = {}
         self.restart_after: set[int] = set()
         self.update_s = 0.0
@@ -78,8 +82,12 @@ class FakeEngine:
         if self.offered is not None:
             self.offered.close()
             self.offered = None
+        for target in self.pushed.values():
+            target.close()
         for kept in (self.sources, self.plans, self.answered, self.weights):
             kept.clear()
+        self.prepared.clear()
+        self.pushed.clear()
 
     def put_source(self, body: bytes, content_type: str) -> dict[str, Any]:
         manifest = decode_manifest(body, content_type=content_type, max_entries=10_000)
@@ -95,9 +103,12 @@ class FakeEngine:
         self.plans[plan_id] = body["source_ids"]
         self.models.append(body["model"])
         nbytes = self._nbytes(plan_id)
+        if body["direction"] == "push":
+            manifests = [self.sources[name] for name in body["source_ids"]]
+            self.pushed[plan_id] = PushTarget(manifests)
         summary = PlanSummary(
             plan_id=plan_id,
-            direction="pull",
+            direction=body["direction"],
             bytes_needed=nbytes,
             bytes_to_move=nbytes,
             operations=3,
@@ -107,6 +118,7 @@ class FakeEngine:
             connect_s=0.0,
             plan_s=0.0,
             ranks=[],
+            destinations=self.pushed[plan_id].destinations() if plan_id in self.pushed else [],
         )
         plain: dict[str, Any] = msgspec.to_builtins(summary)
         return {**plain, "a_field_of_a_later_release": 1}
@@ -121,6 +133,34 @@ class FakeEngine:
             self.restart()
         plain: dict[str, Any] = msgspec.to_builtins(known)
         return plain
+
+    def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Fetch nothing yet: what the engine would take is taken at the commit."""
+        self._refuse_unfit(body)
+        self.prepared[body["request_id"]] = body
+        nbytes = self._nbytes(body["plan_id"])
+        self.progress = {"phase": "prepared", "bytes_done": nbytes, "bytes_total": nbytes}
+        plain: dict[str, Any] = msgspec.to_builtins(self._report(body, "prepared"))
+        return plain
+
+    def commit(self, body: dict[str, Any]) -> dict[str, Any]:
+        known = self.answered.get(body["request_id"])
+        if known is None:
+            known = self._install(self._taken(body))
+            self.answered[body["request_id"]] = known
+        plain: dict[str, Any] = msgspec.to_builtins(known)
+        return plain
+
+    def abort(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.aborts.append(body)
+        self.progress = None
+        plain: dict[str, Any] = msgspec.to_builtins(self._report(self._taken(body), "aborted"))
+        return plain
+
+    def _taken(self, body: dict[str, Any]) -> dict[str, Any]:
+        if body["request_id"] not in self.prepared:
+            raise Refused(404, "unknown_id", "nothing is prepared")
+        return self.prepared.pop(body["request_id"])
 
     def manifest(self) -> dict[str, Any]:
         """The weights as they were pulled, in a manifest that stays the same."""
@@ -155,27 +195,37 @@ class FakeEngine:
             "update": self.progress,
         }
 
-    def _install(self, body: dict[str, Any]) -> UpdateReport:
+    def _refuse_unfit(self, body: dict[str, Any]) -> None:
         if body["plan_id"] not in self.plans:
             raise Refused(404, "unknown_id", f"no plan {body['plan_id']}")
         if self.version is not None and body["version"] <= self.version and not body["force"]:
             raise Refused(409, "stale_version", f"version {self.version} is installed")
+
+    def _install(self, body: dict[str, Any]) -> UpdateReport:
+        self._refuse_unfit(body)
         self.updates.append(body)
         nbytes = self._nbytes(body["plan_id"])
         self.progress = {"phase": "pull", "bytes_done": nbytes // 2, "bytes_total": nbytes}
         time.sleep(self.update_s)
-        for source in self.plans[body["plan_id"]] if self.pulls else []:
+        target = self.pushed.get(body["plan_id"])
+        if target is not None:
+            self._take(target.tensors())
+        for source in self.plans[body["plan_id"]] if self.pulls and target is None else []:
             self._take(pull(self.sources[source]))
         self.progress = None
         self.version, self.request_id = body["version"], body["request_id"]
         if body["resume"] is not None:
             self.paused = not body["resume"]
         self.after_update()
+        return self._report(body, "installed")
+
+    def _report(self, body: dict[str, Any], outcome: Outcome) -> UpdateReport:
+        nbytes = self._nbytes(body["plan_id"])
         return UpdateReport(
             version=body["version"],
             request_id=body["request_id"],
             plan_id=body["plan_id"],
-            outcome="installed",
+            outcome=outcome,
             mode="in_place",
             bytes_moved=nbytes,
             bytes_needed=nbytes,
@@ -200,6 +250,13 @@ class FakeEngine:
 def application(engine: FakeEngine) -> FastAPI:
     app = FastAPI()
 
+    calls = {
+        "/weights/update": engine.update,
+        "/weights/prepare": engine.prepare,
+        "/weights/commit": engine.commit,
+        "/weights/abort": engine.abort,
+    }
+
     async def guarded(request: Request) -> JSONResponse:
         path = request.url.path.removeprefix("/admin/v1")
         try:
@@ -222,10 +279,10 @@ def application(engine: FakeEngine) -> FastAPI:
             return engine.put_source(body, request.headers["content-type"])
         if path == "/weights/connect":
             return engine.connect(msgspec.json.decode(body))
-        if path == "/weights/update":
+        if path in calls:
             from starlette.concurrency import run_in_threadpool
 
-            return await run_in_threadpool(engine.update, msgspec.json.decode(body))
+            return await run_in_threadpool(calls[path], msgspec.json.decode(body))
         if path == "/flush":
             return {"flushed": [name for name, asked in msgspec.json.decode(body).items() if asked]}
         if path == "/weights/manifest":
@@ -241,7 +298,8 @@ def application(engine: FakeEngine) -> FastAPI:
         app.add_api_route("/admin/v1" + path, guarded, methods=["GET"])
     for path in ("/pause", "/resume", "/flush", "/weights/sources", "/weights/connect"):
         app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])
-    app.add_api_route("/admin/v1/weights/update", guarded, methods=["POST"])
+    for path in calls:
+        app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])
     return app
 
 

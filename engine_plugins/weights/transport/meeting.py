@@ -8,6 +8,7 @@ peer that is stopped is found here, by name, and not in the middle of an update.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.transfers import run_transfers
 
-__all__ = ["meet"]
+__all__ = ["Greeting", "meet", "meet_agent"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,36 +35,68 @@ def meet(transport: Transport, manifest: SourceManifest) -> None:
         PeerLostError: the peer is dead.
         TransferTimeoutError: it is there, but gives nothing.
     """
+    regions = manifest.regions
+    greeting = None
+    if regions.addresses:
+        greeting = Greeting(
+            address=regions.addresses[0], nbytes=regions.nbytes[0], device=regions.devices[0]
+        )
+    meet_agent(
+        transport, manifest.agent, manifest.agent_metadata, greeting=greeting, who=manifest.source
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greeting:
+    """Memory of a peer, of which a few bytes are read to see that it answers."""
+
+    address: int
+    nbytes: int
+    device: int
+
+
+def meet_agent(
+    transport: Transport, agent: str, metadata: bytes, *, greeting: Greeting | None, who: str
+) -> None:
+    """Add a peer and read its first bytes.
+
+    Args:
+        transport: ours.
+        agent: the peer's name.
+        metadata: its description, whose checksum was compared.
+        greeting: memory that it has registered; None where it has none.
+        who: the peer's process, for people.
+
+    Raises:
+        PeerError: the peer's description or memory is refused.
+        PeerLostError: the peer is dead.
+        TransferTimeoutError: it is there, but gives nothing.
+    """
     for patience_s in PATIENCE_S:
-        transport.add_peer(manifest.agent, manifest.agent_metadata)
-        if _answers(transport, manifest, patience_s):
+        transport.add_peer(agent, metadata)
+        if greeting is None or _answers(transport, agent, greeting, patience_s):
             return
         logger.warning(
-            "%s gave no byte within %g s of being met; meeting it again",
-            manifest.agent,
-            patience_s,
+            "%s gave no byte within %g s of being met; meeting it again", agent, patience_s
         )
-        transport.remove_peer(manifest.agent)
+        transport.remove_peer(agent)
     raise TransferTimeoutError(
-        f"{manifest.source} (agent {manifest.agent}) gave no byte in {len(PATIENCE_S)} attempts "
+        f"{who} (agent {agent}) gave no byte in {len(PATIENCE_S)} attempts "
         f"over {sum(PATIENCE_S):g} s",
         remedy="see whether that process is stopped, and whether its network can be reached",
     )
 
 
-def _answers(transport: Transport, manifest: SourceManifest, patience_s: float) -> bool:
-    """Read the start of the peer's first region into a buffer that may be lost."""
-    if not manifest.regions.addresses:
-        return True
-    nbytes = min(GREETING_BYTES, manifest.regions.nbytes[0])
+def _answers(transport: Transport, agent: str, greeting: Greeting, patience_s: float) -> bool:
+    """Read the start of the peer's memory into a buffer that may be lost."""
     buffer = Arena(GREETING_BYTES, transport)
-    row = [buffer.address, manifest.regions.addresses[0], nbytes]
+    row = [buffer.address, greeting.address, min(GREETING_BYTES, greeting.nbytes)]
     try:
         read = transport.prepare_read(
-            manifest.agent,
+            agent,
             np.array([row], dtype=np.uint64),
             local_device=-1,
-            remote_device=manifest.regions.devices[0],
+            remote_device=greeting.device,
         )
         run_transfers([read], deadline_s=patience_s)
     except TransferTimeoutError:

@@ -1,0 +1,87 @@
+"""An update of all engines or of none: nobody commits unless everybody has prepared.
+
+The leading rank drives it. Engines that wait for a commit that never comes give up by themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+
+import msgspec
+
+from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.errors import EnginePluginError, UpdateAbortedError
+from engine_plugins.sender.engines import EngineLink, failure_of, for_each_engine
+from engine_plugins.sender.report import EngineFailure
+from engine_plugins.sender.rounds import Round
+from engine_plugins.weights.report import UpdateReport
+
+__all__ = ["abort_all", "aborted", "commit_all"]
+
+logger = logging.getLogger(__name__)
+
+
+def commit_all(links: Mapping[str, EngineLink], prepared: Round, request: UpdateRequest) -> Round:
+    """Have every engine install what it prepared.
+
+    Args:
+        links: the engines by url.
+        prepared: every engine's answer to prepare.
+        request: what was prepared.
+    """
+    result = msgspec.structs.replace(prepared, reports={}, failures={})
+    answers = for_each_engine(
+        [links[url] for url in prepared.reports], lambda link: link.commit(request)
+    )
+    for url, answer in answers.items():
+        if isinstance(answer, EnginePluginError):
+            result.failures[url] = failure_of(links[url], answer)
+        else:
+            result.reports[url] = answer
+    return result
+
+
+def aborted(links: Mapping[str, EngineLink], prepared: Round, request: UpdateRequest) -> Round:
+    """Have every engine that prepared give up, because another one did not prepare.
+
+    Returns:
+        A round in which every engine has failed.
+    """
+    others = ", ".join(prepared.failures)
+    failures = abort_all(
+        (links[url] for url in prepared.reports),
+        request,
+        because=f"it had prepared and was told to abort: {others} could not prepare",
+        writes_ended=True,
+    )
+    return msgspec.structs.replace(prepared, reports={}, failures=prepared.failures | failures)
+
+
+def abort_all(
+    links: Iterable[EngineLink], request: UpdateRequest, *, because: str, writes_ended: bool
+) -> dict[str, EngineFailure]:
+    """Have engines give up what they prepared; say what each holds then.
+
+    Args:
+        links: the engines.
+        request: what was prepared.
+        because: why, for people.
+        writes_ended: of a push, whether no rank's write is under way.
+    """
+
+    def abort(link: EngineLink) -> UpdateReport:
+        return link.client.abort(request.request_id, writes_ended=writes_ended)
+
+    links = list(links)
+    answers = for_each_engine(links, abort)
+    failures: dict[str, EngineFailure] = {}
+    for link in links:
+        answer = answers[link.url]
+        if isinstance(answer, EnginePluginError):
+            failure = failure_of(link, answer, where=f"{because}; the abort failed: ")
+        else:
+            failure = failure_of(link, UpdateAbortedError(because))
+        failures[link.url] = failure
+        logger.warning("%s: %s (it holds %s)", link.url, failure.detail, failure.holds)
+    return failures

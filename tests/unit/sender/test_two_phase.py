@@ -1,0 +1,236 @@
+"""All engines take a version, or none does; and in a push every byte is there first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from engine_plugins.errors import PeerError, SettingsError, TransferTimeoutError
+from engine_plugins.sender.report import EnginesFailedError
+from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.destinations import Destination
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
+from tests.support.push_target import PushTarget
+
+DIRECTIONS = pytest.mark.parametrize("direction", ["pull", "push"])
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[FakeEngine]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(served(FakeEngine())) for _ in range(2)]
+
+
+@pytest.fixture
+def engines(servers: list[FakeEngine]) -> list[FakeEngine]:
+    """Two new engines, each behind its own HTTP server."""
+    for engine in servers:
+        engine.reset()
+    return servers
+
+
+@pytest.fixture
+def transport() -> Iterator[InMemoryTransport]:
+    agent = InMemoryTransport("trainer")
+    yield agent
+    agent.close()
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6, bias=False))
+
+
+def sender_of(
+    model: torch.nn.Module, engines: list[FakeEngine], transport: InMemoryTransport, **more: Any
+) -> WeightSender:
+    urls = [engine.url for engine in engines]
+    tensors = model.named_parameters()
+    more = {"two_phase": True, **more}
+    return WeightSender.from_hf(tensors, engines=urls, token=TOKEN, transport=transport, **more)
+
+
+def train(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+
+
+def holds(engine: FakeEngine, model: torch.nn.Module) -> bool:
+    tensors = dict(model.named_parameters())
+    return tensors.keys() == engine.weights.keys() and all(
+        torch.equal(tensors[name], engine.weights[name]) for name in tensors
+    )
+
+
+@DIRECTIONS
+def test_every_engine_gets_every_version(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    direction: str,
+) -> None:
+    """One plan for many versions, prepared and committed under one request_id each."""
+    with sender_of(model, engines, transport, direction=direction) as sender:
+        for version in (1, 2, 3):
+            train(model)
+            report = sender.update(version)
+            assert all(holds(engine, model) and engine.version == version for engine in engines)
+            assert [each.outcome for each in report.engines.values()] == ["installed"] * 2
+            assert not any(plan.destinations for plan in report.plans.values())
+    for engine in engines:
+        assert (len(engine.plans), engine.prepared, engine.aborts) == (1, {}, [])
+
+
+@DIRECTIONS
+def test_one_engine_that_cannot_prepare_keeps_all_from_committing(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    direction: str,
+) -> None:
+    """The error names both: what one refused, and that the other gave up and holds the old."""
+    engines[1].version = 9
+    with sender_of(model, engines, transport, direction=direction) as sender:
+        with pytest.raises(EnginesFailedError) as caught:
+            sender.update(5)
+        failures = caught.value.failures
+        assert failures[engines[1].url].code == "stale_version"
+        assert failures[engines[0].url].code == "update_aborted"
+        assert f"{engines[1].url} could not prepare" in failures[engines[0].url].detail
+        assert failures[engines[0].url].holds == "the weights it started with, serving"
+        assert failures[engines[1].url].holds == "version 9, serving"
+        assert (engines[0].version, engines[0].weights) == (None, {})
+        assert [told["writes_ended"] for told in engines[0].aborts] == [True]
+        sender.update(10)
+    assert all(holds(engine, model) and engine.version == 10 for engine in engines)
+
+
+@DIRECTIONS
+def test_an_engine_that_restarted_is_told_anew_while_the_other_waits(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    direction: str,
+) -> None:
+    """A second round for the one; nobody is aborted for it."""
+    with sender_of(model, engines, transport, direction=direction) as sender:
+        sender.update(1)
+        engines[0].restart()
+        train(model)
+        sender.update(2)
+    assert all(holds(engine, model) and engine.version == 2 for engine in engines)
+    assert not engines[0].aborts
+    assert not engines[1].aborts
+
+
+def test_an_engine_that_fails_to_commit_is_named(
+    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+) -> None:
+    """The other has the version by then, and the error has its report."""
+    engines[1].refuse["/weights/commit"] = Refused(500, "engine_call_failed", "the loader broke")
+    with (
+        sender_of(model, engines, transport) as sender,
+        pytest.raises(EnginesFailedError, match="the loader broke") as caught,
+    ):
+        sender.update(5)
+    assert list(caught.value.reports) == [engines[0].url]
+    assert engines[0].version == 5
+
+
+def test_an_abort_that_fails_is_told(
+    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+) -> None:
+    """The engine gives up by itself; until then it is not as the trainer wanted it."""
+    engines[1].version = 9
+    engines[0].refuse["/weights/abort"] = Refused(500, "engine_call_failed", "busy")
+    with (
+        sender_of(model, engines, transport) as sender,
+        pytest.raises(EnginesFailedError, match="the abort failed: busy"),
+    ):
+        sender.update(5)
+
+
+# -- push -------------------------------------------------------------------------------------
+
+
+def test_a_push_writes_only_once_all_are_ready(
+    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+) -> None:
+    """Before that not one byte has left the trainer."""
+    engines[1].refuse["/weights/prepare"] = Refused(422, "unsupported", "no memory")
+    with sender_of(model, engines, transport, direction="push") as sender:
+        with pytest.raises(EnginesFailedError):
+            sender.update(1)
+        (target,) = engines[0].pushed.values()
+        assert not any(tensor.any() for tensor in target.tensors().values())
+
+
+@pytest.mark.parametrize(("bytes_per_s", "ended"), [(None, True), (0.0, False)])
+def test_a_push_that_fails_aborts_every_engine(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    bytes_per_s: float | None,
+    ended: bool,
+) -> None:
+    """They are told whether a write may still be under way; the peer is named."""
+    with sender_of(model, engines, transport, direction="push") as sender:
+        sender.update(1)
+        (target,) = engines[1].pushed.values()
+        target.transport.bytes_per_s = bytes_per_s
+        if ended:
+            target.close()
+        train(model)
+        with pytest.raises(Exception, match=target.transport.agent) as caught:
+            sender.update(2, timeout_s=1.0)
+        assert isinstance(caught.value, TransferTimeoutError) != ended
+        for engine in engines:
+            assert [told["writes_ended"] for told in engine.aborts] == [ended]
+            assert engine.version == 1
+        engines[1].restart()
+        sender.update(3)
+    assert all(holds(engine, model) and engine.version == 3 for engine in engines)
+
+
+def test_an_engine_rank_that_was_described_wrongly_is_not_met(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Metadata whose checksum differs never reaches the transport."""
+    told = PushTarget.destinations
+
+    def damaged(target: PushTarget) -> list[Destination]:
+        return [msgspec.structs.replace(each, agent_metadata=b"half") for each in told(target)]
+
+    with sender_of(model, engines[:1], transport, direction="push") as sender:
+        monkeypatch.setattr(PushTarget, "destinations", damaged)
+        with pytest.raises(PeerError, match="another checksum"):
+            sender.update(1)
+        monkeypatch.undo()
+        engines[0].restart()
+        sender.update(2)
+    assert [each["writes_ended"] for each in engines[0].aborts] == [True]
+    assert holds(engines[0], model)
+
+
+@pytest.mark.parametrize(
+    "ways", [{"direction": "push", "two_phase": False}, {"fan_out": 2}, {"fan_out": 0}]
+)
+def test_ways_that_do_not_go_together(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    ways: dict[str, Any],
+) -> None:
+    """Refused when the sender is made."""
+    with pytest.raises(SettingsError):
+        sender_of(model, engines, transport, **ways)
