@@ -18,6 +18,8 @@ from engine_plugins.errors import SettingsError
 __all__ = ["PREFIX", "SOURCE_POLICIES", "Settings"]
 
 PREFIX = "ENGINE_PLUGINS_"
+
+_SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 SOURCE_POLICIES = ("balanced", "nearest", "same_rank")
 """How a rank chooses among trainer ranks that hold the same."""
 
@@ -35,6 +37,8 @@ class Settings:
         stall_timeout_s: a pull that moves nothing for so long is given up, and says who stalled.
         staging_bytes: receive buffer per rank that `mode: auto` may use to stage a whole update
             while the old weights serve; 0 installs in place, module by module.
+        direct_landing: whether bytes may land in live parameters, where these were seen to hold
+            the loader's layout.
         source_policy: how a rank chooses among sources that hold the same, one of
             `SOURCE_POLICIES`.
         expected_link_gbps: gigabytes per second that the link to a source should give; one that
@@ -48,6 +52,7 @@ class Settings:
     max_manifest_entries: int = 1_000_000
     stall_timeout_s: float = 30.0
     staging_bytes: int = 0
+    direct_landing: bool = True
     source_policy: str = "balanced"
     expected_link_gbps: float | None = None
 
@@ -99,6 +104,8 @@ def _read(name: str, kind: str, value: Any) -> Any:
         return None
     text = isinstance(value, str)
     try:
+        if kind == "bool" and (type(value) is bool or str(value).lower() in _SWITCH):
+            return value if type(value) is bool else _SWITCH[value.lower()]
         if kind == "int" and (text or type(value) is int):
             return int(value)
         if kind.startswith("float") and (text or type(value) in (int, float)):

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine_plugins.weights.box_table import BoxTable, Column, SourceTable, TensorTable, volumes
+from engine_plugins.weights.box_table import (
+    BoxTable,
+    Column,
+    SourceTable,
+    TargetTable,
+    TensorTable,
+    volumes,
+)
 from engine_plugins.weights.source_choice import SourceChoice, balanced
 
 __all__ = ["Parts", "intersect", "runs"]
@@ -22,6 +29,8 @@ class Parts:
         offer: [n] row of the source's box in its table.
         address: [n] uint64, of the part's first element.
         strides_bytes: [n, axes] of the part in the source's memory.
+        target: [n] where its first element goes, as `TargetTable.offset` says it.
+        target_strides: [n, axes] of the part where it goes.
         nbytes: [n].
     """
 
@@ -29,11 +38,13 @@ class Parts:
     offer: Column
     address: npt.NDArray[np.uint64]
     strides_bytes: Column
+    target: Column
+    target_strides: Column
     nbytes: Column
 
 
 def intersect(
-    needed: BoxTable,
+    needed: TargetTable,
     sources: SourceTable,
     tensors: TensorTable,
     choice: SourceChoice | None = None,
@@ -43,17 +54,17 @@ def intersect(
     Raises:
         PlanError: the choice finds no source within reach; the text names tensor and rank.
     """
-    distinct = sources.distinct
-    low = np.searchsorted(distinct.tensor, needed.tensor, side="left")
-    counts = np.searchsorted(distinct.tensor, needed.tensor, side="right") - low
-    wanted = np.repeat(np.arange(len(needed)), counts)
+    distinct, whole = sources.distinct, needed.boxes
+    low = np.searchsorted(distinct.tensor, whole.tensor, side="left")
+    counts = np.searchsorted(distinct.tensor, whole.tensor, side="right") - low
+    wanted = np.repeat(np.arange(len(whole)), counts)
     given = np.arange(len(wanted)) + np.repeat(low - counts.cumsum() + counts, counts)
-    start = np.maximum(needed.start[wanted], distinct.start[given])
+    start = np.maximum(whole.start[wanted], distinct.start[given])
     end = np.minimum(
-        needed.start[wanted] + needed.shape[wanted], distinct.start[given] + distinct.shape[given]
+        whole.start[wanted] + whole.shape[wanted], distinct.start[given] + distinct.shape[given]
     )
     meet = (end > start).all(axis=1)
-    boxes = BoxTable(tensor=needed.tensor[wanted], start=start, shape=end - start)[meet]
+    boxes = BoxTable(tensor=whole.tensor[wanted], start=start, shape=end - start)[meet]
     nbytes = volumes(boxes.shape) * tensors.itemsize[boxes.tensor]
     if choice is None:
         offer = balanced(sources.first, sources.source, given[meet], nbytes)
@@ -61,22 +72,27 @@ def intersect(
         offer = choice.rows(sources, tensors, given[meet], nbytes)
     strides = sources.strides_bytes[offer]
     skipped = ((boxes.start - sources.boxes.start[offer]) * strides).sum(axis=1)
+    wanted = wanted[meet]
+    target_strides = needed.strides_bytes[wanted]
+    within = ((boxes.start - whole.start[wanted]) * target_strides).sum(axis=1)
     return Parts(
         boxes=boxes,
         offer=offer,
         address=sources.address[offer] + skipped.astype(np.uint64),
         strides_bytes=strides,
+        target=needed.offset[wanted] + within,
+        target_strides=target_strides,
         nbytes=nbytes,
     )
 
 
 def runs(parts: Parts, tensors: TensorTable) -> tuple[Column, Column]:
-    """Bytes that are contiguous at the source and in the whole tensor, and the axes left to walk.
+    """Bytes that are contiguous at the source and where they go, and the axes left to walk.
 
     Returns:
         [n] bytes, and [n] how many leading axes have to be walked, run by run.
     """
-    target = tensors.strides_bytes[parts.boxes.tensor]
+    target = parts.target_strides
     run = tensors.itemsize[parts.boxes.tensor].copy()
     outer = np.zeros(len(run), np.int64)
     growing = np.ones(len(run), np.bool_)

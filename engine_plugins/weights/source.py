@@ -32,6 +32,7 @@ from engine_plugins.weights.manifest_checks import check_manifest
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source_memory import (
     Region,
+    copy_memory,
     is_readable,
     regions_of,
     storage_key,
@@ -208,7 +209,7 @@ class WeightSource:
                 if mine is not None and mine.is_copy and _fits(mine.memory, box.data):
                     memory = mine.memory
                 else:
-                    memory = torch.empty(box.shape, dtype=memory.dtype, device=memory.device)
+                    memory = copy_memory(memory)
             placed.append(_Placed(box=box, memory=memory))
         return placed
 
