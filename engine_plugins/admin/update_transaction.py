@@ -191,14 +191,11 @@ class UpdateTransaction:
         """Pull until nothing more can come without the engine standing still."""
         self._show("pull", 0)
         statuses = await self._start()
-        while not all(self._enough(status) for status in statuses):
+        while not all(status.may_begin for status in statuses):
             await asyncio.sleep(POLL_S)
             statuses = await self._workers.poll()
             self._progress("pull", statuses)
         return statuses
-
-    def _enough(self, status: StatusAnswer) -> bool:
-        return status.steps_ready >= (status.steps_total if self._record.staged else 1)
 
     async def _open(self) -> list[StatusAnswer]:
         """Make the memory ready that the trainer will write to."""
@@ -356,7 +353,13 @@ class UpdateTransaction:
             outcome=outcome,
             mode=mode,
             bytes_moved=moved_bytes,
+            direct_bytes=sum(rank.direct_bytes for rank in ranks),
+            staged_bytes=sum(rank.staged_bytes for rank in ranks),
+            loader_bytes=sum(rank.loader_bytes for rank in ranks),
             bytes_needed=self._plan.bytes_needed,
+            direct_bytes=sum(rank.direct_bytes for rank in ranks),
+            staged_bytes=sum(rank.staged_bytes for rank in ranks),
+            loader_bytes=sum(rank.loader_bytes for rank in ranks),
             gbps=moved_bytes / 1e9 / wire_s if wire_s > 0 else 0.0,
             seconds=time.monotonic() - self._record.began,
             paused_s=self._paused_s if self._record.paused_here else 0.0,
