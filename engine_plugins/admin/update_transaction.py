@@ -140,7 +140,8 @@ class UpdateTransaction:
         self._records.keep(self._record)
         async with self._or_give_up():
             if self._plan.direction == "push":
-                await self._workers.written()
+                self._show("written", None)
+                await self._until_ready("written", await self._workers.written())
             await self._pause()
             ranks = await self._install()
         return self._report("installed", ranks)
@@ -190,11 +191,13 @@ class UpdateTransaction:
     async def _pull(self) -> list[StatusAnswer]:
         """Pull until nothing more can come without the engine standing still."""
         self._show("pull", 0)
-        statuses = await self._start()
+        return await self._until_ready("pull", await self._start())
+
+    async def _until_ready(self, phase: str, statuses: list[StatusAnswer]) -> list[StatusAnswer]:
         while not all(status.may_begin for status in statuses):
             await asyncio.sleep(POLL_S)
             statuses = await self._workers.poll()
-            self._progress("pull", statuses)
+            self._progress(phase, statuses)
         return statuses
 
     async def _open(self) -> list[StatusAnswer]:
@@ -353,9 +356,6 @@ class UpdateTransaction:
             outcome=outcome,
             mode=mode,
             bytes_moved=moved_bytes,
-            direct_bytes=sum(rank.direct_bytes for rank in ranks),
-            staged_bytes=sum(rank.staged_bytes for rank in ranks),
-            loader_bytes=sum(rank.loader_bytes for rank in ranks),
             bytes_needed=self._plan.bytes_needed,
             direct_bytes=sum(rank.direct_bytes for rank in ranks),
             staged_bytes=sum(rank.staged_bytes for rank in ranks),
