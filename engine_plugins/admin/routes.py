@@ -36,6 +36,7 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
     ("POST", "/flush"): "control",
     ("POST", SOURCES_PATH): "weights",
     ("POST", "/weights/connect"): "weights",
+    ("GET", "/weights/manifest"): "weights",
     ("POST", "/weights/update"): "weights",
     ("POST", "/weights/prepare"): "weights",
     ("POST", "/weights/commit"): "weights",
@@ -95,6 +96,12 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
     async def connect(body: ConnectBody) -> Response:
         """Plan an update from sources and meet the peers."""
         return _json(await service.connect(body))
+
+    @router.get("/weights/manifest")
+    async def manifest() -> Response:
+        """Offer the version that serves to other engines: one manifest for each rank."""
+        offer = await service.manifest()
+        return await asyncio.to_thread(_json, offer)
 
     @router.post("/weights/update")
     async def update(body: UpdateBody) -> Response:

@@ -34,6 +34,7 @@ from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, Pause, moved, require
 from engine_plugins.admin.updates import Updates
 from engine_plugins.admin.worker_calls import WorkerCalls
+from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
@@ -177,6 +178,28 @@ class AdminService:
                 self._shared.drop("plans", old)
                 self._shared.drop("used", old)
         return plan
+
+    async def manifest(self) -> EngineOffer:
+        """The version that serves as a source for other engines.
+
+        Raises:
+            ConflictError: no update of ours has been installed, or an engine's parameters do not
+                hold what its loader copies; the text names them.
+        """
+        async with self._operation("offer the weights"):
+            state = self._shared.read()
+            require(state, "serving", "paused", doing="offer the weights")
+            version = state.weights.version
+            if version is None:
+                raise ConflictError(
+                    "this engine holds the weights that it was started with: where they lie is "
+                    "known once an update has installed others",
+                    remedy="update this engine first",
+                )
+            manifests = await self._workers.manifests(self._control.info.model_facts)
+        return EngineOffer(
+            version=version, request_id=state.weights.request_id, manifests=manifests
+        )
 
     async def update(self, body: UpdateBody) -> UpdateReport:
         """Install new weights; see `Updates.update`."""

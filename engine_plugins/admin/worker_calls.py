@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
 from engine_plugins.admin.engine_control import EngineControl
@@ -40,6 +41,10 @@ class WorkerCalls:
         return await self.ask(
             "connect", ConnectAnswer, plan_id=plan_id, manifests=manifests, **push
         )
+
+    async def manifests(self, model: Mapping[str, str | int | bool]) -> list[bytes]:
+        """What every rank offers to other engines, as msgpack."""
+        return await self.ask("manifest", bytes, model=dict(model))
 
     async def drop(self, plan_id: str) -> None:
         """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
