@@ -37,10 +37,21 @@ class Built:
     def counter(self, name: str) -> int:
         return ctypes.c_int.in_dll(self._fake, f"fake_{name}").value
 
+    def reset(self, name: str) -> None:
+        ctypes.c_int.in_dll(self._fake, f"fake_{name}").value = 0
+
+
+@pytest.fixture(scope="module")
+def built_once(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    return Built(tmp_path_factory.mktemp("cuda"))
+
 
 @pytest.fixture
-def built(tmp_path: Path) -> Built:
-    return Built(tmp_path)
+def built(built_once: Built) -> Built:
+    """With its counters at zero."""
+    for name in ("mallocs", "frees", "errors_taken"):
+        built_once.reset(name)
+    return built_once
 
 
 def test_memory_comes_from_cuda_malloc_on_the_device_that_was_asked_for(built: Built) -> None:
