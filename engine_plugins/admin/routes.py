@@ -94,8 +94,9 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
 
     @router.post("/weights/connect")
     async def connect(body: ConnectBody) -> Response:
-        """Plan an update from sources and meet the peers."""
-        return _json(await service.connect(body))
+        """Plan an update from sources, and meet them or say where they are to write."""
+        plan = await service.connect(body)
+        return await asyncio.to_thread(_json, plan)  # of a push it may have many rows
 
     @router.get("/weights/manifest")
     async def manifest() -> Response:

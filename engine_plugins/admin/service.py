@@ -10,7 +10,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -39,7 +39,6 @@ from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
     UnknownIdError,
-    UnsupportedError,
     WeightMismatchError,
 )
 from engine_plugins.settings import Settings
@@ -157,10 +156,6 @@ class AdminService:
 
     async def connect(self, body: ConnectBody) -> PlanSummary:
         """Plan an update from sources, on every rank, and meet the peers."""
-        if body.direction == "push":
-            raise UnsupportedError(
-                "direction push is not built yet", remedy="connect with direction pull"
-            )
         async with self._operation("connect"):
             require(self._shared.read(), "serving", "paused", "fenced", doing="connect")
             manifests = self._manifests(body)
@@ -171,8 +166,9 @@ class AdminService:
             except EnginePluginError:
                 await self._workers.drop(plan_id)
                 raise
-            plan = _summary(plan_id, answers)
-            self._shared.put("plans", plan_id, msgspec.json.encode(plan))
+            plan = _summary(plan_id, body.direction, answers)
+            kept = msgspec.structs.replace(plan, destinations=[])
+            self._shared.put("plans", plan_id, msgspec.json.encode(kept))
             for old in self._shared.names("plans")[:-MAX_PLANS]:
                 await self._workers.drop(old)
                 self._shared.drop("plans", old)
@@ -299,7 +295,9 @@ class AdminService:
                 return
 
 
-def _summary(plan_id: str, answers: list[ConnectAnswer]) -> PlanSummary:
+def _summary(
+    plan_id: str, direction: Literal["pull", "push"], answers: list[ConnectAnswer]
+) -> PlanSummary:
     ranks = [answer.plan for answer in answers]
 
     def total(field: Callable[[Any], int]) -> int:
@@ -307,7 +305,7 @@ def _summary(plan_id: str, answers: list[ConnectAnswer]) -> PlanSummary:
 
     return PlanSummary(
         plan_id=plan_id,
-        direction="pull",
+        direction=direction,
         bytes_needed=total(lambda rank: rank.bytes_needed),
         bytes_to_move=total(lambda rank: rank.bytes_to_move),
         operations=total(lambda rank: rank.operations),
@@ -317,6 +315,7 @@ def _summary(plan_id: str, answers: list[ConnectAnswer]) -> PlanSummary:
         connect_s=max(answer.connect_s for answer in answers),
         plan_s=max(answer.plan_s for answer in answers),
         ranks=ranks,
+        destinations=[each.destination for each in answers if each.destination is not None],
     )
 
 

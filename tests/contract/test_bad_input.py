@@ -169,7 +169,6 @@ def test_ids_that_nobody_gave_out(server: EngineServer) -> None:
 
 def test_what_this_release_cannot_do_yet_is_said(offer: Offer) -> None:
     """A typed answer, not a silent other thing."""
-    problem(offer.connect(direction="push"), 422, "unsupported")
     problem(offer.update(1 << 40, verify="full"), 422, "unsupported")
 
 

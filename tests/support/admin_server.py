@@ -32,6 +32,7 @@ class AdminServer:
         runtime_dir: shared with the other API processes of the engine.
         engine: shared with them too; a new one if there is none yet.
         settings: as for the service; the token is added.
+        direct_landing: as for the engine's receivers.
         root_path: what a proxy in front of the server says the server is under.
     """
 
@@ -41,12 +42,15 @@ class AdminServer:
         *,
         engine: InMemoryEngine | None = None,
         tp_size: int = 1,
+        direct_landing: bool = False,
         root_path: str = "",
         settings: Settings | None = None,
     ) -> None:
         self.shared = SharedState(runtime_dir)
         self.engine = engine or InMemoryEngine(
-            tp_size=tp_size, generation=lambda: self.shared.read().kv_generation
+            tp_size=tp_size,
+            generation=lambda: self.shared.read().kv_generation,
+            direct_landing=direct_landing,
         )
         self.settings = settings or Settings(admin_token=TOKEN)
         self.service = AdminService(self.engine, self.shared, self.settings)

@@ -36,6 +36,7 @@ class InMemoryEngine(GeneratingEngine):
         tp_size: how many ranks share the model.
         generation: mark of the weights that new KV is of, read as each request arrives.
         stall_timeout_s: as for the receivers.
+        direct_landing: as for the receivers.
 
     Attributes:
         calls: every call of the control, in order.
@@ -49,12 +50,14 @@ class InMemoryEngine(GeneratingEngine):
         tp_size: int = 1,
         generation: Callable[[], str | None] = lambda: None,
         stall_timeout_s: float = 5.0,
+        direct_landing: bool = False,
     ) -> None:
         self.ranks = [
             InMemoryRank(
                 InMemoryModel.loaded(hf_tensors(seed=0), tp_rank=tp_rank, tp_size=tp_size),
                 tp_rank=tp_rank,
                 stall_timeout_s=stall_timeout_s,
+                direct_landing=direct_landing,
             )
             for tp_rank in range(tp_size)
         ]

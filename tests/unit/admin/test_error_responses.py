@@ -128,8 +128,8 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
         "POST",
         "/weights/connect",
         {"json": {"source_ids": ["source-1"], "direction": "push"}},
-        422,
-        "unsupported",
+        404,
+        "unknown_id",
     ),
     (
         "POST",
@@ -138,6 +138,14 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
         422,
         "unsupported",
     ),
+    ("POST", "/weights/prepare", {"json": {"plan_id": "p", "version": 1}}, 404, "unknown_id"),
+    *(
+        ("POST", f"/weights/{call}", {"json": {"request_id": name}}, 404, "unknown_id")
+        for call in ("commit", "abort")
+        for name in ("r", "../answers", "ü\n")
+    ),
+    ("POST", "/weights/commit", {"json": {}}, 400, "malformed_request"),
+    ("POST", "/weights/commit", {"json": {"request_id": ""}}, 400, "malformed_request"),
     ("POST", "/weights/sources", {"content": b"garbage"}, 400, "malformed_request"),
     ("POST", "/weights/sources", {"content": b""}, 400, "malformed_request"),
     ("GET", "/nothing", {}, 404, "unknown_route"),
