@@ -9,16 +9,23 @@ covered, which names reach nothing, and where a dtype would be cast.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.loader_watch import (
+    SourceView,
+    TracedCopy,
+    WatchedCopies,
+    following,
+    intercepting,
+)
 
 __all__ = [
     "LoadWeights",
@@ -30,7 +37,7 @@ __all__ = [
     "trace_loader",
 ]
 
-_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
+_LAYER = re.compile(r"\d+")
 
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 
@@ -47,37 +54,6 @@ class LogicalTensor:
     def nbytes(self) -> int:
         """Size of the whole tensor, in bytes."""
         return prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceView:
-    """The elements of one whole tensor that a copy read: a strided view of it, in elements."""
-
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TracedCopy:
-    """One copy that the loader made into one of the engine's parameters.
-
-    `sources` has one name for a pure copy, more where the loader computed something first, and
-    none where it filled in a constant (the padding of a vocabulary).
-    Offsets, strides and shape are in elements and describe the destination.
-    """
-
-    sources: tuple[str, ...]
-    parameter: str
-    offset: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    source_dtype: torch.dtype
-    parameter_dtype: torch.dtype
-    read: SourceView | None = None
-    """What of its one source the copy read; None where values were computed first."""
-    pure: bool
-    """False where the loader changed the values (a cast, arithmetic) before or in the copy."""
 
 
 class ParameterLayout(NamedTuple):
@@ -146,16 +122,57 @@ def trace_loader(
     Raises:
         WeightMismatchError: the loader refused a tensor; the text names it.
     """
-    recorder = _CopyRecorder(parameters)
-    feed = _Feed(tensors, recorder)
+    quick = _quick_trace(parameters, load_weights, tensors)
+    return quick or _load(parameters, load_weights, tensors, following)[0]
+
+
+def _quick_trace(
+    parameters: Mapping[str, torch.Tensor],
+    load_weights: LoadWeights,
+    tensors: Sequence[LogicalTensor],
+) -> LoaderTrace | None:
+    """Follow the loader through one layer of each kind, then through all by its copies alone.
+
+    None where that does not show everything: the loader computes, copies in a way of its own,
+    refuses a tensor, or leaves a parameter uncovered.
+    """
     try:
-        with torch.no_grad(), recorder:
+        _, as_published = _load(parameters, load_weights, _one_layer_of_each(tensors), following)
+        if not as_published:
+            return None
+        trace, as_published = _load(parameters, load_weights, tensors, intercepting)
+    except WeightMismatchError:
+        return None
+    return trace if as_published and trace.covered_numel() == trace.parameter_numel else None
+
+
+def _load(
+    parameters: Mapping[str, torch.Tensor],
+    load_weights: LoadWeights,
+    tensors: Sequence[LogicalTensor],
+    watch: Callable[[WatchedCopies], AbstractContextManager[object]],
+) -> tuple[LoaderTrace, bool]:
+    """Run the loader once; its trace, and whether every copy read a tensor as published."""
+    copies = WatchedCopies(parameters)
+    feed = _Feed(tensors, copies)
+    try:
+        with torch.no_grad(), watch(copies):
             load_weights(iter(feed))
     except Exception as error:  # the engine's loader raises whatever it likes
         raise _refused(feed.current, error) from error
     numel = {name: _loadable_numel(tensor) for name, tensor in parameters.items()}
     layouts = {name: ParameterLayout.of(tensor) for name, tensor in parameters.items()}
-    return LoaderTrace(copies=tuple(recorder.copies), parameter_numel=numel, layouts=layouts)
+    trace = LoaderTrace(copies=tuple(copies.copies), parameter_numel=numel, layouts=layouts)
+    return trace, copies.as_published
+
+
+def _one_layer_of_each(tensors: Sequence[LogicalTensor]) -> list[LogicalTensor]:
+    """The first tensors of their name but for the layer's number, shape and dtype."""
+    first: dict[tuple[object, ...], LogicalTensor] = {}
+    for tensor in tensors:
+        kind = (_LAYER.sub("#", tensor.name, count=1), tensor.shape, tensor.dtype)
+        first.setdefault(kind, tensor)
+    return list(first.values())
 
 
 def _loadable_numel(parameter: torch.Tensor) -> int:
@@ -175,106 +192,21 @@ def _refused(current: LogicalTensor | None, error: Exception) -> WeightMismatchE
 
 
 class _Feed:
-    """Hands placeholders to the loader and remembers which one it is looking at."""
+    """Hands placeholders to the loader and remembers which one it is looking at.
 
-    def __init__(self, tensors: Sequence[LogicalTensor], recorder: _CopyRecorder) -> None:
-        self.current: LogicalTensor | None = None
-        self._tensors = tensors
-        self._recorder = recorder
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for tensor in self._tensors:
-            self.current = tensor
-            placeholder = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-            self._recorder.add_source(tensor.name, placeholder)
-            yield tensor.name, placeholder
-
-
-class _CopyRecorder(TorchDispatchMode):
-    """Records copies from placeholders into parameters, through any views on both sides.
-
-    Storages are known by identity; everything seen is kept alive for the length of the trace, or
-    an identity could be used again.
+    They are made beforehand: under a watch each would cost as much as a copy.
     """
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.copies: list[TracedCopy] = []
-        self._alive: list[torch.Tensor] = list(parameters.values())
-        self._parameters = {_storage_id(p): name for name, p in parameters.items()}
-        self._sources: dict[int, tuple[str, ...]] = {}
-        self._derived: set[int] = set()
+    def __init__(self, tensors: Sequence[LogicalTensor], copies: WatchedCopies) -> None:
+        self.current: LogicalTensor | None = None
+        self._offers = [
+            (tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+            for tensor in tensors
+        ]
+        for tensor, placeholder in self._offers:
+            copies.add_source(tensor.name, placeholder)
 
-    def add_source(self, name: str, placeholder: torch.Tensor) -> None:
-        self._alive.append(placeholder)
-        self._sources[_storage_id(placeholder)] = (name,)
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.ops.aten.copy_.default and self._record(args[0], args[1]):
-            return func(*args)  # without memory a copy only checks that the shapes fit
-        if func in _FILLS and self._record(args[0], None):
-            return args[0]
-        result = func(*args, **(kwargs or {}))
-        self._follow(func, (args, kwargs), result)
-        return result
-
-    def _record(self, target: torch.Tensor, source: torch.Tensor | None) -> bool:
-        parameter = self._parameters.get(_storage_id(target))
-        names = () if source is None else self._sources.get(_storage_id(source))
-        if parameter is None or names is None:
-            return False
-        derived = source is not None and _storage_id(source) in self._derived
-        source_dtype = target.dtype if source is None else source.dtype
-        broadcast = source is not None and source.shape != target.shape
-        as_published = source is not None and len(names) == 1 and not derived
-        self.copies.append(
-            TracedCopy(
-                sources=names,
-                parameter=parameter,
-                offset=int(target.storage_offset()),
-                shape=tuple(target.shape),
-                strides=tuple(target.stride()),
-                source_dtype=source_dtype,
-                parameter_dtype=target.dtype,
-                read=_view(source) if as_published else None,
-                pure=not derived and not broadcast and source_dtype == target.dtype,
-            )
-        )
-        return True
-
-    def _follow(self, func: Any, arguments: Any, result: Any) -> None:
-        """Remember which placeholders a tensor was computed from, or changed in place with."""
-        names: dict[str, None] = {}
-        for leaf in tree_leaves(arguments):
-            if isinstance(leaf, torch.Tensor):
-                names.update(dict.fromkeys(self._sources.get(_storage_id(leaf), ())))
-        if not names:
-            return
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, torch.Tensor):
-                continue
-            storage = _storage_id(leaf)
-            known = self._sources.get(storage)
-            # Otherwise it is a view of something known, with the same values.
-            if known is None or func._schema.is_mutable:
-                self._alive.append(leaf)
-                self._sources[storage] = tuple(dict.fromkeys((*(known or ()), *names)))
-                self._derived.add(storage)
-
-
-def _view(source: Any) -> SourceView:
-    return SourceView(
-        offset=int(source.storage_offset()),
-        shape=tuple(source.shape),
-        strides=tuple(source.stride()),
-    )
-
-
-def _storage_id(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for tensor, placeholder in self._offers:
+            self.current = tensor
+            yield tensor.name, placeholder

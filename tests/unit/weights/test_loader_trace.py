@@ -234,3 +234,60 @@ def test_the_trace_takes_no_memory_of_the_size_of_the_model() -> None:
     """A terabyte of weights is traced on any machine."""
     trace = traced({"m.w": (1 << 20, 1 << 18)}, into_w(lambda w: w), tensor("w", 1 << 20, 1 << 18))
     assert trace.covered_numel() == {"m.w": 1 << 38}
+
+
+def into_layers(change: Callable[[str, torch.Tensor], torch.Tensor]) -> LoaderTrace:
+    """Trace a loader that puts what `change` makes of `l.0.w` and `l.1.w` into `m.0.w`, `m.1.w`."""
+
+    def load(parameters: dict[str, torch.Tensor], weights: Weights) -> None:
+        for name, weight in weights:
+            parameters[name.replace("l", "m", 1)].copy_(change(name, weight))
+
+    tensors = [tensor(f"l.{layer}.w", 4, 4) for layer in range(3)]
+    return traced({f"m.{layer}.w": (4, 4) for layer in range(3)}, load, *tensors)
+
+
+LATE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "arithmetic": lambda w: w * 2,
+    "arithmetic in place": lambda w: w.mul_(2),
+    "arithmetic in place on a view": lambda w: (w.t()[1].zero_(), w)[1],
+    "a gathered copy": lambda w: w[[3, 2, 1, 0]],
+}
+
+
+@pytest.mark.parametrize("change", LATE.values(), ids=LATE)
+def test_a_layer_that_is_treated_otherwise_than_the_first_is_found(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """Only layer 0 is followed at first; what layer 2 does makes all of them be followed."""
+    trace = into_layers(lambda name, w: change(w) if "2" in name else w)
+    assert [(copy.sources, copy.pure) for copy in trace.copies] == [
+        (("l.0.w",), True),
+        (("l.1.w",), True),
+        (("l.2.w",), False),
+    ]
+
+
+def test_copies_that_are_not_called_by_name_are_found() -> None:
+    """An assignment to a part copies below torch's Python methods."""
+
+    def load(parameters: dict[str, torch.Tensor], weights: Weights) -> None:
+        for name, weight in weights:
+            parameters[name][:] = weight
+
+    tensors = [tensor(f"l.{layer}.w", 4, 4) for layer in range(2)]
+    trace = traced({f"l.{layer}.w": (4, 4) for layer in range(2)}, load, *tensors)
+    assert trace.covered_numel() == trace.parameter_numel
+    assert all(copy.pure for copy in trace.copies)
+
+
+def test_torch_is_as_before_after_a_trace_and_after_a_refusal() -> None:
+    """The copies are intercepted in torch's own class, for the length of the trace only."""
+
+    def refuse(parameters: dict[str, torch.Tensor], weights: Weights) -> None:
+        raise ValueError(next(iter(weights))[0])
+
+    into_layers(lambda _, w: w)
+    with pytest.raises(WeightMismatchError, match="w: the engine's loader refuses"):
+        traced({"m.w": (4, 4)}, refuse, tensor("w", 4, 4))
+    assert not {"copy_", "fill_", "zero_"} & set(vars(torch.Tensor))
