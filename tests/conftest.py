@@ -27,6 +27,7 @@ os.environ.setdefault("UCX_NET_DEVICES", "lo")
 
 def _use_sglang_shims() -> None:
     """Here and in every child, before anything imports torchvision or SGLang."""
+    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     sys.path.insert(0, str(SGLANG_SHIMS))
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(SGLANG_SHIMS), inherited]))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from engine_plugins.weights.manifest import decode_manifest, encode_manifest
-from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.placement import Interval, SourceBox
 from engine_plugins.weights.plan import build_plan, logical_tensors
 from engine_plugins.weights.prepared_fetch import PreparedFetch
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
@@ -17,10 +17,14 @@ from tests.support.source_ranks import offered_boxes
 __all__ = ["fetched"]
 
 
-def fetched(ranks: Sequence[Sequence[SourceBox]]) -> dict[str, torch.Tensor]:
+def fetched(
+    ranks: Sequence[Sequence[SourceBox]],
+    needed: Mapping[str, Sequence[Interval]] | None = None,
+) -> dict[str, torch.Tensor]:
     """Offer each rank's boxes as a process of its own, and fetch every tensor that they name.
 
-    The manifests travel as bytes; the tensors are put together by a plan's reads alone.
+    The manifests travel as bytes; the tensors are put together by a plan's reads alone. Of a tensor
+    that `needed` has boxes for, these are fetched.
     """
     engine = InMemoryTransport("engine-0")
     with offered_boxes(*(boxes for boxes in ranks if boxes)) as made:
@@ -30,7 +34,8 @@ def fetched(ranks: Sequence[Sequence[SourceBox]]) -> dict[str, torch.Tensor]:
                 for rank in made
             ]
             steps = [([tensor.name], [tensor]) for tensor in logical_tensors(manifests)]
-            fetch = PreparedFetch(build_plan(manifests, steps), manifests, engine, staged=True)
+            plan = build_plan(manifests, steps, needed)
+            fetch = PreparedFetch(plan, manifests, engine, staged=True)
             try:
                 fetch.run_steps(
                     range(len(steps)),

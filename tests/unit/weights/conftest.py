@@ -6,14 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.support.loader_maps import REFUSED
 from tests.support.megatron_fixtures import fixture_folders, listed_cases, megatron_cases
 
 _CASE_TEST = "test_megatron_fixtures.py::test_shards_rebuild_the_hf_tensors["
+_LANDING_TEST = "test_megatron_fixtures.py::test_shards_land_in_an_engines_parameters["
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    outcomes = dict(_outcomes(terminalreporter))
-    if not outcomes:
+    outcomes = dict(_outcomes(terminalreporter, _CASE_TEST))
+    landings = dict(_outcomes(terminalreporter, _LANDING_TEST))
+    if not outcomes and not landings:
         return
     terminalreporter.section("Megatron fixtures")
     for folder in fixture_folders():
@@ -24,11 +27,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         absent = sorted(listed_cases(folder) - set(cases))
         if absent:
             terminalreporter.line(f"  listed in index.json but absent: {', '.join(absent)}")
+    done = list(landings.values())
+    counts = ", ".join(f"{done.count(outcome)} {outcome}" for outcome in sorted(set(done)))
+    terminalreporter.line(f"landed in an engine's parameters, case by size: {counts or 'not run'}")
+    for report in terminalreporter.stats.get("passed", []):
+        for key, reason in getattr(report, "user_properties", ()):
+            if key == REFUSED:
+                terminalreporter.line(f"  {report.nodeid}: {reason}")
 
 
-def _outcomes(reporter: pytest.TerminalReporter) -> Iterator[tuple[str, str]]:
+def _outcomes(reporter: pytest.TerminalReporter, test: str) -> Iterator[tuple[str, str]]:
     for outcome in ("passed", "skipped", "failed", "error"):
         for report in reporter.stats.get(outcome, []):
-            _, found, case = getattr(report, "nodeid", "").partition(_CASE_TEST)
+            _, found, case = getattr(report, "nodeid", "").partition(test)
             if found:
                 yield case.removesuffix("]"), outcome

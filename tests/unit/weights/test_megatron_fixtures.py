@@ -1,10 +1,15 @@
-"""Native Megatron shards written by real Megatron jobs rebuild their HF tensors bit for bit.
+"""Native Megatron shards written by real Megatron jobs, bit for bit.
 
-One test per case of the fixture folder (`MEGATRON_FIXTURES`, or the committed subsets).
+They rebuild their HF tensors, and they land in the parameters of every rank of this environment's
+engine as its own loader would put the HF tensors there. One test per case of the fixture folder
+(`MEGATRON_FIXTURES`, or the committed subsets).
 """
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,15 @@ from engine_plugins.weights.megatron_rank import strip_wrappers
 from engine_plugins.weights.megatron_source import megatron_boxes
 from engine_plugins.weights.placement import assemble
 from tests.support.fetched import fetched
+from tests.support.loader_maps import (
+    REFUSED,
+    PlayedEngine,
+    land,
+    loaded,
+    played_engine,
+    same_bits,
+    uneven_sizes,
+)
 from tests.support.megatron_fixtures import MegatronCase, fixture_folders, megatron_cases
 
 CASES = [case for folder in fixture_folders() for case in megatron_cases(folder)]
@@ -53,3 +67,48 @@ def test_our_names_are_those_of_megatron_bridge(case: MegatronCase) -> None:
                     hf = told["hf"]
                     bridge = {hf} if isinstance(hf, str) else set(hf.values())
                     assert set(rule.hf) == bridge, native
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[PlayedEngine]:
+    with played_engine() as engine:
+        yield engine
+
+
+@pytest.fixture
+def model(case: MegatronCase, tmp_path: Path) -> Path:
+    """A model folder of the case with its config alone."""
+    shutil.copy(case.hf_folder / "config.json", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_shards_land_in_an_engines_parameters(
+    engine: PlayedEngine,
+    case: MegatronCase,
+    model: Path,
+    tp_size: int,
+    record_property: Callable[[str, object], None],
+) -> None:
+    """On every rank: over other weights, all parameters end up as if the checkpoint were loaded.
+
+    A size that the engine refuses must be one that it cannot share among the ranks.
+    """
+    offered = [megatron_boxes(rank, case.config) for rank in case.ranks()]
+    expected = case.expected()
+    other = {name: torch.full_like(tensor, 13) for name, tensor in expected.items()}
+    for tp_rank in range(tp_size):
+        with ExitStack() as stack:
+            try:
+                rank = stack.enter_context(engine.rank(model, tp_size=tp_size, tp_rank=tp_rank))
+                live = rank.model()
+            except Exception as refusal:
+                assert uneven_sizes(case.config, tp_size)
+                record_property(REFUSED, f"{engine.kind}: {refusal}")
+                return
+            wanted = loaded(live, expected)
+            loaded(live, other)
+            land(rank, live, offered)
+            for name, parameter in live.named_parameters():
+                assert same_bits(parameter, wanted[name]), name
