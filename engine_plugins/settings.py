@@ -43,6 +43,8 @@ class Settings:
             `SOURCE_POLICIES`.
         expected_link_gbps: gigabytes per second that the link to a source should give; one that
             gives far less starts with a warning. `None` expects nothing.
+        net_devices: what UCX may use (`mlx5_0:1,mlx5_1:1`), or `inherit` for `UCX_NET_DEVICES` as
+            it is. `None` chooses the RDMA ports nearest to each rank's GPU.
     """
 
     admin_token: str | None = field(default=None, repr=False)
@@ -55,6 +57,7 @@ class Settings:
     direct_landing: bool = True
     source_policy: str = "balanced"
     expected_link_gbps: float | None = None
+    net_devices: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):

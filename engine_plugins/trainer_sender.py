@@ -34,6 +34,7 @@ from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
 from engine_plugins.weights.fsdp_source import fsdp_tensors
 from engine_plugins.weights.megatron_source import megatron_boxes
 from engine_plugins.weights.model_facts import model_facts
+from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.report import UpdateReport
 from engine_plugins.weights.source import WeightSource
@@ -491,6 +492,7 @@ def _nixl() -> Transport:
     """A NIXL agent whose name no other process has: a restarted trainer is another peer."""
     from engine_plugins.weights.transport.nixl import NixlTransport
 
+    prepare_network(current_gpu())
     host = socket.gethostname()
     return NixlTransport(f"trainer-{host}-{os.getpid()}-{secrets.token_hex(4)}")
 

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, MutableMapping, Sequence
 from pathlib import Path
 
+import torch
+
 from engine_plugins.errors import SettingsError, TransportError
 from engine_plugins.weights.cuda_runtime import gpu_pci_address
 from engine_plugins.weights.nic_locality import ports_of_gpu
@@ -20,7 +22,7 @@ from engine_plugins.weights.rdma_ports import (
     read_ports,
 )
 
-__all__ = ["INHERIT", "SETTING", "UCX_SETTING", "prepare_network"]
+__all__ = ["INHERIT", "SETTING", "UCX_SETTING", "current_gpu", "prepare_network"]
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,11 @@ INHERIT = "inherit"
 """The value of our setting that leaves UCX's as it is."""
 
 _DOWN = ("down", "lowerlayerdown", "notpresent")
+
+
+def current_gpu() -> int | None:
+    """The CUDA device that this thread computes on; `None` in a process that has used none."""
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
 def prepare_network(

@@ -20,6 +20,7 @@ from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePlug
 from engine_plugins.settings import Settings
 from engine_plugins.weights.destinations import Destination
 from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.receiver import Direction, PullStatus, WeightInstaller, WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
 from engine_plugins.weights.transport.base import Transport
@@ -140,7 +141,7 @@ def make_worker_service(
     """The service of one engine rank over NIXL, whose agent is made when a plan first needs it."""
     receiver = WeightReceiver(
         installer,
-        lambda: _nixl_transport(tp_rank),
+        lambda: _nixl_transport(tp_rank, settings.net_devices),
         tp_rank=tp_rank,
         stall_timeout_s=settings.stall_timeout_s,
         direct_landing=settings.direct_landing,
@@ -258,8 +259,9 @@ def _failure(error: EnginePluginError) -> Failure:
     return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)
 
 
-def _nixl_transport(tp_rank: int) -> Transport:
+def _nixl_transport(tp_rank: int, net_devices: str | None) -> Transport:
     from engine_plugins.weights.transport.nixl import NixlTransport
 
+    prepare_network(current_gpu(), net_devices=net_devices)
     name = f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"
     return NixlTransport(name)

@@ -22,8 +22,10 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         "ENGINE_PLUGINS_MAX_MANIFEST_ENTRIES": "30",
         "ENGINE_PLUGINS_STALL_TIMEOUT_S": "0.5",
         "ENGINE_PLUGINS_STAGING_BYTES": "40",
+        "ENGINE_PLUGINS_DIRECT_LANDING": "false",
         "ENGINE_PLUGINS_SOURCE_POLICY": "nearest",
         "ENGINE_PLUGINS_EXPECTED_LINK_GBPS": "45",
+        "ENGINE_PLUGINS_NET_DEVICES": "mlx5_0:1",
         "PATH": "/bin",
     }
     settings = Settings.load(environ=environ)
@@ -35,12 +37,14 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         max_manifest_entries=30,
         stall_timeout_s=0.5,
         staging_bytes=40,
+        direct_landing=False,
         source_policy="nearest",
         expected_link_gbps=45.0,
+        net_devices="mlx5_0:1",
     )
     assert len(environ) - 1 == len(fields(Settings)), "a new setting belongs in this test"
     for field in fields(Settings):
-        wanted = {"int": int, "float": float, "str": str, "Path": Path}
+        wanted = {"bool": bool, "int": int, "float": float, "str": str, "Path": Path}
         kind = str(field.type).removesuffix(" | None")
         assert isinstance(getattr(settings, field.name), wanted[kind])
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from engine_plugins import trainer_sender
 from engine_plugins.errors import SettingsError, TransportError, UnsupportedError
-from engine_plugins.weights.network_devices import prepare_network
+from engine_plugins.weights import worker_service
+from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from tests.support.sysfs import ACTIVE, DOWN, Machine
 
 GPUS = ["0000:13:00.0", "0000:23:00.0"]
@@ -145,3 +147,17 @@ def test_a_device_that_cuda_does_not_have_is_an_error(machine: Machine) -> None:
     """Here: a torch without CUDA, asked for a GPU on a machine with RDMA devices."""
     with pytest.raises(UnsupportedError, match="CUDA"):
         prepare_network(99, {}, sysfs=machine.sysfs, dev=machine.dev)
+
+
+def test_a_process_that_computes_on_the_cpu_has_no_gpu() -> None:
+    """Asking must not take memory on one, on a machine that has some."""
+    assert current_gpu() is None
+
+
+def test_both_ends_ask_before_they_make_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with its engine's setting, a trainer with its environment's."""
+    with pytest.raises(SettingsError, match="nosuch0:1"):
+        worker_service._nixl_transport(0, "nosuch0:1")
+    monkeypatch.setenv("ENGINE_PLUGINS_NET_DEVICES", "nosuch1:1")
+    with pytest.raises(SettingsError, match="nosuch1:1"):
+        trainer_sender._nixl()
