@@ -66,7 +66,9 @@ class PeerSource:
         self._transport = transport
         name = f"engine rank {tp_rank} ({socket.gethostname()}, pid {os.getpid()})"
         try:
-            self._source = WeightSource(boxes, transport, source=name, model=model)
+            self._source = WeightSource(
+                boxes, transport, source=name, global_rank=tp_rank, model=model
+            )
         except BaseException:
             transport.close()
             raise

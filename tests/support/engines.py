@@ -27,6 +27,7 @@ class Engine:
         peak_modules: bound of an update's memory, in the model's largest modules.
         long_pull_s: how long a pull is held while everything else must go on.
         watched: options under which a server's installs can be held; see `stepping`.
+        feeds_peers: whether, on the CPU, its live parameters hold what its loader copies.
         keyed: options that set every key of the engine's own.
     """
 
@@ -35,6 +36,7 @@ class Engine:
     peak_modules: float
     long_pull_s: float = 10.0
     watched: Mapping[str, Any] = field(default_factory=dict)
+    feeds_peers: bool = True
     keyed: Mapping[str, str]
 
 
@@ -53,6 +55,7 @@ VLLM = Engine(
     # The receive buffer, the materialised layer, and the CPU's packed copy.
     peak_modules=3.5,
     watched={"extension": "tests.support.stepping_vllm.SteppingWorkerExtension"},
+    feeds_peers=False,  # its linear layers are packed
     keyed={"api_key": API_KEY},
 )
 SGLANG = Engine(

@@ -7,14 +7,15 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from engine_plugins.weights.manifest import decode_manifest, encode_manifest
+from engine_plugins.weights.manifest import SourceManifest, decode_manifest, encode_manifest
 from engine_plugins.weights.placement import Interval, SourceBox
 from engine_plugins.weights.plan import build_plan, logical_tensors
 from engine_plugins.weights.prepared_fetch import PreparedFetch
+from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.source_ranks import offered_boxes
 
-__all__ = ["fetched"]
+__all__ = ["fetched", "fetched_from"]
 
 
 def fetched(
@@ -33,22 +34,28 @@ def fetched(
                 decode_manifest(encode_manifest(rank.manifest), max_entries=100_000)
                 for rank in made
             ]
-            steps = [([tensor.name], [tensor]) for tensor in logical_tensors(manifests)]
-            plan = build_plan(manifests, steps, needed)
-            fetch = PreparedFetch(plan, manifests, engine, staged=True)
-            try:
-                fetch.run_steps(
-                    range(len(steps)),
-                    stall_timeout_s=30.0,
-                    deadline=time.monotonic() + 60.0,
-                    cancelled=lambda: False,
-                )
-                return {
-                    name: view.clone()
-                    for index in range(len(steps))
-                    for name, view in fetch.tensors(index)
-                }
-            finally:
-                fetch.close()
+            return fetched_from(manifests, engine, needed)
         finally:
             engine.close()
+
+
+def fetched_from(
+    manifests: Sequence[SourceManifest],
+    engine: Transport,
+    needed: Mapping[str, Sequence[Interval]] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Every tensor that some manifests name, or boxes of it, over the transport of an engine."""
+    steps = [([tensor.name], [tensor]) for tensor in logical_tensors(manifests)]
+    fetch = PreparedFetch(build_plan(manifests, steps, needed), manifests, engine, staged=True)
+    try:
+        fetch.run_steps(
+            range(len(steps)),
+            stall_timeout_s=30.0,
+            deadline=time.monotonic() + 60.0,
+            cancelled=lambda: False,
+        )
+        return {
+            name: view.clone() for index in range(len(steps)) for name, view in fetch.tensors(index)
+        }
+    finally:
+        fetch.close()
