@@ -93,12 +93,12 @@ class Feeder:
         """
         offer = self.offer()
         try:
-            holds = self._link.client.state().weights
-            self._refuse_other(holds.version, " now")
-            if holds.request_id != offer.request_id:
+            now = self._link.client.state()
+            self._refuse_other(now.weights.version, " now")
+            if now.weights.request_id != offer.request_id or now.state == "updating":
                 raise ConflictError(
-                    f"{self._link.url} was updated again (request {holds.request_id}) while it "
-                    f"fed others"
+                    f"{self._link.url} took another update while it fed others",
+                    remedy="let one sender at a time update these engines",
                 )
         except EnginePluginError as error:
             raise _blamed(error) from error
@@ -151,7 +151,7 @@ class Reader:
         offer = feeder.offer()
         if self._serves_after is None:
             wanted = self._request.resume
-            paused = self.link.client.state().state == "paused"
+            paused = self.link.client.state().pause is not None
             self._serves_after = not paused if wanted is None else wanted
         try:
             report = self._read(offer)

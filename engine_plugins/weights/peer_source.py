@@ -45,7 +45,7 @@ class PeerSource:
     it lands there, and not otherwise.
 
     Args:
-        boxes: gives what the live parameters hold, anew for every manifest.
+        boxes: gives what the live parameters hold, the same list while they have not moved.
         transport: the agent; closed with this.
         tp_rank: this rank, as errors of peers will name it.
         model: facts of the engine's HF config.
@@ -64,27 +64,36 @@ class PeerSource:
         model: Mapping[str, str | int | bool],
     ) -> None:
         self._transport = transport
+        self._boxes = boxes
         name = f"engine rank {tp_rank} ({socket.gethostname()}, pid {os.getpid()})"
         try:
+            self._offered = boxes()
             self._source = WeightSource(
-                boxes, transport, source=name, global_rank=tp_rank, model=model
+                lambda: self._offered, transport, source=name, global_rank=tp_rank, model=model
             )
         except BaseException:
             transport.close()
             raise
+        self._manifest = self._source.manifest_bytes
 
     def manifest_bytes(self) -> bytes:
         """The manifest as msgpack; the same as before while nothing has moved.
 
         Parameters whose last axis is not the HF tensor's are offered as copies, which are brought
-        up to date here.
+        up to date here; the work queued on the GPU is waited for.
 
         Raises:
             ConflictError: as for the class.
             TransportError: as for the class.
         """
-        self._source.refresh()
-        return self._source.manifest_bytes
+        boxes = self._boxes()
+        if boxes is not self._offered or self._source.copied_bytes:
+            self._offered = boxes
+            self._source.refresh()
+            self._manifest = self._source.manifest_bytes
+        for device in {box.data.device for box in boxes if box.data.is_cuda}:
+            torch.cuda.synchronize(device)
+        return self._manifest
 
     def close(self) -> None:
         """Take the registrations back and end the agent. Repeating it does nothing."""

@@ -150,6 +150,7 @@ class WeightReceiver:
         self._live: tuple[frozenset[str], LiveMemory] | None = None
         self._lost = False
         self._peers: PeerSource | None = None
+        self._offered: tuple[Landing, list[SourceBox]] | None = None
 
     def connect(
         self,
@@ -370,8 +371,11 @@ class WeightReceiver:
         self._refuse_while_running()
         if self._landing().moved(self._installer.live_parameters()):
             self._look_again()
-        tensors = self._traced[0] if self._traced is not None else ()
-        return peer_boxes(self._landing(), tensors)
+        landing = self._landing()
+        if self._offered is None or self._offered[0] is not landing:
+            tensors = self._traced[0] if self._traced is not None else ()
+            self._offered = (landing, peer_boxes(landing, tensors))
+        return self._offered[1]
 
     def _landing(self) -> Landing:
         if self._traced is None:

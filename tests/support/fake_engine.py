@@ -189,6 +189,7 @@ class FakeEngine:
                 "request_id": self.request_id,
                 "installed_at": 0.0,
             },
+            "pause": {"mode": "keep", "until": None} if self.paused else None,
             "fence": None,
             "requests": {"running": 0, "waiting": 0},
             "workers": [],

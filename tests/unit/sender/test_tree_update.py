@@ -127,15 +127,20 @@ def test_an_engine_that_cannot_offer_its_weights_feeds_nobody(
         assert all(holds(engine, model, 2) for engine in engines)
 
 
+@pytest.mark.parametrize("changed", ["request_id", "version", "progress"])
 def test_a_feeder_that_was_updated_meanwhile_is_found_out(
-    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    changed: str,
 ) -> None:
     """What was read from it may be a mixture: the reader stays paused until another has fed it."""
     urls = [engine.url for engine in engines[:3]]
     seen: list[bool] = []
+    others = {"request_id": "somebody else's", "version": 7, "progress": {"phase": "install"}}
 
     def another_sender() -> None:
-        engines[1].request_id = "somebody else's"
+        setattr(engines[1], changed, others[changed])
         seen.append(engines[2].paused)
         engines[2].after_update = lambda: None
 
