@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.manifest import SourceManifest, numbers
 from engine_plugins.weights.placement import Interval, check_exact_coverage
 
 __all__ = [
@@ -136,13 +136,13 @@ def source_table(manifests: Sequence[SourceManifest], tensors: TensorTable) -> S
     """
     parts = [_nothing(tensors.axes)]
     parts += [_read(number, manifest, tensors) for number, manifest in enumerate(manifests)]
-    numbers, start, shape, source, device, address, strides = (
+    tensor, start, shape, source, device, address, strides = (
         np.concatenate(column) for column in zip(*parts, strict=True)
     )
     filled = np.flatnonzero(volumes(shape))
-    keys = [*shape[filled].T[::-1], *start[filled].T[::-1], numbers[filled]]
+    keys = [*shape[filled].T[::-1], *start[filled].T[::-1], tensor[filled]]
     order = filled[np.lexsort(keys)]
-    boxes = BoxTable(tensor=numbers, start=start, shape=shape)[order]
+    boxes = BoxTable(tensor=tensor, start=start, shape=shape)[order]
     table = SourceTable(
         boxes=boxes,
         source=source[order],
@@ -171,7 +171,7 @@ def target_table(
         live: boxes that go into live parameters, by tensor.
         offsets: [n] where each whole tensor of the others goes, contiguous.
     """
-    numbers: list[int] = []
+    chosen: list[int] = []
     boxes: list[Interval] = []
     rows: list[int] = []
     placed: list[LiveBox] = []
@@ -182,14 +182,14 @@ def target_table(
             if wanted is None:
                 wanted = [((0,) * len(tensor.shape), tensor.shape)]
             boxes += wanted
-            numbers += [number] * len(wanted)
+            chosen += [number] * len(wanted)
         else:
             rows += range(len(boxes), len(boxes) + len(into))
             placed += into
             boxes += [(box.start, box.shape) for box in into]
-            numbers += [number] * len(into)
+            chosen += [number] * len(into)
     table = BoxTable(
-        tensor=np.array(numbers, dtype=np.int64),
+        tensor=np.array(chosen, dtype=np.int64),
         start=_aligned([start for start, _ in boxes], tensors.axes, 0),
         shape=_aligned([shape for _, shape in boxes], tensors.axes, 1),
     )
@@ -218,20 +218,30 @@ def _read(
 ) -> tuple[npt.NDArray[Any], ...]:
     boxes, regions = manifest.boxes, manifest.regions
     here = np.array([tensors.number.get(name, -1) for name in manifest.tensors.names], np.int64)
-    number = here[np.array(boxes.tensors, np.int64)]
-    region = np.array(boxes.regions, np.int64)
-    begin = np.array(regions.addresses, np.uint64)[region]
-    columns: tuple[npt.NDArray[Any], ...] = (
-        number,
-        _aligned(boxes.starts, tensors.axes, 0),
-        _aligned(boxes.shapes, tensors.axes, 1),
-        np.full(len(number), source, np.int64),
-        np.array(regions.devices, np.int64)[region],
-        begin + np.array(boxes.offsets_bytes, np.uint64),
-        _aligned(boxes.strides_bytes, tensors.axes, 0),
+    number = here[numbers(boxes.tensors)]
+    rows = np.flatnonzero(number >= 0)
+    region = numbers(boxes.regions)[rows]
+    address = numbers(regions.addresses)[region] + numbers(boxes.offsets_bytes)[rows]
+
+    def table(column: bytes, fill: int) -> Column:
+        return _widened(manifest.table(column)[rows], tensors.axes, fill)
+
+    return (
+        number[rows],
+        table(boxes.starts, 0),
+        table(boxes.shapes, 1),
+        np.full(len(rows), source, np.int64),
+        numbers(regions.devices)[region],
+        address.astype(np.uint64),
+        table(boxes.strides_bytes, 0),
     )
-    wanted = number >= 0
-    return tuple(column[wanted] for column in columns)
+
+
+def _widened(table: Column, axes: int, fill: int) -> Column:
+    """The last `axes` columns of a table, or more of `fill` in front of it."""
+    missing = max(axes - table.shape[1], 0)
+    front = np.full((len(table), missing), fill, np.int64)
+    return np.concatenate([front, table[:, table.shape[1] + missing - axes :]], axis=1)
 
 
 def _nothing(axes: int) -> tuple[npt.NDArray[Any], ...]:
@@ -282,9 +292,9 @@ def _not_covered(distinct: BoxTable, tensors: TensorTable) -> list[int]:
 def _boxes_of(name: str, manifests: Sequence[SourceManifest]) -> list[Interval]:
     found: list[Interval] = []
     for manifest in manifests:
-        rows = {row for row, other in enumerate(manifest.tensors.names) if other == name}
-        columns = (manifest.boxes.tensors, manifest.boxes.starts, manifest.boxes.shapes)
-        for tensor, start, shape in zip(*columns, strict=True):
-            if tensor in rows:
-                found.append((tuple(start), tuple(shape)))
+        if name in manifest.tensors.names:
+            tensor = manifest.tensors.names.index(name)
+            rows = np.flatnonzero(numbers(manifest.boxes.tensors) == tensor)
+            boxes = map(manifest.box, rows.tolist())
+            found += [(box.start, box.shape) for box in boxes]
     return found

@@ -2,13 +2,20 @@
 
 It travels over HTTP as msgpack (or JSON when small). Nothing in it is code or pickle: names,
 shapes, addresses and strides as numbers, and the transport's opaque metadata with a checksum.
+
+A column of numbers is the bytes of little-endian 64-bit integers (base64 in JSON), one for each
+row. A table of them has `axes` to the row, aligned at the right: of a tensor with fewer axes the
+first numbers are a shape of 1, a start of 0.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterable
+from typing import Annotated, Literal, NamedTuple
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from engine_plugins.errors import AdminRequestError, ManifestError
 from engine_plugins.weights.manifest_checks import MAX_RANK, check_manifest
@@ -19,20 +26,23 @@ __all__ = [
     "MAX_JSON_BYTES",
     "MSGPACK",
     "BoxColumns",
+    "OfferedBox",
     "RegionColumns",
     "SourceManifest",
     "TensorColumns",
     "decode_manifest",
     "encode_manifest",
+    "numbers",
+    "packed",
 ]
 
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 MAX_JSON_BYTES = 4 * 1024**2
 """JSON is for small manifests; its length cannot be known before it is built."""
 
-Index = Annotated[list[int], msgspec.Meta(max_length=MAX_RANK)]
+Axes = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
 Facts = Annotated[dict[str, str | int | bool], msgspec.Meta(max_length=64)]
 
 GlobalRank = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
@@ -44,39 +54,54 @@ class TensorColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     names: list[str]
     dtypes: list[str]
     """Names as torch prints them without the module: `float32`, `bfloat16`, `float8_e4m3fn`."""
-    shapes: list[Index]
-    """Shape of the whole HF tensor, in elements."""
+    ndims: bytes
+    """Axes of the tensor itself, at most `axes`."""
+    shapes: bytes
+    """Table: shape of the whole HF tensor, in elements."""
 
 
 class RegionColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Registered memory of the offering process, one row per region."""
 
-    addresses: list[int]
-    nbytes: list[int]
-    devices: list[int]
+    addresses: bytes
+    nbytes: bytes
+    devices: bytes
     """CUDA ordinal, or -1 for host memory."""
 
 
 class BoxColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Boxes of logical tensors and where they lie, one row each."""
 
-    tensors: list[int]
+    tensors: bytes
     """Row of the tensor in `TensorColumns`."""
-    starts: list[Index]
-    shapes: list[Index]
-    regions: list[int]
+    starts: bytes
+    """Table: first index of the box, in elements."""
+    shapes: bytes
+    """Table: elements of the box on each axis."""
+    regions: bytes
     """Row of the region in `RegionColumns`."""
-    offsets_bytes: list[int]
+    offsets_bytes: bytes
     """Of the box's first element, from the region's start."""
-    strides_bytes: list[Index]
-    """Distance between neighbours on each axis of the box; never negative, and one element on the
-    last axis (where that axis has more than one index)."""
+    strides_bytes: bytes
+    """Table: distance between neighbours on each axis of the box; never negative, and one element
+    on the last axis (where that axis has more than one index)."""
+
+
+class OfferedBox(NamedTuple):
+    """One row of `BoxColumns`."""
+
+    tensor: int
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    region: int
+    offset_bytes: int
+    strides_bytes: tuple[int, ...]
 
 
 class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trainer process's offer of weights."""
 
-    format: Literal[1]
+    format: Literal[2]
     source: str
     """Who speaks, for people: `trainer rank 3 of 8 (host-a, pid 4711)`."""
     transport: Literal["nixl", "in_memory"]
@@ -86,6 +111,8 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     agent_metadata_sha256: str
     model: Facts
     """Facts of the HF config that both sides can compare; may be empty."""
+    axes: Axes
+    """Numbers in a row of every table: the most axes that a tensor has, at least 1."""
     tensors: TensorColumns
     regions: RegionColumns
     boxes: BoxColumns
@@ -93,6 +120,35 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Name of the machine, to find the nearest source; empty if it is not said."""
     global_rank: GlobalRank | None = None
     """Rank in the trainer's job, where there is one."""
+
+    def table(self, column: bytes) -> npt.NDArray[np.int64]:
+        """[rows, axes] of a table's bytes; read-only."""
+        return numbers(column).reshape(-1, self.axes)
+
+    def tensor_shape(self, row: int) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self.table(self.tensors.shapes)[row, self._own_axes(row)].tolist())
+
+    def box(self, row: int) -> OfferedBox:
+        """One box, with as many axes as its tensor has: for few of them, and for messages."""
+        boxes = self.boxes
+        tensor, region, offset = (
+            int(numbers(column)[row])
+            for column in (boxes.tensors, boxes.regions, boxes.offsets_bytes)
+        )
+        start, shape, strides = (
+            tuple(self.table(column)[row, self._own_axes(tensor)].tolist())
+            for column in (boxes.starts, boxes.shapes, boxes.strides_bytes)
+        )
+        return OfferedBox(tensor, start, shape, region, offset, strides)
+
+    @property
+    def box_count(self) -> int:
+        """Rows of `boxes`."""
+        return len(self.boxes.tensors) // 8
+
+    def _own_axes(self, tensor: int) -> slice:
+        return slice(self.axes - int(numbers(self.tensors.ndims)[tensor]), None)
 
 
 class _Columns(msgspec.Struct, frozen=True):
@@ -109,6 +165,16 @@ class _Envelope(msgspec.Struct, frozen=True):
     tensors: _Columns
     regions: _Columns
     boxes: _Columns
+
+
+def numbers(column: bytes) -> npt.NDArray[np.int64]:
+    """[n] of a column's bytes; read-only."""
+    return np.frombuffer(column, dtype="<i8")
+
+
+def packed(values: Iterable[int]) -> bytes:
+    """The bytes of a column, or of a table, row after row."""
+    return np.fromiter(values, dtype="<i8").tobytes()
 
 
 def encode_manifest(manifest: SourceManifest) -> bytes:
@@ -150,7 +216,8 @@ def decode_manifest(
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise AdminRequestError(
             f"the body of {len(body)} bytes is not a manifest of format {FORMAT}: {error}",
-            remedy="send what WeightSource.manifest_bytes gives, or follow the manifest's schema",
+            remedy="send what WeightSource.manifest_bytes of the server's release gives, or follow "
+            "the manifest's schema",
         ) from error
     check_manifest(manifest, max_entries=max_entries)
     return manifest
@@ -163,7 +230,7 @@ def _refuse_long_columns(body: bytes, max_entries: int) -> None:
         ("regions", envelope.regions.addresses),
         ("boxes", envelope.boxes.tensors),
     ):
-        length = _array_length(bytes(memoryview(column)[:5]))
+        length = _rows(bytes(memoryview(column)[:5]))
         if length > max_entries:
             raise ManifestError(
                 f"the manifest has {length} {what}, more than the limit of {max_entries}",
@@ -179,14 +246,19 @@ def _refuse_long_json(body: bytes) -> None:
         )
 
 
-def _array_length(head: bytes) -> int:
-    """Length of a msgpack array from its first five bytes; 0 when it is none."""
+def _rows(head: bytes) -> int:
+    """Rows of a column from its first five bytes in msgpack: an array, or numbers as bytes."""
     if not head:
         return 0
     if head[0] & 0xF0 == 0x90:
         return head[0] & 0x0F
-    if head[0] == 0xDC:
-        return int.from_bytes(head[1:3], "big")
-    if head[0] == 0xDD:
-        return int.from_bytes(head[1:5], "big")
+    for kind, size, row_bytes in (
+        (0xDC, 2, 1),
+        (0xDD, 4, 1),
+        (0xC4, 1, 8),
+        (0xC5, 2, 8),
+        (0xC6, 4, 8),
+    ):
+        if head[0] == kind:
+            return int.from_bytes(head[1 : 1 + size], "big") // row_bytes
     return 0

@@ -7,11 +7,10 @@ products are arranged so that no 64-bit number can overflow on the way to a verd
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
 from typing import TYPE_CHECKING, NoReturn
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -19,7 +18,7 @@ from engine_plugins.errors import ManifestError
 from engine_plugins.weights.dtypes import dtype_named
 
 if TYPE_CHECKING:
-    from engine_plugins.weights.manifest import RegionColumns, SourceManifest, TensorColumns
+    from engine_plugins.weights.manifest import RegionColumns, SourceManifest
 
 __all__ = ["MAX_RANK", "check_manifest"]
 
@@ -28,7 +27,7 @@ MAX_RANK = 8
 
 Ints = npt.NDArray[np.int64]
 
-_LIMIT = 2**63
+_NUMBER_BYTES = 8
 _MAX_TENSOR_BYTES = 2**62
 _MAX_NAME = 1024
 _MAX_DEVICE = 1023
@@ -43,7 +42,7 @@ def check_manifest(manifest: SourceManifest, *, max_entries: int) -> None:
     """
     _check_lengths(manifest, max_entries)
     _check_agent(manifest)
-    shapes, itemsizes = _check_tensors(manifest.tensors)
+    shapes, itemsizes = _check_tensors(manifest)
     sizes = _check_regions(manifest.regions)
     _check_boxes(manifest, shapes, itemsizes, sizes)
 
@@ -53,19 +52,42 @@ def _refuse(message: str, remedy: str = "send the manifest as the trainer built 
 
 
 def _check_lengths(manifest: SourceManifest, max_entries: int) -> None:
-    for table in ("tensors", "regions", "boxes"):
-        columns = msgspec.structs.asdict(getattr(manifest, table))
-        lengths = {name: len(column) for name, column in columns.items()}
+    tensors, regions, boxes = manifest.tensors, manifest.regions, manifest.boxes
+    strings = {"names": len(tensors.names), "dtypes": len(tensors.dtypes)}
+    row = _NUMBER_BYTES
+    table = _NUMBER_BYTES * manifest.axes
+    for what, lengths in (
+        ("tensors", strings | _lengths("tensors", tensors, ndims=row, shapes=table)),
+        ("regions", _lengths("regions", regions, addresses=row, nbytes=row, devices=row)),
+        (
+            "boxes",
+            _lengths("boxes", boxes, tensors=row, regions=row, offsets_bytes=row)
+            | _lengths("boxes", boxes, starts=table, shapes=table, strides_bytes=table),
+        ),
+    ):
         if len(set(lengths.values())) > 1:
-            _refuse(f"the columns of {table} differ in length: {lengths}")
+            _refuse(f"the columns of {what} differ in length: {lengths}")
         rows = next(iter(lengths.values()))
         if rows > max_entries:
             _refuse(
-                f"the manifest has {rows} {table}, more than the limit of {max_entries}",
+                f"the manifest has {rows} {what}, more than the limit of {max_entries}",
                 "merge boxes, or raise the engine's limit of manifest entries",
             )
     if not manifest.tensors.names:
         _refuse("the manifest offers no tensor", "offer at least one tensor, or do not send it")
+
+
+def _lengths(what: str, columns: object, **row_bytes: int) -> dict[str, int]:
+    """Rows of columns of numbers, by name; each has whole rows of so many bytes."""
+    lengths: dict[str, int] = {}
+    for name, size in row_bytes.items():
+        lengths[name], rest = divmod(len(getattr(columns, name)), size)
+        if rest:
+            _refuse(
+                f"{what}.{name} has {len(getattr(columns, name))} bytes, which are no rows of "
+                f"{size // _NUMBER_BYTES} numbers"
+            )
+    return lengths
 
 
 def _check_agent(manifest: SourceManifest) -> None:
@@ -90,23 +112,41 @@ def _check_text(what: str, text: str) -> None:
         )
 
 
-def _check_tensors(tensors: TensorColumns) -> tuple[Ints, Ints]:
-    """Return the shapes as `_table` gives them, and the bytes per element."""
-    seen: set[str] = set()
-    for name in tensors.names:
-        _check_text("tensor name", name)
-        if name in seen:
-            _refuse(f"the tensor {name} is listed twice", "list each tensor in one row")
-        seen.add(name)
+def _check_tensors(manifest: SourceManifest) -> tuple[Ints, Ints]:
+    """Return the shapes, [tensors, axes], and the bytes per element."""
+    tensors = manifest.tensors
+    _check_names(tensors.names)
     sizes = {name: dtype_named(name).itemsize for name in set(tensors.dtypes)}
     itemsizes = np.array([sizes[name] for name in tensors.dtypes], dtype=np.int64)
-    shapes = _table("tensors.shapes", tensors.shapes, fill=1)
+    ndims = _column("tensors.ndims", tensors.ndims)
+    row = _first(ndims > manifest.axes)
+    if row is not None:
+        _refuse(f"tensors.ndims[{row}] is {ndims[row]}, the tables have {manifest.axes} axes")
+    shapes = _table("tensors.shapes", tensors.shapes, manifest.axes)
+    foreign = np.arange(manifest.axes) < manifest.axes - ndims[:, None]
+    row = _first((foreign & (shapes != 1)).any(axis=1))
+    if row is not None:
+        _refuse(
+            f"the tensor {tensors.names[row]} has {ndims[row]} axes and the row "
+            f"{shapes[row].tolist()}: the numbers before its own must be 1"
+        )
     # In floating point, where a product cannot wrap; the limit leaves room for its rounding.
-    nbytes = shapes[:, 1:].astype(np.float64).prod(axis=1) * itemsizes
+    nbytes = shapes.astype(np.float64).prod(axis=1) * itemsizes
     row = _first(nbytes >= _MAX_TENSOR_BYTES)
     if row is not None:
-        _refuse(f"the tensor {tensors.names[row]} of shape {tensors.shapes[row]} is too large")
+        _refuse(
+            f"the tensor {tensors.names[row]} of shape {manifest.tensor_shape(row)} is too large"
+        )
     return shapes, itemsizes
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if max(map(len, names)) > _MAX_NAME or not all(names) or not all(map(str.isprintable, names)):
+        for name in names:
+            _check_text("tensor name", name)
+    if len(set(names)) < len(names):
+        twice = Counter(names).most_common(1)[0][0]
+        _refuse(f"the tensor {twice} is listed twice", "list each tensor in one row")
 
 
 def _check_regions(regions: RegionColumns) -> Ints:
@@ -138,26 +178,19 @@ def _check_boxes(
     boxes = manifest.boxes
     tensors = _rows("boxes.tensors", boxes.tensors, len(itemsizes), "tensors")
     regions = _rows("boxes.regions", boxes.regions, len(region_bytes), "regions")
-    starts = _table("boxes.starts", boxes.starts, fill=0)
-    extents = _table("boxes.shapes", boxes.shapes, fill=1)
-    strides = _table("boxes.strides_bytes", boxes.strides_bytes, fill=0)
+    starts = _table("boxes.starts", boxes.starts, manifest.axes)
+    extents = _table("boxes.shapes", boxes.shapes, manifest.axes)
+    strides = _table("boxes.strides_bytes", boxes.strides_bytes, manifest.axes)
     wholes = shapes[tensors]
-    for what, table in (("start", starts), ("shape", extents), ("stride", strides)):
-        row = _first(table[:, 0] != wholes[:, 0])
-        if row is not None:
-            _refuse(
-                f"{_name(manifest, row)} has {table[row, 0]} axes in its {what}, its tensor has "
-                f"{wholes[row, 0]}"
-            )
-    starts, extents, strides, wholes = (t[:, 1:] for t in (starts, extents, strides, wholes))
     row = _first((extents == 0).any(axis=1))
     if row is not None:
         _refuse(f"{_name(manifest, row)} is empty", "leave boxes without elements out")
     row = _first(((extents > wholes) | (starts > wholes - extents)).any(axis=1))
     if row is not None:
+        box = manifest.box(row)
         _refuse(
-            f"{_name(manifest, row)} at {boxes.starts[row]} of shape {boxes.shapes[row]} lies "
-            f"outside its tensor of shape {manifest.tensors.shapes[boxes.tensors[row]]}"
+            f"{_name(manifest, row)} at {box.start} of shape {box.shape} lies outside its tensor "
+            f"of shape {manifest.tensor_shape(box.tensor)}"
         )
     offsets = _column("boxes.offsets_bytes", boxes.offsets_bytes)
     _check_reach(manifest, itemsizes[tensors], region_bytes[regions], offsets, extents, strides)
@@ -175,32 +208,30 @@ def _check_reach(
     left = region_bytes - itemsizes
     outside = offsets > left
     left = np.where(outside, 0, left - offsets)
-    for axis in range(MAX_RANK):
+    for axis in range(manifest.axes):
         steps = extents[:, axis] - 1
         outside |= (steps > 0) & (strides[:, axis] > left // np.maximum(steps, 1))
         left = left - np.where(outside, 0, steps * np.where(outside, 0, strides[:, axis]))
     row = _first(outside)
     if row is not None:
-        boxes = manifest.boxes
+        box = manifest.box(row)
         _refuse(
-            f"{_name(manifest, row)} of shape {boxes.shapes[row]} with strides "
-            f"{boxes.strides_bytes[row]} at offset {boxes.offsets_bytes[row]} reaches outside its "
-            f"region of {region_bytes[row]} bytes: it claims memory that is not registered"
+            f"{_name(manifest, row)} of shape {box.shape} with strides {box.strides_bytes} at "
+            f"offset {box.offset_bytes} reaches outside its region of {region_bytes[row]} bytes: "
+            "it claims memory that is not registered"
         )
-    axes = np.fromiter(map(len, manifest.boxes.shapes), dtype=np.int64, count=len(extents))
-    last = np.maximum(axes - 1, 0)[:, None]
-    apart = np.take_along_axis(strides, last, axis=1)[:, 0] != itemsizes
-    row = _first(apart & (np.take_along_axis(extents, last, axis=1)[:, 0] > 1))
+    row = _first((strides[:, -1] != itemsizes) & (extents[:, -1] > 1))
     if row is not None:
         _refuse(
-            f"{_name(manifest, row)} steps {manifest.boxes.strides_bytes[row][-1]} bytes on its "
-            f"last axis, its elements have {itemsizes[row]}",
+            f"{_name(manifest, row)} steps {strides[row, -1]} bytes on its last axis, its elements "
+            f"have {itemsizes[row]}",
             "offer a copy whose last axis is contiguous",
         )
 
 
 def _name(manifest: SourceManifest, box: int) -> str:
-    return f"box {box} ({manifest.tensors.names[manifest.boxes.tensors[box]]})"
+    tensor = int(np.frombuffer(manifest.boxes.tensors, dtype="<i8")[box])
+    return f"box {box} ({manifest.tensors.names[tensor]})"
 
 
 def _first(wrong: npt.NDArray[np.bool_] | np.bool_) -> int | None:
@@ -208,7 +239,7 @@ def _first(wrong: npt.NDArray[np.bool_] | np.bool_) -> int | None:
     return int(wrong.argmax()) if wrong.any() else None
 
 
-def _rows(what: str, values: Sequence[int], count: int, table: str) -> Ints:
+def _rows(what: str, values: bytes, count: int, table: str) -> Ints:
     column = _column(what, values)
     row = _first(column >= count)
     if row is not None:
@@ -216,27 +247,15 @@ def _rows(what: str, values: Sequence[int], count: int, table: str) -> Ints:
     return column
 
 
-def _column(what: str, values: Sequence[int], *, lowest: int = 0) -> Ints:
-    """Turn a column into int64, refusing what is below `lowest` or not below 2**63."""
-    try:
-        column = np.fromiter(values, dtype=np.int64, count=len(values))
-    except OverflowError:
-        row = next(n for n, value in enumerate(values) if not -_LIMIT <= value < _LIMIT)
-        _refuse(f"{what}[{row}] is {values[row]}, outside {lowest} .. 2**63-1")
+def _column(what: str, values: bytes, *, lowest: int = 0) -> Ints:
+    """A column's numbers, none of them below `lowest`."""
+    column: Ints = np.frombuffer(values, dtype="<i8")
     low = _first(column < lowest)
     if low is not None:
-        _refuse(f"{what}[{low}] is {values[low]}, outside {lowest} .. 2**63-1")
+        _refuse(f"{what}[{low}] is {column[low]}, outside {lowest} .. 2**63-1")
     return column
 
 
-def _table(what: str, rows: Sequence[Sequence[int]], *, fill: int) -> Ints:
-    """Turn ragged rows into [rows, 1 + MAX_RANK]: the axis count, the values, then `fill`."""
-    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    row = _first(lengths > MAX_RANK)
-    if row is not None:
-        _refuse(f"{what}[{row}] has {lengths[row]} axes, the most is {MAX_RANK}")
-    flat = _column(f"{what} (flattened)", list(chain.from_iterable(rows)))
-    table = np.full((len(rows), 1 + MAX_RANK), fill, dtype=np.int64)
-    table[:, 0] = lengths
-    table[:, 1:][np.arange(MAX_RANK) < lengths[:, None]] = flat
-    return table
+def _table(what: str, values: bytes, axes: int) -> Ints:
+    """[rows, axes] of a table's numbers, none of them negative."""
+    return _column(f"{what} (row after row)", values).reshape(-1, axes)

@@ -29,11 +29,12 @@ from engine_plugins.weights.box_table import (
     volumes,
 )
 from engine_plugins.weights.coverage import EngineStep
-from engine_plugins.weights.dtypes import dtype_named
+from engine_plugins.weights.dtypes import DTYPES
 from engine_plugins.weights.intersection import Parts, intersect, runs
 from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.manifest import SourceManifest, numbers
 from engine_plugins.weights.placement import Interval
+from engine_plugins.weights.source_choice import Reader, SourceChoice
 from engine_plugins.weights.transport.base import Descriptors
 
 __all__ = [
@@ -205,13 +206,18 @@ def logical_tensors(manifests: Sequence[SourceManifest]) -> list[LogicalTensor]:
     known: dict[str, tuple[LogicalTensor, str]] = {}
     for manifest in manifests:
         columns = manifest.tensors
-        for name, dtype, shape in zip(columns.names, columns.dtypes, columns.shapes, strict=True):
-            tensor = LogicalTensor(name=name, shape=tuple(shape), dtype=dtype_named(dtype))
-            first, source = known.setdefault(name, (tensor, manifest.source))
-            if first != tensor:
+        shapes = manifest.table(columns.shapes).tolist()
+        own = (manifest.axes - numbers(columns.ndims)).tolist()
+        for row, name in enumerate(columns.names):
+            first, source = known.get(name, (None, ""))
+            shape, dtype = tuple(shapes[row][own[row] :]), DTYPES[columns.dtypes[row]]
+            if first is None:
+                tensor = LogicalTensor(name=name, shape=shape, dtype=dtype)
+                known[name] = (tensor, manifest.source)
+            elif first.shape != shape or first.dtype != dtype:
                 raise PlanError(
                     f"{name}: {source} says {first.shape} {first.dtype}, {manifest.source} says "
-                    f"{tensor.shape} {tensor.dtype}",
+                    f"{shape} {dtype}",
                     remedy="every rank must publish the same model, sharded alike",
                 )
     return [tensor for tensor, _ in known.values()]
@@ -245,6 +251,7 @@ def build_plan(
     steps: Sequence[tuple[Sequence[str], Sequence[LogicalTensor]]],
     needed: Mapping[str, Sequence[Interval]] | None = None,
     live: Mapping[str, Sequence[LiveBox]] | None = None,
+    reader: Reader | None = None,
 ) -> FetchPlan:
     """Plan the fetch of what a rank needs of its tensors, step by step.
 
@@ -254,9 +261,11 @@ def build_plan(
         needed: disjoint boxes (start, shape) of a tensor that are fetched; a tensor without an
             entry is fetched whole. The sources must offer all of it either way.
         live: where tensors go that land in live parameters. A step's tensors all do, or none.
+        reader: how this rank chooses among replicas; evenly if not told.
 
     Raises:
-        PlanError: a gap or an overlap; the text names the tensor and the boxes.
+        PlanError: a gap or an overlap, or no source that the reader may read; the text names the
+            tensor and the boxes.
     """
     ordered = [tensor for _, tensors in steps for tensor in tensors]
     table = TensorTable(ordered)
@@ -264,7 +273,9 @@ def build_plan(
     live = live or {}
     direct = [bool(tensors) and tensors[0].name in live for _, tensors in steps]
     layout = _Layout(table, [len(tensors) for _, tensors in steps], direct)
-    parts = intersect(target_table(table, needed or {}, live, layout.offset), sources, table)
+    choice = None if reader is None else SourceChoice(reader=reader, manifests=manifests)
+    targets = target_table(table, needed or {}, live, layout.offset)
+    parts = intersect(targets, sources, table, choice)
     scratch = _scratch_bytes(layout, parts)
     packed = _packed_rows(parts, sources, table, scratch)
     reads = _reads(parts, sources, table, layout, np.flatnonzero(~packed))

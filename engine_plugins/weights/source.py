@@ -11,8 +11,9 @@ import hashlib
 import logging
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from types import TracebackType
 from typing import Literal, Self, cast
 
@@ -27,6 +28,7 @@ from engine_plugins.weights.manifest import (
     SourceManifest,
     TensorColumns,
     encode_manifest,
+    packed,
 )
 from engine_plugins.weights.manifest_checks import check_manifest
 from engine_plugins.weights.placement import SourceBox
@@ -228,7 +230,8 @@ class WeightSource:
     def _build(self) -> SourceManifest:
         metadata = self._transport.metadata()
         regions = sorted(self._regions.values(), key=lambda region: region.order)
-        tensors = _tensor_columns([entry.box for entry in self._placed])
+        tensors = _logical_tensors([entry.box for entry in self._placed])
+        axes = max((len(shape) for _, shape in tensors.values()), default=0) or 1
         manifest = SourceManifest(
             format=FORMAT,
             source=self._source,
@@ -237,17 +240,23 @@ class WeightSource:
             agent_metadata=metadata,
             agent_metadata_sha256=hashlib.sha256(metadata).hexdigest(),
             model=self._model,
-            tensors=tensors,
-            regions=RegionColumns(
-                addresses=[region.address for region in regions],
-                nbytes=[region.nbytes for region in regions],
-                devices=[region.device for region in regions],
+            axes=axes,
+            tensors=TensorColumns(
+                names=list(tensors),
+                dtypes=[dtype for dtype, _ in tensors.values()],
+                ndims=packed(len(shape) for _, shape in tensors.values()),
+                shapes=_table((shape for _, shape in tensors.values()), axes, fill=1),
             ),
-            boxes=_box_columns(self._placed, tensors, regions),
+            regions=RegionColumns(
+                addresses=packed(region.address for region in regions),
+                nbytes=packed(region.nbytes for region in regions),
+                devices=packed(region.device for region in regions),
+            ),
+            boxes=_box_columns(self._placed, list(tensors), regions, axes),
             host=socket.gethostname(),
             global_rank=self._global_rank,
         )
-        entries = len(tensors.names) + len(regions) + len(self._placed)
+        entries = len(tensors) + len(regions) + len(self._placed)
         if entries:
             check_manifest(manifest, max_entries=entries)
         return manifest
@@ -257,7 +266,8 @@ def _fits(copy: torch.Tensor, data: torch.Tensor) -> bool:
     return (copy.shape, copy.dtype, copy.device) == (data.shape, data.dtype, data.device)
 
 
-def _tensor_columns(boxes: Sequence[SourceBox]) -> TensorColumns:
+def _logical_tensors(boxes: Sequence[SourceBox]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name of the dtype and whole shape of every tensor that boxes are of."""
     facts: dict[str, tuple[str, tuple[int, ...]]] = {}
     for box in boxes:
         fact = (dtype_name(box.data.dtype), box.global_shape)
@@ -266,31 +276,31 @@ def _tensor_columns(boxes: Sequence[SourceBox]) -> TensorColumns:
                 f"{box.name} is offered as {facts[box.name]} and as {fact}",
                 remedy="every shard of a tensor must agree on its dtype and whole shape",
             )
-    return TensorColumns(
-        names=list(facts),
-        dtypes=[dtype for dtype, _ in facts.values()],
-        shapes=[list(shape) for _, shape in facts.values()],
-    )
+    return facts
 
 
 def _box_columns(
-    placed: Sequence[_Placed],
-    tensors: TensorColumns,
-    regions: Sequence[Region],
+    placed: Sequence[_Placed], names: Sequence[str], regions: Sequence[Region], axes: int
 ) -> BoxColumns:
     """One row per box; boxes without elements have no memory, and no row."""
     full = [entry for entry in placed if entry.memory.numel()]
     rows = {key: row for row, region in enumerate(regions) for key in region.storages}
-    row_of = {name: row for row, name in enumerate(tensors.names)}
+    row_of = {name: row for row, name in enumerate(names)}
     held = [rows[storage_key(entry.memory)] for entry in full]
     return BoxColumns(
-        tensors=[row_of[entry.box.name] for entry in full],
-        starts=[list(entry.box.start) for entry in full],
-        shapes=[list(entry.box.shape) for entry in full],
-        regions=held,
-        offsets_bytes=[
+        tensors=packed(row_of[entry.box.name] for entry in full),
+        starts=_table((entry.box.start for entry in full), axes, fill=0),
+        shapes=_table((entry.box.shape for entry in full), axes, fill=1),
+        regions=packed(held),
+        offsets_bytes=packed(
             entry.memory.data_ptr() - regions[row].address
             for entry, row in zip(full, held, strict=True)
-        ],
-        strides_bytes=[list(strides_bytes(entry.memory)) for entry in full],
+        ),
+        strides_bytes=_table((strides_bytes(entry.memory) for entry in full), axes, fill=0),
     )
+
+
+def _table(rows: Iterable[tuple[int, ...]], axes: int, *, fill: int) -> bytes:
+    """Rows of at most `axes` numbers, aligned at the right."""
+    front = [(fill,) * missing for missing in range(axes + 1)]
+    return packed(chain.from_iterable((*front[axes - len(row)], *row) for row in rows))

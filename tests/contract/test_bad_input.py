@@ -11,7 +11,7 @@ import msgspec
 import pytest
 import torch
 
-from engine_plugins.weights.manifest import SourceManifest, encode_manifest
+from engine_plugins.weights.manifest import SourceManifest, encode_manifest, numbers, packed
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.nixl import NixlTransport
@@ -136,7 +136,7 @@ def test_garbage_metadata_with_a_right_checksum(offer: Offer) -> None:
 def test_a_source_that_claims_memory_that_is_not_registered(offer: Offer) -> None:
     """Addresses are the peer's word; the transport checks them against what it registered."""
     manifest = offer.source.manifest
-    moved = [address + (1 << 40) for address in manifest.regions.addresses]
+    moved = packed(numbers(manifest.regions.addresses) + (1 << 40))
     regions = msgspec.structs.replace(manifest.regions, addresses=moved)
     bad = msgspec.structs.replace(manifest, regions=regions)
     problem(offer.connect(bad), 422, "bad_peer")
@@ -234,12 +234,11 @@ def test_sources_that_overlap_or_leave_a_gap(server: EngineServer, offer: Offer)
 
 def _halved_box(manifest: SourceManifest, name: str) -> SourceManifest:
     row = manifest.tensors.names.index(name)
-    box = manifest.boxes.tensors.index(row)
-    shapes = [list(shape) for shape in manifest.boxes.shapes]
-    shapes[box][0] //= 2
-    return msgspec.structs.replace(
-        manifest, boxes=msgspec.structs.replace(manifest.boxes, shapes=shapes)
-    )
+    shapes = manifest.table(manifest.boxes.shapes).copy()
+    first_axis = manifest.axes - len(manifest.tensor_shape(row))
+    shapes[numbers(manifest.boxes.tensors) == row, first_axis] //= 2
+    boxes = msgspec.structs.replace(manifest.boxes, shapes=shapes.tobytes())
+    return msgspec.structs.replace(manifest, boxes=boxes)
 
 
 def test_two_sources_of_one_agent(server: EngineServer, offer: Offer) -> None:

@@ -22,7 +22,7 @@ from fastapi.responses import JSONResponse
 
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import EnginePluginError
-from engine_plugins.weights.manifest import SourceManifest, decode_manifest
+from engine_plugins.weights.manifest import SourceManifest, decode_manifest, numbers
 from engine_plugins.weights.report import Outcome, Phases, PlanSummary, UpdateReport
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
@@ -245,7 +245,9 @@ class FakeEngine:
             self.weights.setdefault(name, torch.empty_like(tensor)).copy_(tensor)
 
     def _nbytes(self, plan_id: str) -> int:
-        return sum(sum(self.sources[name].regions.nbytes) for name in self.plans[plan_id])
+        return sum(
+            int(numbers(self.sources[name].regions.nbytes).sum()) for name in self.plans[plan_id]
+        )
 
 
 def application(engine: FakeEngine) -> FastAPI:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.manifest import SourceManifest, numbers
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 
 __all__ = ["pull"]
@@ -17,25 +17,25 @@ def pull(manifest: SourceManifest) -> dict[str, torch.Tensor]:
     """Read every box as an engine would: through addresses of the manifest, over the wire."""
     engine = InMemoryTransport("engine-0")
     engine.add_peer(manifest.agent, manifest.agent_metadata)
-    tensors, boxes, regions = manifest.tensors, manifest.boxes, manifest.regions
+    tensors, addresses = manifest.tensors, numbers(manifest.regions.addresses)
     pulled: dict[str, torch.Tensor] = {}
     try:
-        for name, dtype, shape in zip(tensors.names, tensors.dtypes, tensors.shapes, strict=True):
-            pulled[name] = torch.zeros(shape, dtype=getattr(torch, dtype))
-        for row, tensor in enumerate(boxes.tensors):
-            region = boxes.regions[row]
-            first = regions.addresses[region] + boxes.offsets_bytes[row]
-            name = tensors.names[tensor]
+        for row, name in enumerate(tensors.names):
+            dtype = getattr(torch, tensors.dtypes[row])
+            pulled[name] = torch.zeros(manifest.tensor_shape(row), dtype=dtype)
+        for offered in map(manifest.box, range(manifest.box_count)):
+            first = int(addresses[offered.region]) + offered.offset_bytes
+            name = tensors.names[offered.tensor]
             box = _read(
                 engine,
                 manifest.agent,
                 first,
-                boxes.shapes[row],
-                boxes.strides_bytes[row],
+                offered.shape,
+                offered.strides_bytes,
                 pulled[name].dtype,
             )
             place = tuple(
-                slice(a, a + n) for a, n in zip(boxes.starts[row], boxes.shapes[row], strict=True)
+                slice(a, a + n) for a, n in zip(offered.start, offered.shape, strict=True)
             )
             pulled[name][place] = box
     finally:

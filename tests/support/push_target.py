@@ -11,7 +11,7 @@ import torch
 
 from engine_plugins.weights.destinations import Destination, Writes
 from engine_plugins.weights.dtypes import dtype_named
-from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.manifest import SourceManifest, numbers
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 
 __all__ = ["PushTarget"]
@@ -26,7 +26,10 @@ class PushTarget:
         self.transport = InMemoryTransport(f"pushed-{next(_serial)}")
         self._manifests = manifests
         self._copies = [
-            [torch.zeros(nbytes, dtype=torch.uint8) for nbytes in manifest.regions.nbytes]
+            [
+                torch.zeros(nbytes, dtype=torch.uint8)
+                for nbytes in numbers(manifest.regions.nbytes).tolist()
+            ]
             for manifest in manifests
         ]
         for copy in itertools.chain(*self._copies):
@@ -52,18 +55,19 @@ class PushTarget:
         """What was written, by HF name."""
         written: dict[str, torch.Tensor] = {}
         for manifest, copies in zip(self._manifests, self._copies, strict=True):
-            boxes, tensors = manifest.boxes, manifest.tensors
-            for row, tensor in enumerate(boxes.tensors):
+            tensors = manifest.tensors
+            for offered in map(manifest.box, range(manifest.box_count)):
+                tensor, start, shape = offered.tensor, offered.start, offered.shape
                 name, dtype = tensors.names[tensor], dtype_named(tensors.dtypes[tensor])
-                whole = written.setdefault(name, torch.zeros(tensors.shapes[tensor], dtype=dtype))
+                empty = torch.zeros(manifest.tensor_shape(tensor), dtype=dtype)
+                whole = written.setdefault(name, empty)
                 box = torch.as_strided(
-                    copies[boxes.regions[row]].view(dtype),
-                    boxes.shapes[row],
-                    [stride // dtype.itemsize for stride in boxes.strides_bytes[row]],
-                    boxes.offsets_bytes[row] // dtype.itemsize,
+                    copies[offered.region].view(dtype),
+                    shape,
+                    [stride // dtype.itemsize for stride in offered.strides_bytes],
+                    offered.offset_bytes // dtype.itemsize,
                 )
-                starts, shape = boxes.starts[row], boxes.shapes[row]
-                whole[tuple(slice(a, a + n) for a, n in zip(starts, shape, strict=True))] = box
+                whole[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = box
         return written
 
     def close(self) -> None:
@@ -75,7 +79,7 @@ def _writes(manifest: SourceManifest, copies: Sequence[torch.Tensor]) -> Writes:
     regions = manifest.regions
     rows = [
         (address, copy.data_ptr(), copy.nbytes)
-        for address, copy in zip(regions.addresses, copies, strict=True)
+        for address, copy in zip(numbers(regions.addresses).tolist(), copies, strict=True)
     ]
     devices = np.full(len(rows), -1, dtype=np.int32)
     return Writes.of(np.array(rows, dtype=np.uint64).reshape(-1, 3), devices, devices)

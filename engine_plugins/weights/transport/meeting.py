@@ -14,7 +14,7 @@ import numpy as np
 
 from engine_plugins.errors import TransferTimeoutError
 from engine_plugins.weights.arena import Arena
-from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.manifest import SourceManifest, numbers
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.transfers import run_transfers
 
@@ -39,7 +39,9 @@ def meet(transport: Transport, manifest: SourceManifest) -> None:
     greeting = None
     if regions.addresses:
         greeting = Greeting(
-            address=regions.addresses[0], nbytes=regions.nbytes[0], device=regions.devices[0]
+            address=int(numbers(regions.addresses)[0]),
+            nbytes=int(numbers(regions.nbytes)[0]),
+            device=int(numbers(regions.devices)[0]),
         )
     meet_agent(
         transport, manifest.agent, manifest.agent_metadata, greeting=greeting, who=manifest.source

@@ -130,9 +130,10 @@ def test_a_manifest_says_who_offers_and_what(trainer: SourceRank) -> None:
     assert manifest.source.startswith("engine rank 0 (")
     assert manifest.agent == agents[-1] != agents[0]
     assert sorted(manifest.tensors.names) == sorted(hf_tensors(seed=0))
-    assert len(manifest.boxes.tensors) == len(manifest.tensors.names)
+    assert manifest.box_count == len(manifest.tensors.names)
     row = manifest.tensors.names.index("model.embed.weight")
-    assert manifest.boxes.shapes[manifest.boxes.tensors.index(row)] == [50, 16]
+    boxes = map(manifest.box, range(manifest.box_count))
+    assert [box.shape for box in boxes if box.tensor == row] == [(50, 16)]
 
 
 @dataclass
