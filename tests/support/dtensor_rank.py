@@ -1,17 +1,21 @@
-"""One of four gloo processes that cut tensors in every way and offer their shares.
+"""Four gloo processes that cut tensors in every way and offer their shares.
 
-    python -m tests.support.dtensor_rank RANK RENDEZVOUS_FILE
+    python -m tests.support.dtensor_rank FOLDER
 
 For each case all ranks' boxes are put together on every rank and compared with what torch itself
-gathers. The process prints one JSON line per case: its name, and what was wrong (null: nothing).
+gathers. Each rank writes to FOLDER/RANK.json what was wrong by case (null: nothing). The ranks are
+forks of one process, which imports torch's many modules once.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,16 +263,28 @@ CASES: dict[str, Case] = {
 }
 
 
-def main() -> None:
+def run_rank(rank: int, folder: Path) -> None:
     dist.init_process_group(
-        "gloo",
-        init_method=f"file://{sys.argv[2]}",
-        rank=int(sys.argv[1]),
-        world_size=WORLD_SIZE,
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=WORLD_SIZE
     )
-    for name, case in CASES.items():
-        print(json.dumps({"case": name, "wrong": case()}), flush=True)
+    wrong = {name: case() for name, case in CASES.items()}
+    (folder / f"{rank}.json").write_text(json.dumps(wrong))
     dist.destroy_process_group()
+
+
+def main() -> None:
+    """End with 1 as soon as a rank fails: the others would wait for it."""
+    forks = multiprocessing.get_context("fork")
+    ranks = [
+        forks.Process(target=run_rank, args=(rank, Path(sys.argv[1])), daemon=True)
+        for rank in range(WORLD_SIZE)
+    ]
+    for rank in ranks:
+        rank.start()
+    left = {rank.sentinel for rank in ranks}
+    while left and not any(rank.exitcode for rank in ranks):
+        left -= set(wait(list(left)))
+    sys.exit(any(rank.exitcode for rank in ranks))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,28 +21,21 @@ PROJECT = Path(__file__).parents[3]
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each process found wrong, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.support.dtensor_rank"),
-                *(str(rank), str(folder / "rendezvous")),
-            ],
-            cwd=PROJECT,
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
+    ranks = subprocess.Popen(
+        [sys.executable, "-m", "tests.support.dtensor_rank", str(folder)],
+        cwd=PROJECT,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
     try:
-        said, errors = zip(*(rank.communicate(timeout=240) for rank in ranks), strict=True)
+        _, errors = ranks.communicate(timeout=240)
     finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0] * WORLD_SIZE, errors
-    lines = [[json.loads(line) for line in each.splitlines()] for each in said]
-    return [{line["case"]: line["wrong"] for line in each} for each in lines]
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(ranks.pid, signal.SIGKILL)
+    assert ranks.returncode == 0, errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
 @pytest.mark.parametrize("case", CASES)
