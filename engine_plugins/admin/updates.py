@@ -291,7 +291,7 @@ def _staged_in_two_phases(body: UpdateBody, plan: PlanSummary) -> bool:
                 remedy="prepare with mode auto or in_place",
             )
         return False
-    if body.mode == "in_place":
+    if body.mode == "in_place" and plan.direction == "pull":
         raise UnsupportedError(
             "what is prepared waits in a receive buffer: that is mode staged",
             remedy="prepare with mode auto or staged, or POST /admin/v1/weights/update",

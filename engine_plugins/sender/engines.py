@@ -41,6 +41,7 @@ class EngineLink:
         self._source_id: str | None = None
         self._planned: tuple[str, ...] = ()
         self._peers: dict[bytes, str] = {}
+        self._planned_again = False
 
     @property
     def url(self) -> str:
@@ -65,6 +66,7 @@ class EngineLink:
         """Drop what the engine said: it restarted, or our manifest changed."""
         self._source_id = self.plan = None
         self._peers = {}
+        self._planned_again = False
 
     def update(
         self,
@@ -101,7 +103,12 @@ class EngineLink:
         Raises:
             EnginePluginError: the engine failed or cannot be reached.
         """
-        return self._carried(request, self._ask_to_commit)
+        plan, report = self.plan, self._carried(request, self._ask_to_commit)
+        pushed = plan is not None and plan.direction == "push" and not plan.direct_bytes
+        if pushed and not self._planned_again and request.mode != "staged":
+            # What its loader did just now may have shown the engine that bytes can land directly.
+            self.plan, self._planned_again = None, True
+        return report
 
     def _connect(
         self, source_ids: Sequence[str], model: Mapping[str, str | int | bool], direction: Direction

@@ -1,6 +1,7 @@
-"""One process of an FSDP2 trainer: shards a transformers model and updates a live engine.
+r"""One process of an FSDP2 trainer: shards a transformers model and updates a live engine.
 
-    python -m tests.support.fsdp_trainer_rank RANK RENDEZVOUS URL TOKEN MESH VERSION FOLDER...
+    python -m tests.support.fsdp_trainer_rank \
+        RANK RENDEZVOUS URL TOKEN MESH DIRECTION VERSION FOLDER...
 
 MESH is `3` for three shards or `2x2` for two replicas of two. The weights of each folder are
 written into the same sharded parameters in turn and sent, as VERSION and those that follow it. The
@@ -22,6 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
 
 from engine_plugins import WeightSender
+from engine_plugins.admin_answers import Direction
 
 
 def sharded(folder: str, mesh: tuple[int, ...]) -> nn.Module:
@@ -48,12 +50,15 @@ def main() -> None:
     """Join the others, update once for each folder, say what came of it."""
     global_rank, rendezvous, url, token = sys.argv[1:5]
     mesh = tuple(int(size) for size in sys.argv[5].split("x"))
-    first, folders = int(sys.argv[6]), sys.argv[7:]
+    direction: Direction = "push" if sys.argv[6] == "push" else "pull"
+    first, folders = int(sys.argv[7]), sys.argv[8:]
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(global_rank), world_size=prod(mesh)
     )
     model = sharded(folders[0], mesh)
-    with WeightSender.from_fsdp(model, engines=url, token=token, config=model.config) as sender:
+    with WeightSender.from_fsdp(
+        model, engines=url, token=token, config=model.config, direction=direction
+    ) as sender:
         for version, folder in enumerate(folders, first):
             overwrite(model, folder)
             report = sender.update(version)

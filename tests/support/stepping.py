@@ -49,7 +49,7 @@ def watch_installs(installer: WeightInstaller, rank: int) -> None:
     if STEPPING_FOLDER not in os.environ:
         return
     folder = Path(os.environ[STEPPING_FOLDER])
-    install, begin = installer.install, installer.begin
+    install, landed, begin = installer.install, installer.landed, installer.begin
     count = 0
 
     def counted_begin() -> None:
@@ -57,7 +57,7 @@ def watch_installs(installer: WeightInstaller, rank: int) -> None:
         count = 0
         begin()
 
-    def watched(modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+    def step() -> None:
         nonlocal count
         count += 1
         hold, fail = folder / f"hold-{rank}-{count}", folder / f"fail-{rank}-{count}"
@@ -66,6 +66,16 @@ def watch_installs(installer: WeightInstaller, rank: int) -> None:
         if fail.exists():
             fail.unlink()
             raise RuntimeError(f"told to fail at module {count}")
+
+    def watched_install(
+        modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]
+    ) -> None:
+        step()
         install(modules, tensors)
 
-    installer.begin, installer.install = counted_begin, watched  # type: ignore[method-assign]
+    def watched_landed(modules: Sequence[str]) -> None:
+        step()
+        landed(modules)
+
+    installer.begin = counted_begin  # type: ignore[method-assign]
+    installer.install, installer.landed = watched_install, watched_landed  # type: ignore[method-assign]

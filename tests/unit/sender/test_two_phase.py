@@ -76,7 +76,7 @@ def test_every_engine_gets_every_version(
     model: torch.nn.Module,
     direction: str,
 ) -> None:
-    """One plan for many versions, prepared and committed under one request_id each."""
+    """One plan for many versions; of a push two, as the first may have shown a shorter way."""
     with sender_of(model, engines, transport, direction=direction) as sender:
         for version in (1, 2, 3):
             train(model)
@@ -85,7 +85,8 @@ def test_every_engine_gets_every_version(
             assert [each.outcome for each in report.engines.values()] == ["installed"] * 2
             assert not any(plan.destinations for plan in report.plans.values())
     for engine in engines:
-        assert (len(engine.plans), engine.prepared, engine.aborts) == (1, {}, [])
+        assert len(engine.plans) == (1 if direction == "pull" else 2)
+        assert (engine.prepared, engine.aborts) == ({}, [])
 
 
 @DIRECTIONS
@@ -183,20 +184,21 @@ def test_a_push_that_fails_aborts_every_engine(
     """They are told whether a write may still be under way; the peer is named."""
     with sender_of(model, engines, transport, direction="push") as sender:
         sender.update(1)
-        (target,) = engines[1].pushed.values()
+        sender.update(2)
+        *_, target = engines[1].pushed.values()
         target.transport.bytes_per_s = bytes_per_s
         if ended:
             target.close()
         train(model)
         with pytest.raises(Exception, match=target.transport.agent) as caught:
-            sender.update(2, timeout_s=1.0)
+            sender.update(3, timeout_s=1.0)
         assert isinstance(caught.value, TransferTimeoutError) != ended
         for engine in engines:
             assert [told["writes_ended"] for told in engine.aborts] == [ended]
-            assert engine.version == 1
+            assert engine.version == 2
         engines[1].restart()
-        sender.update(3)
-    assert all(holds(engine, model) and engine.version == 3 for engine in engines)
+        sender.update(4)
+    assert all(holds(engine, model) and engine.version == 4 for engine in engines)
 
 
 def test_an_engine_rank_that_was_described_wrongly_is_not_met(

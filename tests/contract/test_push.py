@@ -1,0 +1,85 @@
+"""Pushes: trainers write into the memory of the engine's ranks, over the wire."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_plugins.trainer_sender import WeightSender
+from tests.support.configurations import ALL_MODELS, DENSE_TP2, MOE, OLD, on
+from tests.support.engine_server import TOKEN
+from tests.support.fsdp_trainer import training
+from tests.support.live_models import LiveModel
+from tests.support.problems import problem
+from tests.support.served import Served
+
+
+def _first(served: Served) -> LiveModel:
+    """What a server was started with."""
+    model = served.configuration.model
+    assert isinstance(model, LiveModel)
+    return model
+
+
+def _pushing(served: Served, tensors: Any) -> WeightSender:
+    config = _first(served).config()
+    return WeightSender.from_hf(
+        tensors, engines=served.server.url, token=TOKEN, config=config, direction="push"
+    )
+
+
+@on(*ALL_MODELS)
+def test_tokens_are_those_of_what_was_written(served: Served) -> None:
+    """Forth and back from the same memory; every byte by a write of the trainer's."""
+    served.restore(_first(served))
+    models = [LiveModel(kind=_first(served).kind, version=each) for each in (1, 0, 1)]
+    memory = models[0].tensors()
+    with _pushing(served, memory) as sender:
+        for model in models:
+            for name, tensor in model.tensors().items():
+                memory[name].copy_(tensor)
+            report = sender.update(served.next_version())
+            assert model.wrong_answers(served.server.greedy) == []
+            (told,) = report.engines.values()
+            assert told.bytes_moved >= told.bytes_needed > 0
+            assert told.direct_bytes + told.staged_bytes + told.loader_bytes == told.bytes_needed
+            (plan,) = report.plans.values()
+            assert (plan.direction, plan.direct_bytes) == ("push", told.direct_bytes)
+
+
+@pytest.mark.parametrize(
+    ("served", "mesh"),
+    [pytest.param(MOE, "3", id="moe-uneven"), pytest.param(DENSE_TP2, "2x2", id="dense-tp2-hsdp")],
+    indirect=["served"],
+)
+def test_each_process_of_a_trainer_writes_its_own_shards(
+    served: Served, mesh: str, tmp_path: Path
+) -> None:
+    """To every rank of the engine; the commit comes when all have written."""
+    first = _first(served)
+    versions = [LiveModel(kind=first.kind, version=each) for each in (1, 0, 1)]
+    rendezvous = tmp_path / "rendezvous"
+    with training(served, mesh, rendezvous, *versions, direction="push") as trainer:
+        for model in versions:
+            report = trainer.report()
+            assert served.server.state()["weights"]["version"] == report["version"]
+            assert model.wrong_answers(served.server.greedy) == []
+            trainer.go_on()
+        assert set(trainer.end()) == {0}
+
+
+@on(DENSE_TP2)
+def test_an_update_in_one_call_says_that_somebody_must_write(served: Served) -> None:
+    """409 with the three steps; nothing was touched."""
+    served.restore(OLD)
+    connected = served.offer(OLD).connect(direction="push")
+    assert connected.status_code == 200, connected.text
+    plan = connected.json()
+    ranks = served.configuration.tensor_parallel
+    assert [each["tp_rank"] for each in plan["destinations"]] == list(range(ranks))
+    refused = served.update(plan["plan_id"])
+    assert "is a push" in problem(refused, 409, "illegal_state")
+    assert "write" in refused.json()["remedy"]
+    assert OLD.wrong_answers(served.server.greedy) == []
