@@ -7,6 +7,7 @@ played rank makes the copies that a real worker of that rank makes.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -18,12 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from engine_plugins.weights.coverage import LoaderRules, engine_steps
-from engine_plugins.weights.destination import DestinationMap, destination_map
+from engine_plugins.weights.coverage import LoaderRules
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
-from engine_plugins.weights.needed import needed_boxes
 from engine_plugins.weights.placement import SourceBox
-from tests.support.fetched import fetched
+from engine_plugins.weights.receiver import WeightReceiver
+from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.source_ranks import SourceRank, offered_boxes
 
 __all__ = [
     "REFUSED",
@@ -31,7 +33,6 @@ __all__ = [
     "PlayedRank",
     "land",
     "loaded",
-    "logical",
     "played_engine",
     "same_bits",
     "uneven_sizes",
@@ -49,6 +50,7 @@ _SHARED = (
     "moe_intermediate_size",
 )
 _REPLICATED = ("num_key_value_heads",)
+_serial = itertools.count()
 
 
 class PlayedRank(Protocol):
@@ -94,14 +96,6 @@ def played_engine() -> Iterator[PlayedEngine]:
             yield engine
 
 
-def logical(tensors: Tensors) -> list[LogicalTensor]:
-    """What a trace is told of tensors."""
-    return [
-        LogicalTensor(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
-        for name, tensor in tensors.items()
-    ]
-
-
 def loaded(model: nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
     """A copy of the parameters after the engine's loader, on top of what no loader gives."""
     with torch.no_grad():
@@ -117,33 +111,83 @@ def load_through(model: nn.Module, tensors: Tensors) -> None:
         model.load_weights(iter(tensors.items()))  # type: ignore[operator]
 
 
+class PlayedInstaller:
+    """A rank's installer over a model whose parameters serve as they are loaded.
+
+    It is the engine's own as far as tracing and names go; the loader is the model's, with nothing
+    packed afterwards.
+    """
+
+    def __init__(self, rank: PlayedRank, model: nn.Module) -> None:
+        self.trace = rank.trace
+        self.may_go_unused = rank.rules.may_go_unused
+        self.model_dtype = rank.rules.model_dtype
+        self._model = model
+        self.loaded: list[str] = []
+
+    def live_parameters(self) -> Tensors:
+        return {name: each.detach() for name, each in self._model.named_parameters()}
+
+    def begin(self) -> None:
+        self.loaded = []
+
+    def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        self.loaded += modules
+        load_through(self._model, dict(tensors))
+
+    def landed(self, modules: Sequence[str]) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def abandon(self) -> None:
+        raise AssertionError("nothing fails here")
+
+
 def land(
     rank: PlayedRank, model: nn.Module, offered: Sequence[Sequence[SourceBox]]
-) -> DestinationMap:
-    """Update a rank's parameters from what trainer ranks offer, as an engine rank of ours does.
+) -> tuple[RankReport, list[str]]:
+    """Update a rank twice from what trainer ranks offer: other values first, then their own.
 
-    What the destination map places is fetched as far as it is needed, and put in its place; the
-    rest is fetched whole and goes through the loader.
+    The first update goes through the loader and is compared with what the map says; the second
+    lands in the parameters, except in modules that the map or the comparison kept out.
+
+    Returns:
+        The second update's report, and the modules that went through the loader.
     """
-    whole = {box.name: box for boxes in offered for box in boxes}
-    tensors = [
-        LogicalTensor(name=name, shape=box.global_shape, dtype=box.data.dtype)
-        for name, box in whole.items()
-    ]
-    trace = rank.trace(tensors)
-    _, unused = engine_steps(trace, tensors, rank.rules)
-    assert unused == []
-    places = destination_map(trace, tensors)
-    got = fetched(offered, needed_boxes(trace, tensors))
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for box in (box for boxes in places.boxes.values() for box in boxes):
-            of = tuple(slice(a, a + n) for a, n in zip(box.start, box.shape, strict=True))
-            target = parameters[box.parameter].as_strided(box.shape, box.strides, box.offset)
-            target.copy_(got[box.tensor][of])
-    modules = trace.modules()
-    load_through(model, {name: got[name] for module in places.reasons for name in modules[module]})
-    return places
+    boxes = [box for each in offered for box in each]
+    values = [box.data.clone() for box in boxes]
+    installer = PlayedInstaller(rank, model)
+    receiver = WeightReceiver(
+        installer,
+        lambda: InMemoryTransport(f"engine-{next(_serial)}"),
+        tp_rank=0,
+        stall_timeout_s=30.0,
+    )
+    with offered_boxes(*(each for each in offered if each)) as trainers:
+        try:
+            for box in boxes:
+                box.data.fill_(13)
+            _update(receiver, trainers)
+            for box, value in zip(boxes, values, strict=True):
+                box.data.copy_(value)
+            report = _update(receiver, trainers)
+        finally:
+            receiver.close()
+    return report, installer.loaded
+
+
+def _update(receiver: WeightReceiver, trainers: Sequence[SourceRank]) -> RankReport:
+    for trainer in trainers:
+        trainer.source.refresh()
+    assert receiver.connect("plan", [trainer.manifest for trainer in trainers]).unused == []
+    status = receiver.start("plan", staged=False, timeout_s=60.0)
+    while status.steps_installed < status.steps_total:
+        status = receiver.advance(budget_s=1.0)
+    report = receiver.finish()
+    receiver.drop("plan")
+    return report
 
 
 def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
