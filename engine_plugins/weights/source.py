@@ -72,7 +72,9 @@ class WeightSource:
     """Owns what one trainer process offers to engines.
 
     Whole storages are registered, one region each, never single tensors: two boxes of one
-    storage share its region, and a peer can read all of a storage of which it is told a part.
+    storage share its region, and a peer can read all of a storage of which it is told a part. On
+    CUDA the storages of one allocator segment are one region, what lies between them included,
+    because registration costs by the region.
     A box whose last axis is not contiguous is offered as a contiguous copy, which `refresh`
     brings up to date; every other box is the trainer's live memory.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,6 +17,7 @@ from engine_plugins.weights.expandable_segments import WHY_NOT, asked_for, expan
 __all__ = [
     "Region",
     "copy_memory",
+    "cuda_segments",
     "is_readable",
     "regions_of",
     "storage_key",
@@ -27,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 HOST = -1
 """Device number of host memory, on the wire as in manifests."""
+
+Segment = tuple[int, range]
+"""A device, and addresses on it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,11 +105,29 @@ def strides_bytes(data: torch.Tensor, *, steps: bool = False) -> tuple[int, ...]
     return tuple(reversed(strides))
 
 
-def regions_of(tensors: Iterable[torch.Tensor]) -> list[Region]:
+def cuda_segments() -> list[Segment]:
+    """Ranges that torch's CUDA allocator had from cudaMalloc, each in one piece."""
+    if not torch.cuda.is_initialized():
+        return []
+    return [
+        (segment["device"], range(segment["address"], segment["address"] + segment["total_size"]))
+        for segment in torch.cuda.memory_snapshot()
+        if not segment.get("is_expandable")
+    ]
+
+
+def regions_of(
+    tensors: Iterable[torch.Tensor], segments: Sequence[Segment] | None = None
+) -> list[Region]:
     """Cover the storages of tensors with as few regions as there are separate allocations.
 
-    Storages that overlap (two views of one foreign buffer) become one region. Neighbours that
-    only touch do not: they may be separate allocations, which a network card refuses as one.
+    Storages that overlap (two views of one foreign buffer) become one region, and so do storages
+    of one CUDA segment, with what lies between them. Neighbours that only touch do not: they may
+    be separate allocations, which a network card refuses as one.
+
+    Args:
+        tensors: whose storages are covered; those without elements have none.
+        segments: as `cuda_segments` gives them, which is the default.
 
     Returns:
         Regions without overlap, ordered by device, then address.
@@ -115,19 +138,36 @@ def regions_of(tensors: Iterable[torch.Tensor]) -> list[Region]:
         known = storages.get(key)
         if tensor.numel() and (known is None or known.nbytes() < storage.nbytes()):
             storages[key] = storage
+    on_cuda = any(device != HOST for device, _ in storages)
+    places = _Segments((cuda_segments() if on_cuda else []) if segments is None else segments)
     regions: list[Region] = []
     for (device, address), storage in sorted(storages.items(), key=lambda item: item[0]):
         last = regions[-1] if regions else None
-        if last is not None and device == last.device and address < last.address + last.nbytes:
-            end = max(last.address + last.nbytes, address + storage.nbytes())
-            address = last.address
-            held = {**last.storages, (device, storage.data_ptr()): storage}
-            regions.pop()
-        else:
-            end = address + storage.nbytes()
-            held = {(device, address): storage}
+        end = address + storage.nbytes()
+        held = {(device, address): storage}
+        if last is not None and device == last.device:
+            overlap = address < last.address + last.nbytes
+            if overlap or places.share(device, last.address, address):
+                end = max(last.address + last.nbytes, end)
+                address = last.address
+                held = {**regions.pop().storages, **held}
         regions.append(Region(device=device, address=address, nbytes=end - address, storages=held))
     return regions
+
+
+class _Segments:
+    """Which segment an address lies in."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._sorted = sorted(segments, key=lambda each: (each[0], each[1].start))
+        self._starts = [(device, addresses.start) for device, addresses in self._sorted]
+
+    def share(self, device: int, one: int, other: int) -> bool:
+        """Whether two addresses of a device, the second the higher, lie in the same."""
+        index = bisect_right(self._starts, (device, one)) - 1
+        if index < 0 or self._sorted[index][0] != device:
+            return False
+        return one in self._sorted[index][1] and other in self._sorted[index][1]
 
 
 def copy_memory(data: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from engine_plugins.weights.cuda_pool import PlainCudaPool
 from engine_plugins.weights.cuda_runtime import gpu_pci_address, torch_cuda_runtime
 from engine_plugins.weights.expandable_segments import asked_for, expandable_ranges
 from engine_plugins.weights.rdma_ports import gpu_places
+from engine_plugins.weights.source_memory import regions_of
 from engine_plugins.weights.transport.nixl import NixlTransport
 from engine_plugins.weights.transport.transfers import run_transfers
 
@@ -112,6 +113,17 @@ def test_too_large_an_allocation_is_torchs_own_error() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         pool.empty((2 * total,), torch.uint8)
     assert pool.empty((MIB,), torch.uint8).nbytes == MIB
+    pool.close()
+
+
+def test_tensors_of_one_segment_are_registered_as_one() -> None:
+    """Torch's allocator cuts tensors of a few MiB from segments of 20 MiB."""
+    pool = PlainCudaPool(DEVICE)
+    tensors = [pool.empty((2 * MIB,), torch.uint8) for _ in range(4)]
+    (region,) = regions_of(tensors)
+    assert len(region.storages) == 4
+    assert region.nbytes >= 8 * MIB
+    del tensors, region
     pool.close()
 
 

@@ -261,6 +261,32 @@ def test_a_refresh_that_fails_can_be_repeated() -> None:
     transport.close()
 
 
+def foreign(buffer: bytearray, first: int, items: int) -> torch.Tensor:
+    """A tensor with a storage of its own over a part of a buffer, as allocators cut segments."""
+    return torch.frombuffer(memoryview(buffer)[4 * first :], dtype=torch.float32, count=items)
+
+
+def test_storages_of_one_segment_are_one_region() -> None:
+    """From the first to the last of them; of two segments that touch, two."""
+    buffer = bytearray(4 * 100)
+    cut = [foreign(buffer, first, 10) for first in (5, 20, 60, 85)]
+    start = cut[0].data_ptr() - 20
+    segments = [(-1, range(start, start + 200)), (-1, range(start + 200, start + 400))]
+    for order in (segments, segments[::-1]):
+        regions = regions_of(cut, order)
+        assert [(region.address - start, region.nbytes) for region in regions] == [
+            (20, 100),
+            (240, 140),
+        ]
+        assert [len(region.storages) for region in regions] == [2, 2]
+    for elsewhere in (
+        [],
+        [(0, range(start, start + 400))],
+        [(-1, range(start + 200, start + 210))],
+    ):
+        assert len(regions_of(cut, elsewhere)) == 4
+
+
 def test_registered_memory_is_exactly_the_storages() -> None:
     """The region starts and ends where the allocation does."""
     transport = Recorder("trainer-0")
