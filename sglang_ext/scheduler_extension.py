@@ -76,6 +76,7 @@ class SchedulerExtension:
         return make_worker_service(
             SglangWeightInstaller(self._scheduler),
             tp_rank=torch.distributed.get_rank(self._group),
+            tp_size=torch.distributed.get_world_size(self._group),
             settings=Settings.load(),
             calls=SchedulerHooks(self._scheduler).calls,
         )

@@ -45,6 +45,7 @@ def _make_service(worker: Any) -> WorkerService:
     VLLM.check("vllm.model_executor.model_loader.reload.layerwise")
     config = worker.vllm_config
     settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
-    tp_rank = int(worker.rank) % int(config.parallel_config.tensor_parallel_size)
+    tp_size = int(config.parallel_config.tensor_parallel_size)
+    tp_rank = int(worker.rank) % tp_size
     installer = VllmWeightInstaller(config, worker.model_runner.get_model())
-    return make_worker_service(installer, tp_rank=tp_rank, settings=settings)
+    return make_worker_service(installer, tp_rank=tp_rank, tp_size=tp_size, settings=settings)

@@ -42,7 +42,9 @@ from engine_plugins.weights.plan import (
 from engine_plugins.weights.prepared_fetch import PreparedFetch
 from engine_plugins.weights.prepared_push import PreparedPush
 from engine_plugins.weights.report import RankPlan, RankReport
+from engine_plugins.weights.source_choice import Reader
 from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.transport.link import measure_links
 from engine_plugins.weights.update_run import PreparedPlan, PullStatus, UpdateRun
 
 __all__ = [
@@ -102,7 +104,7 @@ class _Connected:
     plans: dict[frozenset[str], FetchPlan] = field(default_factory=dict)
     """By the modules that land directly; made once."""
 
-    def plan(self, landing: Landing, *, direct: bool) -> FetchPlan:
+    def plan(self, landing: Landing, reader: Reader, *, direct: bool) -> FetchPlan:
         """The plan with the proven modules landing directly, or with none."""
         chosen = [mods for mods, _ in self.steps if direct and landing.proven >= set(mods)]
         modules = frozenset(module for modules in chosen for module in modules)
@@ -112,6 +114,7 @@ class _Connected:
                 coalesced(self.steps, modules),
                 self.needed,
                 landing.live_boxes(modules),
+                reader,
             )
             self.plans[modules] = laid_apart(plan) if self.direction == "push" else plan
         return self.plans[modules]
@@ -126,6 +129,8 @@ class WeightReceiver:
         tp_rank: this rank, as errors will name it.
         stall_timeout_s: a pull that moves no byte for so long is given up.
         direct_landing: whether bytes may land in live parameters at all.
+        reader: how this rank chooses among sources that hold the same; evenly if not told.
+        expected_link_gbps: gigabytes per second that the link to a source should give.
     """
 
     def __init__(
@@ -136,8 +141,13 @@ class WeightReceiver:
         tp_rank: int,
         stall_timeout_s: float,
         direct_landing: bool = True,
+        reader: Reader | None = None,
+        expected_link_gbps: float | None = None,
     ) -> None:
         self._installer = installer
+        self._reader = reader or Reader(tp_rank=tp_rank)
+        self._expected_link_gbps = expected_link_gbps
+        self._measured: set[str] = set()
         self._make_transport = transport
         self._transport: Transport | None = None
         self._tp_rank = tp_rank
@@ -177,10 +187,12 @@ class WeightReceiver:
             steps=steps,
             needed=needed_boxes(trace, tensors),
         )
-        plan = connected.plan(landing, direct=self._direct_landing)
+        plan = connected.plan(landing, self._reader, direct=self._direct_landing)
         connecting = time.perf_counter()
         prepared = self._prepare(plan_id, connected, plan, staged=False)
         self._connected[plan_id] = connected
+        if direction == "pull":
+            self._measure_links(manifests)
         return ConnectResult(
             plan=_rank_plan(plan, landing, self._tp_rank, prepared.arena_bytes),
             unused=unused,
@@ -225,10 +237,13 @@ class WeightReceiver:
                 f"rank {self._tp_rank} holds no plan {plan_id}", remedy="connect again"
             )
         connected = self._connected[plan_id]
-        memory = PeakMemory.start(already_held=self._held_bytes())
         if connected.direction == "pull":
-            prepared = self._pull_of(plan_id, connected, staged=staged)
+            plan = self._pull_plan(connected, staged=staged)
+            self._kept(plan_id, plan, staged=staged)
+            memory = PeakMemory.start(already_held=self._held_bytes())
+            prepared = self._prepare(plan_id, connected, plan, staged=staged)
         else:
+            memory = PeakMemory.start(already_held=self._held_bytes())
             prepared = self._push_of(plan_id)
         self._run = UpdateRun(
             prepared,
@@ -391,11 +406,12 @@ class WeightReceiver:
             for connected in self._connected.values():
                 connected.plans.clear()
 
-    def _pull_of(self, plan_id: str, connected: _Connected, *, staged: bool) -> PreparedPlan:
+    def _pull_plan(self, connected: _Connected, *, staged: bool) -> FetchPlan:
+        """The plan as it is now: with the modules that have been proven."""
         if self._landing().moved(self._installer.live_parameters()):
             self._look_again()
-        plan = connected.plan(self._landing(), direct=self._direct_landing and not staged)
-        return self._prepare(plan_id, connected, plan, staged=staged)
+        direct = self._direct_landing and not staged
+        return connected.plan(self._landing(), self._reader, direct=direct)
 
     def _push_of(self, plan_id: str) -> PreparedPlan:
         """The memory that the trainers were told of; nothing else will do."""
@@ -406,6 +422,13 @@ class WeightReceiver:
                 remedy="connect again",
             )
         return self._prepared[1]
+
+    def _measure_links(self, manifests: Sequence[SourceManifest]) -> None:
+        """See what the links to sources give that were not met before, and say so in the log."""
+        new = [manifest for manifest in manifests if manifest.agent not in self._measured]
+        if self._transport is not None and new:
+            measure_links(self._transport, new, expected_gbps=self._expected_link_gbps)
+        self._measured.update(manifest.agent for manifest in new)
 
     def _refuse_while_running(self) -> None:
         if self._lost:
@@ -431,12 +454,9 @@ class WeightReceiver:
         self, plan_id: str, connected: _Connected, plan: FetchPlan, *, staged: bool
     ) -> PreparedPlan:
         """The plan with its memory; kept from update to update while it fits."""
-        if self._prepared is not None:
-            known, prepared = self._prepared
-            fits = prepared.staged == staged and prepared.usable
-            if known == plan_id and fits and prepared.plan is plan:
-                return prepared
-        self._release()
+        kept = self._kept(plan_id, plan, staged=staged)
+        if kept is not None:
+            return kept
         if self._transport is None:
             self._transport = self._make_transport()
         live = self._live_memory() if plan.direct_bytes else None
@@ -449,6 +469,16 @@ class WeightReceiver:
             )
         self._prepared = (plan_id, made)
         return made
+
+    def _kept(self, plan_id: str, plan: FetchPlan, *, staged: bool) -> PreparedPlan | None:
+        """What was prepared for just this; anything else is let go."""
+        if self._prepared is not None:
+            known, prepared = self._prepared
+            fits = prepared.staged == staged and prepared.usable
+            if known == plan_id and fits and prepared.plan is plan:
+                return prepared
+        self._release()
+        return None
 
     def _live_memory(self) -> LiveMemory:
         """The proven modules' parameters, registered."""

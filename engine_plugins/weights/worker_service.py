@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.receiver import Direction, PullStatus, WeightInstaller, WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
+from engine_plugins.weights.source_choice import Reader
 from engine_plugins.weights.transport.base import Transport
 
 __all__ = [
@@ -135,16 +137,25 @@ def make_worker_service(
     installer: WeightInstaller,
     *,
     tp_rank: int,
+    tp_size: int,
     settings: Settings,
     calls: Mapping[str, Callable[..., Any]] | None = None,
 ) -> WorkerService:
     """The service of one engine rank over NIXL, whose agent is made when a plan first needs it."""
+    reader = Reader(
+        policy=settings.source_policy,
+        host=socket.gethostname(),
+        tp_rank=tp_rank,
+        tp_size=tp_size,
+    )
     receiver = WeightReceiver(
         installer,
         lambda: _nixl_transport(tp_rank, settings.net_devices),
         tp_rank=tp_rank,
         stall_timeout_s=settings.stall_timeout_s,
         direct_landing=settings.direct_landing,
+        reader=reader,
+        expected_link_gbps=settings.expected_link_gbps,
     )
     return WorkerService(receiver, tp_rank=tp_rank, calls=calls)
 
@@ -203,10 +214,12 @@ class WorkerService:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())
 
     def _connect(
-        self, plan_id: str, manifests: Sequence[bytes], direction: Direction = "pull"
+        self, plan_id: str, manifests: Sequence[bytes | str], direction: Direction = "pull"
     ) -> ConnectAnswer:
+        """Manifests come as they are, or as paths of files on this host."""
         decoder = msgspec.msgpack.Decoder(SourceManifest)
-        offers = [decoder.decode(body) for body in manifests]
+        bodies = (Path(each).read_bytes() if isinstance(each, str) else each for each in manifests)
+        offers = [decoder.decode(body) for body in bodies]
         result = self._receiver.connect(plan_id, offers, direction=direction)
         return ConnectAnswer(
             plan=result.plan,

@@ -14,7 +14,11 @@ PROMPT = [5, 6, 7, 8, 9]
 
 @on(SIZED)
 def test_peak_and_buffers_stay_within_their_bounds(served: Served) -> None:
-    """Peak over base within the engine's number of modules + 32 MiB; buffers below two."""
+    """Peak over base within the engine's number of modules + 32 MiB; buffers below two.
+
+    Where everything lands in live parameters there is no buffer, and the peak is within 1 % of the
+    weights.
+    """
     model, server = sized_qwen3(), served.server
     whole = sum(parameter.nbytes for parameter in model.parameters())
     with WeightSender.from_hf(
@@ -29,5 +33,9 @@ def test_peak_and_buffers_stay_within_their_bounds(served: Served) -> None:
             bound = served.engine.peak_modules * largest + (32 << 20)
             assert whole > bound, "the model is too small to show anything"
             assert plan.ranks[0].arena_bytes < 2 * largest
-            assert largest < update.peak_extra_bytes < bound, f"update {version}"
+            if served.engine.feeds_peers and version > 1:
+                assert update.direct_bytes == update.bytes_needed == whole
+                assert update.peak_extra_bytes <= whole // 100, f"update {version}"
+            else:
+                assert largest < update.peak_extra_bytes < bound, f"update {version}"
             assert server.greedy(PROMPT, 8) == greedy(model, PROMPT, 8)

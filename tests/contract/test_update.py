@@ -109,7 +109,8 @@ def test_the_report_says_what_was_moved(served: Served, mode: str) -> None:
     assert [rank["tp_rank"] for rank in report["ranks"]] == list(range(ranks))
     for rank, planned in zip(report["ranks"], plan["ranks"], strict=True):
         assert planned["bytes_needed"] <= planned["bytes_to_move"] == rank["bytes_moved"] <= whole
-        assert planned["arena_bytes"] < 2 * planned["largest_step_bytes"]
+        scratch = planned["bytes_needed"] // 256
+        assert planned["arena_bytes"] <= max(2 * planned["largest_step_bytes"], scratch)
         assert rank["peak_extra_bytes"] >= 0
     for phase in ("connect_s", "plan_s", "pull_s", "pause_s", "install_s", "flush_s"):
         assert report["phases"][phase] > 0, phase

@@ -121,7 +121,12 @@ class ServedEngine(GeneratingEngine):
         for tp_rank, installer in enumerate(self._installers):
             watch_installs(installer, tp_rank)
             services.append(
-                make_worker_service(installer, tp_rank=tp_rank, settings=Settings.load())
+                make_worker_service(
+                    installer,
+                    tp_rank=tp_rank,
+                    tp_size=tensor_parallel,
+                    settings=Settings.load(),
+                )
             )
         super().__init__(services, generation=lambda: shared.read().kv_generation)
 
