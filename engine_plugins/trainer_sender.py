@@ -430,23 +430,23 @@ class WeightSender:
     def _in_two_phases(self, request: UpdateRequest) -> Round:
         """Have every engine prepare, in a push write, then have every engine commit."""
         deadline = time.monotonic() + request.timeout_s
-        prepared = self._rounds(request)
-        if prepared.failures:
-            step = partial(aborted, self._links, prepared, request)
-            return self._ranks.lead("aborting the update", step, Round)
-        if self._push is not None:
-            try:
-                self._push.run(self._links, deadline=deadline)
-            except BaseException as error:  # an interrupt too: the engines must not wait
-                self._abort(request, error, writes_ended=self._push.ended)
-                raise
+        pushing = None
+        try:
+            prepared = self._rounds(request)
+            if prepared.failures:
+                step = partial(aborted, self._links, prepared, request)
+                return self._ranks.lead("aborting the update", step, Round)
+            if self._push is not None:
+                pushing = self._push
+                pushing.run(self._links, deadline=deadline)
+        except BaseException as error:  # an interrupt too: no engine must wait for a commit
+            if self._ranks.leads:
+                because = f"the trainer's ranks failed: {type(error).__name__}: {error}"
+                ended = pushing is None or pushing.ended
+                abort_all(self._links.values(), request, because=because, writes_ended=ended)
+            raise
         step = partial(commit_all, self._links, prepared, request)
         return self._ranks.lead("committing the update", step, Round)
-
-    def _abort(self, request: UpdateRequest, error: BaseException, *, writes_ended: bool) -> None:
-        if self._ranks.leads:
-            because = f"the trainer's ranks did not write: {error}"
-            abort_all(self._links.values(), request, because=because, writes_ended=writes_ended)
 
     def _rounds_of_tree(self, arity: int, request: UpdateRequest) -> Round:
         """Offer to one engine, which feeds the others; to more only where that does not do."""

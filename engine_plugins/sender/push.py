@@ -43,7 +43,7 @@ class Push:
         transport: the agent that the weights are registered with.
 
     Attributes:
-        ended: whether no rank's write can be under way.
+        ended: whether no rank's write of the last push can be under way.
     """
 
     def __init__(self, ranks: TrainerRanks, transport: Transport) -> None:
@@ -64,6 +64,7 @@ class Push:
             PeerLostError: an engine rank died.
             TransferTimeoutError: the deadline passed; writes may still be under way.
         """
+        self.ended = True
         try:
             news = partial(self._news, links)
             plans = self._ranks.lead("sharing the engines' plans", news, dict[str, PlanSummary])
