@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable
@@ -31,6 +29,7 @@ from engine_plugins.admin.schemas import (
     WorkerView,
 )
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.sources import Sources
 from engine_plugins.admin.state import EngineState, Pause, moved, require
 from engine_plugins.admin.updates import Updates
 from engine_plugins.admin.worker_calls import WorkerCalls
@@ -38,11 +37,9 @@ from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
-    UnknownIdError,
     WeightMismatchError,
 )
 from engine_plugins.settings import Settings
-from engine_plugins.weights.manifest import SourceManifest, decode_manifest, encode_manifest
 from engine_plugins.weights.model_facts import compare_facts
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescription
@@ -51,13 +48,10 @@ __all__ = ["AdminService"]
 
 logger = logging.getLogger(__name__)
 
-MAX_SOURCES = 4096
 MAX_PLANS = 8
 BUSY_WAIT_S = 0.05
 """How long /state waits for an engine that may be busy; what it has not said then is unknown."""
 RETRY_S = 0.05
-
-_SOURCE_ID = re.compile(r"source-[0-9a-f]{24}")
 
 
 class AdminService:
@@ -66,8 +60,8 @@ class AdminService:
     def __init__(self, control: EngineControl, shared: SharedState, settings: Settings) -> None:
         self._control = control
         self._shared = shared
-        self._settings = settings
         self._workers = WorkerCalls(control)
+        self._sources = Sources(shared, max_entries=settings.max_manifest_entries)
         self._background = Background()
         self._updates = Updates(control, shared, settings, self._background)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
@@ -142,23 +136,15 @@ class AdminService:
 
     async def add_source(self, body: bytes, content_type: str) -> str:
         """Hold a trainer process's manifest; the same manifest has the same id."""
-        manifest = await asyncio.to_thread(
-            decode_manifest,
-            body,
-            content_type=content_type,
-            max_entries=self._settings.max_manifest_entries,
-        )
-        plain = await asyncio.to_thread(encode_manifest, manifest)
-        source_id = "source-" + hashlib.sha256(plain).hexdigest()[:24]
-        self._shared.put("sources", source_id, plain)
-        self._prune("sources", MAX_SOURCES)
-        return source_id
+        return await asyncio.to_thread(self._sources.add, body, content_type)
 
     async def connect(self, body: ConnectBody) -> PlanSummary:
         """Plan an update from sources, on every rank, and meet the peers."""
         async with self._operation("connect"):
             require(self._shared.read(), "serving", "paused", "fenced", doing="connect")
-            manifests = self._manifests(body)
+            facts = self._control.info.model_facts
+            manifests = await asyncio.to_thread(self._sources.paths, body.source_ids, facts)
+            compare_facts(body.model, facts, who="the connect call")
             plan_id = "plan-" + secrets.token_hex(8)
             try:
                 answers = await self._workers.connect(plan_id, manifests, direction=body.direction)
@@ -222,28 +208,6 @@ class AdminService:
             plans=[msgspec.json.decode(plan) for plan in plans if plan is not None],
         )
 
-    def _manifests(self, body: ConnectBody) -> list[bytes]:
-        bodies: list[bytes] = []
-        agents: set[str] = set()
-        for source_id in dict.fromkeys(body.source_ids):
-            ours = _SOURCE_ID.fullmatch(source_id)
-            kept = self._shared.get("sources", source_id) if ours else None
-            if kept is None:
-                raise UnknownIdError(
-                    f"no source {source_id[:80]!r} here", remedy="POST its manifest again"
-                )
-            manifest = msgspec.msgpack.decode(kept, type=SourceManifest)
-            compare_facts(manifest.model, self._control.info.model_facts, who=manifest.source)
-            if manifest.agent in agents:
-                raise WeightMismatchError(
-                    f"two sources say they are the agent {manifest.agent}",
-                    remedy="publish one manifest for each trainer process",
-                )
-            agents.add(manifest.agent)
-            bodies.append(kept)
-        compare_facts(body.model, self._control.info.model_facts, who="the connect call")
-        return bodies
-
     async def _request_counts(self) -> RequestCounts:
         """Ask the engine, but do not wait for a busy one, nor ask it twice at a time."""
         task = self._counting
@@ -267,10 +231,6 @@ class AdminService:
         return [
             WorkerView(tp_rank=each.tp_rank, pid=each.pid, host=each.host) for each in task.result()
         ]
-
-    def _prune(self, folder: str, most: int) -> None:
-        for name in self._shared.names(folder)[:-most]:
-            self._shared.drop(folder, name)
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:

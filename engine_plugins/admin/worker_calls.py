@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from engine_plugins.admin.engine_control import EngineControl
@@ -34,13 +37,14 @@ class WorkerCalls:
         return await self.ask("describe", WorkerDescription)
 
     async def connect(
-        self, plan_id: str, manifests: list[bytes], *, direction: Literal["pull", "push"]
+        self, plan_id: str, manifests: Sequence[Path], *, direction: Literal["pull", "push"]
     ) -> list[ConnectAnswer]:
-        """Plan on every rank."""
+        """Plan on every rank. Ranks of this host read the manifests themselves."""
         push = {"direction": direction} if direction == "push" else {}
-        return await self.ask(
-            "connect", ConnectAnswer, plan_id=plan_id, manifests=manifests, **push
-        )
+        hosts = {worker.host for worker in await self.describe()}
+        here = hosts == {socket.gethostname()}
+        offers = list(map(str, manifests)) if here else await asyncio.to_thread(_read, manifests)
+        return await self.ask("connect", ConnectAnswer, plan_id=plan_id, manifests=offers, **push)
 
     async def manifests(self, model: Mapping[str, str | int | bool]) -> list[bytes]:
         """What every rank offers to other engines, as msgpack."""
@@ -115,3 +119,7 @@ class WorkerCalls:
                 failures[0].message += f" (the other {len(bodies) - len(failures)} ranks are well)"
             raise failures[0]
         return answers
+
+
+def _read(paths: Sequence[Path]) -> list[bytes]:
+    return [path.read_bytes() for path in paths]

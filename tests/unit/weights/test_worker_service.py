@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -144,6 +145,18 @@ def test_a_whole_update_goes_through_calls(rank: InMemoryRank) -> None:
         assert not ask(rank, "abort", AbortAnswer).wrote
         ask(rank, "drop", type(None), plan_id="p")
     assert rank.model.equals(InMemoryModel.loaded(hf_tensors(seed=1)))
+
+
+def test_manifests_may_be_files_of_this_host(rank: InMemoryRank, tmp_path: Path) -> None:
+    """A path stands for the bytes that are there; together they are many megabytes."""
+    with offered_tensors(hf_tensors(seed=1)) as trainer:
+        body = encode_manifest(trainer.manifest)
+        (tmp_path / "manifest").write_bytes(body)
+        by_path, by_value = (
+            ask(rank, "connect", ConnectAnswer, plan_id=name, manifests=[manifest])
+            for name, manifest in (("p", str(tmp_path / "manifest")), ("q", body))
+        )
+    assert by_path.plan == by_value.plan
 
 
 def test_a_failed_pull_travels_in_the_status(rank: InMemoryRank) -> None:
