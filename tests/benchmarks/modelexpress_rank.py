@@ -13,7 +13,6 @@ import os
 import secrets
 import signal
 import sys
-import time
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from engine_plugins.weights.transport.base import Descriptors
+from tests.benchmarks.clock import Clock, Cost
 from tests.support.forked_process import ForkedProcess
 
 __all__ = ["ModelExpressRank"]
@@ -52,9 +52,9 @@ class ModelExpressRank:
         self._receive(READY_S)
         os.kill(self._process.pid, signal.SIGSTOP)
 
-    def run(self) -> float:
-        """Pull everything once; seconds, by its own clock."""
-        return float(self._ask("pull"))
+    def run(self) -> Cost:
+        """Pull everything once, by its own clocks."""
+        return Cost(*self._ask("pull"))
 
     def digest(self) -> bytes:
         """Digest of its buffer."""
@@ -119,6 +119,6 @@ def _serve(link: Connection, metadata: bytes, rows: Descriptors, nbytes: int) ->
         if request == "digest":
             link.send(hashlib.blake2b(buffer.numpy().data).digest())
             continue
-        began = time.perf_counter()
+        clock = Clock()
         transport.read(ranges)
-        link.send(time.perf_counter() - began)
+        link.send(clock.cost())

@@ -4,7 +4,8 @@
 UCX settings. Raw: one prepared NIXL transfer of all ranges, spun on until done. ModelExpress: its
 own receive path (`modelexpress_rank.py`). Ours: the receiver's own fetch, module by module, into
 an arena that holds them all (staged, the fair pair: the others' buffers are as large) or into its
-bounded one (in place). Seconds from the first post until every byte is there.
+bounded one (in place). Seconds from the first post until every byte is there, and the receiving
+process's CPU time, which says more where other work shares the cores.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from engine_plugins.weights.plan import (
 from engine_plugins.weights.prepared_fetch import PreparedFetch
 from engine_plugins.weights.transport.base import Descriptors, Transport
 from engine_plugins.weights.transport.nixl import NixlTransport
+from tests.benchmarks.clock import Clock, Cost
 from tests.benchmarks.modelexpress_rank import ModelExpressRank
 from tests.benchmarks.wire_models import BYTES, MODELS, engine_modules
 from tests.support.trainer_process import trainer_process
@@ -51,8 +53,8 @@ __all__ = ["wire_share"]
 class Contender(Protocol):
     """Something that pulls the whole model, again and again."""
 
-    def run(self) -> float:
-        """Pull everything once; seconds."""
+    def run(self) -> Cost:
+        """Pull everything once."""
         ...
 
     def close(self) -> None:
@@ -63,42 +65,47 @@ class Contender(Protocol):
 def wire_share(folder: Path, *, pairs: int) -> Table:
     """The table, for CMA (UCX's own choice on one host) and for tcp."""
     table = Table(title=f"pull of {BYTES >> 20} MiB, {pairs} rounds")
-    for column in ("UCX_TLS", "tensors", "who", "GB/s", "/ raw", "spread", "/ ModelExpress"):
+    for column in ("UCX_TLS", "tensors", "who", "GB/s", "CPU ms", "/ raw", "spread", "/ ModelExp."):
         table.add_column(column, justify="right")
     for model in MODELS:
         tensors = model.tensors()
         save_file(tensors, folder / "model.safetensors")
         for wires in (None, "tcp"):
-            seconds = _rounds(folder, tensors, wires, pairs)
+            costs = _rounds(folder, tensors, wires, pairs)
             nbytes = sum(tensor.nbytes for tensor in tensors.values())
-            for row in _rows(seconds, nbytes):
+            for row in _rows(costs, nbytes):
                 table.add_row(wires or "unset (CMA)", f"{len(tensors)}", *row)
             table.add_section()
     return table
 
 
-def _rows(seconds: dict[str, list[float]], nbytes: int) -> list[list[str]]:
-    """One row for each contender: median rate, and medians of the ratios within a round."""
+def _rows(costs: dict[str, list[Cost]], nbytes: int) -> list[list[str]]:
+    """One row for each contender: medians, and medians of the ratios within a round."""
     rows = []
-    for who, taken in seconds.items():
-        to_raw = sorted(raw / own for raw, own in zip(seconds["raw"], taken, strict=True))
-        to_rival = [r / own for r, own in zip(seconds["ModelExpress"], taken, strict=True)]
+    for who, own in costs.items():
+        to_raw = sorted(_ratios(costs["raw"], own))
         rows.append(
             [
                 who,
-                f"{nbytes / 1e9 / statistics.median(taken):.2f}",
+                f"{nbytes / 1e9 / statistics.median(cost.seconds for cost in own):.2f}",
+                f"{statistics.median(cost.cpu_s for cost in own) * 1e3:.0f}",
                 f"{statistics.median(to_raw):.3f}",
                 f"{to_raw[0]:.2f}-{to_raw[-1]:.2f}",
-                f"{statistics.median(to_rival):.2f}",
+                f"{statistics.median(_ratios(costs['ModelExpress'], own)):.2f}",
             ]
         )
     return rows
 
 
+def _ratios(other: Sequence[Cost], own: Sequence[Cost]) -> list[float]:
+    """How many times as fast as another one, round by round."""
+    return [theirs.seconds / mine.seconds for theirs, mine in zip(other, own, strict=True)]
+
+
 def _rounds(
     folder: Path, tensors: dict[str, torch.Tensor], wires: str | None, pairs: int
-) -> dict[str, list[float]]:
-    """Seconds of every contender, who take turns; the first round is not counted."""
+) -> dict[str, list[Cost]]:
+    """What every contender's pulls cost; they take turns, and their first is not counted."""
     os.environ.pop("UCX_TLS", None)
     if wires is not None:
         os.environ["UCX_TLS"] = wires
@@ -123,12 +130,12 @@ def _rounds(
         rival.run()
         raw.run()
         assert raw.digest() == rival.digest(), "ModelExpress holds other bytes than raw NIXL"
-        seconds: dict[str, list[float]] = {who: [] for who in contenders}
+        costs: dict[str, list[Cost]] = {who: [] for who in contenders}
         for number in range(pairs):
             gc.collect()
             for who in _turned(list(contenders), number):
-                seconds[who].append(contenders[who].run())
-        return seconds
+                costs[who].append(contenders[who].run())
+        return costs
 
 
 def _turned(names: Sequence[str], number: int) -> list[str]:
@@ -162,12 +169,12 @@ class _Raw:
             manifest.agent, placed, local_device=-1, remote_device=-1
         )
 
-    def run(self) -> float:
-        began = time.perf_counter()
+    def run(self) -> Cost:
+        clock = Clock()
         self._read.post()
         while not self._read.done():
             time.sleep(0)
-        return time.perf_counter() - began
+        return clock.cost()
 
     def digest(self) -> bytes:
         return hashlib.blake2b(self._bytes.numpy().data).digest()
@@ -186,8 +193,8 @@ class _Ours:
     ) -> None:
         self._fetch = PreparedFetch(plan, [manifest], transport, staged=staged)
 
-    def run(self) -> float:
-        began, done = time.perf_counter(), 0
+    def run(self) -> Cost:
+        clock, done = Clock(), 0
         self._fetch.reset_counters()
         while done < len(self._fetch.plan.steps):
             steps = self._fetch.steps_with_room(done, installed=done)
@@ -198,7 +205,7 @@ class _Ours:
                 cancelled=lambda: False,
             )
             done = steps.stop
-        return time.perf_counter() - began
+        return clock.cost()
 
     def check(self, tensors: dict[str, torch.Tensor]) -> None:
         """Compare what lies in the arena: all of it when staged, else the last step."""
