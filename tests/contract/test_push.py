@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from engine_plugins.trainer_sender import WeightSender
-from tests.support.configurations import ALL_MODELS, DENSE_TP2, MOE, OLD, on
+from tests.support.configurations import ALL_MODELS, DENSE_TP2, MOE, NEW, OLD, on
 from tests.support.engine_server import TOKEN
 from tests.support.fsdp_trainer import training
 from tests.support.live_models import LiveModel
@@ -36,6 +40,7 @@ def test_tokens_are_those_of_what_was_written(served: Served) -> None:
     served.restore(_first(served))
     models = [LiveModel(kind=_first(served).kind, version=each) for each in (1, 0, 1)]
     memory = models[0].tensors()
+    direct: list[bool] = []
     with _pushing(served, memory) as sender:
         for model in models:
             for name, tensor in model.tensors().items():
@@ -45,8 +50,12 @@ def test_tokens_are_those_of_what_was_written(served: Served) -> None:
             (told,) = report.engines.values()
             assert told.bytes_moved >= told.bytes_needed > 0
             assert told.direct_bytes + told.staged_bytes + told.loader_bytes == told.bytes_needed
+            if served.engine.feeds_peers:
+                assert told.loader_bytes in (0, told.bytes_needed), "once, to prove the map"
             (plan,) = report.plans.values()
             assert (plan.direction, plan.direct_bytes) == ("push", told.direct_bytes)
+            direct.append(told.direct_bytes == told.bytes_needed)
+        assert direct[-1] == served.engine.feeds_peers
 
 
 @pytest.mark.parametrize(
@@ -83,3 +92,52 @@ def test_an_update_in_one_call_says_that_somebody_must_write(served: Served) -> 
     assert "is a push" in problem(refused, 409, "illegal_state")
     assert "write" in refused.json()["remedy"]
     assert OLD.wrong_answers(served.server.greedy) == []
+
+
+@on(DENSE_TP2)
+def test_a_trainer_rank_that_fails_makes_all_raise_and_the_engine_abort(
+    served: Served, tmp_path: Path
+) -> None:
+    """Whether it refuses or is gone: the others hear of it, and the old weights serve on."""
+    served.restore(OLD)
+    server, version = served.server, served.next_version()
+    steps = ("break:1", "push", "break:0", "die:1")
+    ranks = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "tests.support.push_trainer_rank", str(rank), "2"),
+                *(str(tmp_path / "rendezvous"), server.url, TOKEN, str(version)),
+                *(str(NEW.folder), *steps),
+            ],
+            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        lines = [rank.communicate(timeout=300)[0].splitlines() for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    first, second = ([json.loads(line) for line in told] for told in lines)
+    assert [rank.returncode for rank in ranks] == [0, 3]
+    assert first[:3] == second
+    assert "TransportError" in first[0]["error"]
+    assert "failed on trainer rank 1 of 2" in first[0]["error"]
+    assert first[1] == {"step": "push", "version": version + 1}
+    assert "failed on trainer rank 0 of 2" in first[2]["error"]
+    assert "lost the other trainer ranks" in first[3]["error"]
+    history = server.admin.get("/weights").json()["history"][:4]
+    outcomes = [(report["version"] - version, report["outcome"]) for report in history]
+    assert outcomes == [(3, "aborted"), (2, "aborted"), (1, "installed"), (0, "aborted")]
+    _serves_new_or_is_fenced(served)
+
+
+def _serves_new_or_is_fenced(served: Served) -> None:
+    """A push into live parameters that was aborted fences; any other changes nothing."""
+    server = served.server
+    if server.state()["state"] == "fenced":
+        assert server.state()["fence"]["code"] == "update_aborted"
+        served.install(NEW)
+    assert NEW.wrong_answers(server.greedy) == []
