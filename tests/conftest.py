@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from hypothesis import settings
+
 SGLANG_SHIMS = Path(__file__).parent / "support" / "sglang_shims"
 
 # `make test` runs the tests in the environment of each engine.
@@ -20,6 +22,10 @@ collect_ignore_glob = [
     if importlib.util.find_spec(engine) is None
     for pattern in patterns
 ]
+
+# By default Hypothesis fails an example that takes 0.2 s, as any can on a busy machine.
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 # Before UCX loads, here and in every child: over tcp it would listen on other addresses too.
 os.environ.setdefault("UCX_NET_DEVICES", "lo")

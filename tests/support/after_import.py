@@ -1,6 +1,6 @@
 """Functions run in fresh processes that have imported torch and no more.
 
-It is imported once, in a program of which every case is a fork.
+It is imported once in a run of the tests, by a program of which every case is a fork.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 __all__ = ["Environ", "run_after_import"]
+
+_PROJECT = Path(__file__).parents[2]
 
 Environ = Mapping[str, str | None]
 """What is put into the environment, and with `None` what is taken out of it."""
@@ -28,32 +32,39 @@ def run_after_import(
 
     The environment is added to this one's; arguments and answers must be JSON.
     """
+    program = _program()
+    assert program.stdin is not None
+    assert program.stdout is not None
     request = {"module": function.__module__, "function": function.__name__, "cases": cases}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.after_import"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
+    program.stdin.write(json.dumps(request) + "\n")
+    program.stdin.flush()
+    return [(answer, said) for answer, said in json.loads(program.stdout.readline())]
+
+
+@cache
+def _program() -> subprocess.Popen[str]:
+    """It ends with its stdin, so with this process."""
+    command = [sys.executable, "-m", "tests.support.after_import"]
+    return subprocess.Popen(
+        command, cwd=_PROJECT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert done.returncode == 0, done.stderr
-    return [(answer, said) for answer, said in json.loads(done.stdout)]
 
 
 def main() -> None:
-    request = json.load(sys.stdin)
     importlib.import_module("torch")
-    function = getattr(importlib.import_module(request["module"]), request["function"])
     forks = multiprocessing.get_context("fork")
-    answers = []
-    for environ, arguments in request["cases"]:
-        there, here = forks.Pipe()
-        child = forks.Process(target=_answer, args=(here, function, environ, arguments))
-        child.start()
-        here.close()
-        answers.append(there.recv())
-        child.join()
-    json.dump(answers, sys.stdout)
+    for line in sys.stdin:
+        request = json.loads(line)
+        function = getattr(importlib.import_module(request["module"]), request["function"])
+        answers = []
+        for environ, arguments in request["cases"]:
+            there, here = forks.Pipe()
+            child = forks.Process(target=_answer, args=(here, function, environ, arguments))
+            child.start()
+            here.close()
+            answers.append(there.recv())
+            child.join()
+        print(json.dumps(answers), flush=True)
 
 
 def _answer(

@@ -21,6 +21,9 @@ from engine_plugins.weights.cuda_runtime import (
 from tests.support.after_import import Environ, run_after_import
 from tests.support.fake_cuda import build_cudart, build_user
 
+NO_CUDA_BUILD = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="this torch brings a CUDA runtime of its own"
+)
 LIBRARY = tuple[str, bool]
 """A path, and whether it is loaded for everybody."""
 
@@ -54,6 +57,7 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> Libraries:
     return Libraries(tmp_path_factory.mktemp("cuda"))
 
 
+@NO_CUDA_BUILD
 def test_torchs_runtime_is_found_and_made_visible_beside_a_stub(libraries: Libraries) -> None:
     real, stub = libraries.real, libraries.stub
     orders: list[list[LIBRARY]] = [[(stub, False)], [(real, True), (stub, True)], [(stub, True)]]
@@ -100,7 +104,7 @@ def test_a_devices_address_is_written_as_sysfs_writes_it(
         gpu_pci_address(9)
 
 
-@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch is a CUDA build")
+@NO_CUDA_BUILD
 def test_a_torch_without_cuda_has_no_runtime() -> None:
     with pytest.raises(UnsupportedError, match=r"libc10_cuda\.so"):
         torch_cuda_runtime()
