@@ -4,7 +4,8 @@
 
 Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise ValueError), `gone:RANK:N` (they raise
 SourceError), `swap:RANK:N` (they move first), `versions` (each rank asks for another),
-`die:RANK:N` (that rank ends instead). Prints one JSON line per step.
+`die:RANK:N` (that rank ends instead). Prints one JSON line per step. With `FAN_OUT` in the
+environment the engines feed each other.
 """
 
 from __future__ import annotations
@@ -72,7 +73,11 @@ def main() -> None:
     trainer = Trainer(rank, world_size)
     transport = InMemoryTransport(f"trainer-{rank}")
     with WeightSender(
-        trainer.boxes, engines=sys.argv[4].split(","), token=TOKEN, transport=transport
+        trainer.boxes,
+        engines=sys.argv[4].split(","),
+        token=TOKEN,
+        transport=transport,
+        fan_out=int(os.environ["FAN_OUT"]) if "FAN_OUT" in os.environ else None,
     ) as sender:
         for step in sys.argv[5:]:
             print(json.dumps(run(sender, trainer, step)), flush=True)

@@ -330,16 +330,16 @@ def test_progress_is_drawn_where_asked_for(
 
 
 def start_ranks(
-    tmp_path: Path, engines: list[FakeEngine], *steps: str
+    tmp_path: Path, engines: list[FakeEngine], *steps: str, **environment: str
 ) -> list[subprocess.Popen[str]]:
     urls = ",".join(engine.url for engine in engines)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "tests.support.sender_rank"]
     return [
         subprocess.Popen(
             [*command, str(rank), "2", str(tmp_path / "rendezvous"), urls, *steps],
             cwd=PROJECT,
-            env=environment,
+            env=os.environ | environment,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -362,6 +362,27 @@ def ended(ranks: list[subprocess.Popen[str]]) -> list[dict[str, dict[str, Any]]]
         for rank in ranks:
             rank.kill()
     return told
+
+
+def test_two_ranks_feed_one_engine_that_feeds_the_other(
+    tmp_path: Path, engines: list[FakeEngine]
+) -> None:
+    """Both ranks offer to the root alone; when it refuses, both go on to the other engine."""
+    for engine in engines:
+        engine.pulls = False  # the bytes lie in other processes
+    root, leaf = engines
+    root.weights = {"w": torch.zeros(8, 8)}
+    refused = {"/weights/update": Refused(409, "illegal_state", "this engine is fenced")}
+    leaf.after_update = lambda: root.refuse.update(refused)
+    first, second = ended(start_ranks(tmp_path, engines, "update:1", "update:2", FAN_OUT="1"))
+    for step in ("update:1", "update:2"):
+        for key in ("report", "kind", "error"):
+            assert first[step].get(key) == second[step].get(key), step
+    assert f"fed by {root.url}" in first["update:1"]["report"]
+    assert "failed on 1 of 2 engines" in first["update:2"]["error"]
+    assert leaf.version == 2
+    assert [len(ids) for ids in root.plans.values()] == [2], "both ranks feed the root"
+    assert [len(ids) for ids in leaf.plans.values()] == [1, 2], "the root, then both ranks"
 
 
 def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEngine]) -> None:
