@@ -17,6 +17,7 @@ __all__ = [
     "LoaderRules",
     "engine_steps",
     "left_out_by_design",
+    "parameters_by_coverage",
     "prediction_layers",
 ]
 
@@ -96,6 +97,15 @@ def engine_steps(
         if tensor.name not in reached and not rules.may_go_unused(tensor.name)
     ]
     return _grouped(trace, {tensor.name: tensor for tensor in tensors}), unused
+
+
+def parameters_by_coverage(trace: LoaderTrace) -> tuple[int, list[str]]:
+    """How many parameters a checkpoint fills, and which have nothing to load by design.
+
+    A third kind, parameters that are left unfilled, is refused by `engine_steps`.
+    """
+    idle = [name for name, numel in trace.parameter_numel.items() if not numel]
+    return len(trace.parameter_numel) - len(idle), idle
 
 
 def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> list[str]:

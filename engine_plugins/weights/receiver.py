@@ -20,7 +20,12 @@ from typing import Literal, Protocol
 import torch
 
 from engine_plugins.errors import ConflictError, EngineCallError, UnknownIdError
-from engine_plugins.weights.coverage import EngineStep, LoaderRules, engine_steps
+from engine_plugins.weights.coverage import (
+    EngineStep,
+    LoaderRules,
+    engine_steps,
+    parameters_by_coverage,
+)
 from engine_plugins.weights.destination import destination_map
 from engine_plugins.weights.destinations import Destination
 from engine_plugins.weights.landing import Landing
@@ -194,7 +199,7 @@ class WeightReceiver:
         if direction == "pull":
             self._measure_links(manifests)
         return ConnectResult(
-            plan=_rank_plan(plan, landing, self._tp_rank, prepared.arena_bytes),
+            plan=_rank_plan(plan, trace, landing, self._tp_rank, prepared.arena_bytes),
             unused=unused,
             plan_s=connecting - planning,
             connect_s=time.perf_counter() - connecting,
@@ -532,13 +537,18 @@ class Aborted:
     """Bytes may still come in, at any time: only a restart helps."""
 
 
-def _rank_plan(plan: FetchPlan, landing: Landing, tp_rank: int, arena_bytes: int) -> RankPlan:
+def _rank_plan(
+    plan: FetchPlan, trace: LoaderTrace, landing: Landing, tp_rank: int, arena_bytes: int
+) -> RankPlan:
     moved = sum(step.bytes_to_move for step in plan.steps)
     needed = sum(step.bytes_needed for step in plan.steps)
     modules = [module for step in plan.steps if not step.direct for module in step.modules]
     reasons = [f"{name}: {landing.reasons[name]}" for name in modules if name in landing.reasons]
+    loaded, idle = parameters_by_coverage(trace)
     return RankPlan(
         tp_rank=tp_rank,
+        parameters_loaded=loaded,
+        parameters_idle=idle[:_SHOWN],
         bytes_needed=needed,
         bytes_to_move=moved,
         operations=sum(step.operations for step in plan.steps),

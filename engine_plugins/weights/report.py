@@ -49,6 +49,10 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Bytes of tensors that the engine's own loader gets whole."""
     reasons: list[str] = []
     """Why modules go through the loader; of the first few."""
+    parameters_loaded: int = 0
+    """Parameters of this rank that the sources fill, every element of each."""
+    parameters_idle: list[str] = []
+    """Those that have nothing to load, by the engine's design; of the first few."""
     steps: int
     """Fetched and installed one after the other; each is a module, or a few small ones."""
     largest_step_bytes: int
