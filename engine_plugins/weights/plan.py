@@ -53,8 +53,8 @@ __all__ = [
 
 ALIGNMENT_BYTES = 64
 SHORT_RUN_BYTES = 16 * 1024
-"""Below this, rows are fetched as one block and spread locally: a descriptor costs 4-8 us, in
-which a copy within memory moves more bytes than that (docs/decisions.md, D7)."""
+"""Below this, rows are fetched as one block and spread locally: a descriptor costs as much as
+moving so many bytes (docs/decisions.md, D7 and D27)."""
 SCRATCH_SHARE = 256
 """The scratch area may take one byte for so many that a rank receives."""
 
