@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Literal, Self
+from typing import Self
 
 import msgspec
 
@@ -23,16 +23,16 @@ from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import (
     EngineState,
-    Fence,
     Pause,
     UpdateProgress,
     WeightsInstalled,
     moved,
 )
+from engine_plugins.admin.update_outcome import half_way, lost_memory, report_of
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import EnginePluginError, TransferTimeoutError, UpdateAbortedError
-from engine_plugins.weights.report import Outcome, Phases, PlanSummary, RankReport, UpdateReport
+from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
 from engine_plugins.weights.worker_service import StatusAnswer
 
 __all__ = ["UpdateTransaction"]
@@ -109,7 +109,7 @@ class UpdateTransaction:
             await self._pull()
             await self._pause()
             ranks = await self._install()
-        return self._report("installed", ranks)
+        return self._installed(ranks)
 
     async def prepare(self) -> UpdateReport:
         """Have every byte here, or of a push the memory ready that the trainer writes to.
@@ -124,7 +124,7 @@ class UpdateTransaction:
             statuses = await (self._open() if self._plan.direction == "push" else self._pull())
         done = sum(status.bytes_done for status in statuses)
         self._show("prepared", done)
-        report = self._report("prepared", [])
+        report = report_of(self._record, "prepared")
         self._record.prepared = msgspec.structs.replace(report, bytes_moved=done)
         self._records.keep(self._record)
         return self._record.prepared
@@ -144,7 +144,10 @@ class UpdateTransaction:
                 await self._until_ready("written", await self._workers.written())
             await self._pause()
             ranks = await self._install()
-        return self._report("installed", ranks)
+        return self._installed(ranks)
+
+    def _installed(self, ranks: list[RankReport]) -> UpdateReport:
+        return report_of(self._record, "installed", ranks, paused_s=self._paused_s)
 
     async def give_up(self, error: EnginePluginError, *, writes_ended: bool = True) -> None:
         """Back to the old weights if none was touched; otherwise behind a fence.
@@ -286,7 +289,7 @@ class UpdateTransaction:
         logger.error("engine fenced: %s; %d requests ended with an error", error.message, ended)
 
     def _close_fence(self, error: EnginePluginError, *, lost: bool) -> None:
-        fence = _lost_memory(self._body, error) if lost else _half_way(self._body, error)
+        fence = (lost_memory if lost else half_way)(self._body.version, error)
         self._shared.change(
             lambda state: moved(
                 state, "fenced", fence=fence, update=None, weights=WeightsInstalled()
@@ -341,57 +344,8 @@ class UpdateTransaction:
     def failure_report(self, error: EnginePluginError) -> UpdateReport:
         """The report of an update that failed, for the history."""
         return msgspec.structs.replace(
-            self._report("aborted" if isinstance(error, UpdateAbortedError) else "failed", []),
+            report_of(
+                self._record, "aborted" if isinstance(error, UpdateAbortedError) else "failed"
+            ),
             error={"code": error.code, "detail": error.message, "remedy": error.remedy},
         )
-
-    def _report(self, outcome: Outcome, ranks: list[RankReport]) -> UpdateReport:
-        moved_bytes = sum(rank.bytes_moved for rank in ranks)
-        wire_s = max((rank.wire_s for rank in ranks), default=0.0)
-        mode: Literal["staged", "in_place"] = "staged" if self._record.staged else "in_place"
-        return UpdateReport(
-            version=self._body.version,
-            request_id=self._body.request_id,
-            plan_id=self._plan.plan_id,
-            outcome=outcome,
-            mode=mode,
-            bytes_moved=moved_bytes,
-            bytes_needed=self._plan.bytes_needed,
-            direct_bytes=sum(rank.direct_bytes for rank in ranks),
-            staged_bytes=sum(rank.staged_bytes for rank in ranks),
-            loader_bytes=sum(rank.loader_bytes for rank in ranks),
-            gbps=moved_bytes / 1e9 / wire_s if wire_s > 0 else 0.0,
-            seconds=time.monotonic() - self._record.began,
-            paused_s=self._paused_s if self._record.paused_here else 0.0,
-            phases=Phases(
-                connect_s=self._plan.connect_s,
-                plan_s=self._plan.plan_s,
-                pull_s=wire_s,
-                install_s=max((rank.install_s for rank in ranks), default=0.0),
-                **self._record.seconds,
-            ),
-            peak_extra_bytes=max((rank.peak_extra_bytes for rank in ranks), default=0),
-            ranks=ranks,
-            finished_at=time.time(),
-        )
-
-
-def _half_way(body: UpdateBody, error: EnginePluginError) -> Fence:
-    return Fence(
-        code=error.code,
-        detail=f"the update to version {body.version} failed half way: {error.message}",
-        remedy=f"repeat the update to version {body.version} or send a newer one, under a new "
-        "request_id",
-        attempted_version=body.version,
-    )
-
-
-def _lost_memory(body: UpdateBody, error: EnginePluginError) -> Fence:
-    return Fence(
-        code="live_memory_lost",
-        detail=f"bytes of the update to version {body.version} may still land in live weights, "
-        f"which no later update can mend: {error.message}",
-        remedy="restart the engine",
-        attempted_version=body.version,
-        for_good=True,
-    )

@@ -1,0 +1,83 @@
+"""What an update came to: its report, or the fence that it leaves behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Literal
+
+from engine_plugins.admin.state import Fence
+from engine_plugins.admin.update_record import UpdateRecord
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.weights.report import Outcome, Phases, RankReport, UpdateReport
+
+__all__ = ["half_way", "lost_memory", "report_of"]
+
+
+def report_of(
+    record: UpdateRecord,
+    outcome: Outcome,
+    ranks: Sequence[RankReport] = (),
+    *,
+    paused_s: float = 0.0,
+) -> UpdateReport:
+    """The report of an update as its record has it now.
+
+    Args:
+        record: the update.
+        outcome: what it came to.
+        ranks: each rank's share, where it was installed.
+        paused_s: wall seconds for which generation stood still, if it was paused here.
+    """
+    body, plan = record.body, record.plan
+    moved_bytes = sum(rank.bytes_moved for rank in ranks)
+    wire_s = max((rank.wire_s for rank in ranks), default=0.0)
+    mode: Literal["staged", "in_place"] = "staged" if record.staged else "in_place"
+    return UpdateReport(
+        version=body.version,
+        request_id=body.request_id,
+        plan_id=plan.plan_id,
+        outcome=outcome,
+        mode=mode,
+        bytes_moved=moved_bytes,
+        bytes_needed=plan.bytes_needed,
+        direct_bytes=sum(rank.direct_bytes for rank in ranks),
+        staged_bytes=sum(rank.staged_bytes for rank in ranks),
+        loader_bytes=sum(rank.loader_bytes for rank in ranks),
+        gbps=moved_bytes / 1e9 / wire_s if wire_s > 0 else 0.0,
+        seconds=time.monotonic() - record.began,
+        paused_s=paused_s if record.paused_here else 0.0,
+        phases=Phases(
+            connect_s=plan.connect_s,
+            plan_s=plan.plan_s,
+            pull_s=wire_s,
+            install_s=max((rank.install_s for rank in ranks), default=0.0),
+            **record.seconds,
+        ),
+        peak_extra_bytes=max((rank.peak_extra_bytes for rank in ranks), default=0),
+        ranks=list(ranks),
+        finished_at=time.time(),
+    )
+
+
+def half_way(version: int, error: EnginePluginError) -> Fence:
+    """The fence of an update that failed after it had touched live weights."""
+    return Fence(
+        code=error.code,
+        detail=f"the update to version {version} failed half way: {error.message}",
+        remedy=f"repeat the update to version {version} or send a newer one, under a new "
+        "request_id",
+        attempted_version=version,
+    )
+
+
+def lost_memory(version: int, error: EnginePluginError) -> Fence:
+    """The fence of one whose bytes may still come into live weights."""
+    return Fence(
+        code="live_memory_lost",
+        detail=f"bytes of the update to version {version} may still land in live weights, "
+        f"which no later update can mend: {error.message}",
+        remedy="restart the engine",
+        attempted_version=version,
+        for_good=True,
+    )
