@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine_plugins.errors import PlanError
 from engine_plugins.weights.box_table import (
     Column,
     LiveBox,
@@ -29,10 +28,10 @@ from engine_plugins.weights.box_table import (
     volumes,
 )
 from engine_plugins.weights.coverage import EngineStep
-from engine_plugins.weights.dtypes import DTYPES
 from engine_plugins.weights.intersection import Parts, intersect, runs
 from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.manifest import SourceManifest, numbers
+from engine_plugins.weights.logical_tensors import logical_tensors
+from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.placement import Interval
 from engine_plugins.weights.source_choice import Reader, SourceChoice
 from engine_plugins.weights.transport.base import Descriptors
@@ -195,32 +194,6 @@ def _last_overlap(windows: list[Window], sizes: Sequence[int], start: int, size:
         if start < other + sizes[index] and other < start + size:
             return index
     return -1
-
-
-def logical_tensors(manifests: Sequence[SourceManifest]) -> list[LogicalTensor]:
-    """The whole tensors that the sources speak of, in their order, each once.
-
-    Raises:
-        PlanError: two sources give one tensor another shape or dtype.
-    """
-    known: dict[str, tuple[LogicalTensor, str]] = {}
-    for manifest in manifests:
-        columns = manifest.tensors
-        shapes = manifest.table(columns.shapes).tolist()
-        own = (manifest.axes - numbers(columns.ndims)).tolist()
-        for row, name in enumerate(columns.names):
-            first, source = known.get(name, (None, ""))
-            shape, dtype = tuple(shapes[row][own[row] :]), DTYPES[columns.dtypes[row]]
-            if first is None:
-                tensor = LogicalTensor(name=name, shape=shape, dtype=dtype)
-                known[name] = (tensor, manifest.source)
-            elif first.shape != shape or first.dtype != dtype:
-                raise PlanError(
-                    f"{name}: {source} says {first.shape} {first.dtype}, {manifest.source} says "
-                    f"{shape} {dtype}",
-                    remedy="every rank must publish the same model, sharded alike",
-                )
-    return [tensor for tensor, _ in known.values()]
 
 
 def coalesced(steps: Sequence[EngineStep], direct: Container[str] = ()) -> list[EngineStep]:
