@@ -75,7 +75,7 @@ class SenderReport:
 
     @property
     def bytes_given(self) -> dict[str, int]:
-        """Bytes that were read from each feeder: the trainer, and engines that fed others."""
+        """Bytes of these updates by who gave them: the trainer, and engines that fed others."""
         given: dict[str, int] = {}
         for url, report in self.engines.items():
             feeder = self.fed_by[url]

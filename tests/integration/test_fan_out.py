@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
 
 from engine_plugins import WeightSender
-from engine_plugins.sender.report import EnginesFailedError
+from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from tests.support.configurations import NEW, OLD
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.engines import Engine, engines_here
@@ -63,7 +64,11 @@ class Member:
 
 
 def _started(
-    engine: Engine, folder: Path, environment: Mapping[str, str], stack: ExitStack
+    engine: Engine,
+    folder: Path,
+    tensor_parallel: int,
+    environment: Mapping[str, str],
+    stack: ExitStack,
 ) -> Member:
     folder.mkdir()
     steps = Steps(folder / "steps")
@@ -72,6 +77,7 @@ def _started(
         engine.serve(
             OLD.copy_to(folder / "model"),
             folder / "server.log",
+            tensor_parallel=tensor_parallel,
             environment={**TCP, STEPPING_FOLDER: str(steps.folder), **environment},
             **engine.watched,
         )
@@ -90,12 +96,17 @@ def _started(
 def fleet(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Member]]:
-    """Three servers, of which the tests below kill one after the other."""
-    folder = tmp_path_factory.mktemp("fleet")
+    """Three servers, of which the tests below kill one after the other.
+
+    In memory the second one has two ranks: engines of different sizes feed each other.
+    """
+    engine, folder = request.param, tmp_path_factory.mktemp("fleet")
+    of_two_ranks = 2 if engine.kind == "in_memory" else 1
     with ExitStack() as stack:
         yield [
-            _started(request.param, folder / str(place), environment, stack)
-            for place, environment in enumerate(({}, {}, LOADER_ONLY))
+            _started(engine, folder / "first", 1, {}, stack),
+            _started(engine, folder / "second", of_two_ranks, {}, stack),
+            _started(engine, folder / "third", 1, LOADER_ONLY, stack),
         ]
 
 
@@ -116,9 +127,7 @@ def sending(
 
 def test_the_trainers_bytes_leave_it_once(fleet: list[Member]) -> None:
     """Two servers are fed by the first: what the trainer writes meanwhile does not reach them."""
-    root, *leaves = fleet
-    tensors = NEW.tensors()
-    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    leaves, tensors = fleet[1:], NEW.tensors()
     with sending(tensors, fleet, fan_out=2) as sender, ThreadPoolExecutor(1) as background:
         holds = [leaf.steps.hold(rank=0, module=1) for leaf in leaves]
         update = background.submit(sender.update, 1)
@@ -129,9 +138,41 @@ def test_the_trainers_bytes_leave_it_once(fleet: list[Member]) -> None:
         for hold in holds:
             hold.unlink()
         report = update.result(120)
-    assert report.fed_by == {root.url: "trainer"} | {leaf.url: root.url for leaf in leaves}
-    assert report.bytes_given == {"trainer": nbytes, root.url: 2 * nbytes}
+    _check_bytes(report, fleet)
     assert all(member.serves(NEW, 1) for member in fleet)
+
+
+def test_later_updates_use_the_same_plans(fleet: list[Member]) -> None:
+    """Staged, then straight from the live parameters of one engine into those of another."""
+    tensors = NEW.tensors()
+    with sending(tensors, fleet, fan_out=2) as sender:
+
+        def update(
+            version: int, mode: Literal["staged", "in_place"], model: LiveModel
+        ) -> SenderReport:
+            for name, tensor in model.tensors().items():
+                tensors[name].copy_(tensor)
+            report = sender.update(version, mode=mode)
+            _check_bytes(report, fleet)
+            assert all(member.serves(model, version) for member in fleet)
+            return report
+
+        staged, direct = update(2, "staged", OLD), update(3, "in_place", NEW)
+    ids = [{url: p.plan_id for url, p in each.plans.items()} for each in (staged, direct)]
+    assert ids[0] == ids[1]
+    reports = [direct.engines[member.url] for member in fleet]
+    landed = [sum(rank.direct_bytes for rank in each.ranks) for each in reports]
+    assert landed == [*(each.bytes_needed for each in reports[:2]), 0], "the third uses its loader"
+
+
+def _check_bytes(report: SenderReport, fleet: list[Member]) -> None:
+    """One model has left the trainer, and the first engine has given all that the others took."""
+    root, *leaves = fleet
+    moved = [report.engines[leaf.url].bytes_moved for leaf in leaves]
+    nbytes = sum(tensor.nbytes for tensor in NEW.tensors().values())
+    assert report.fed_by == {root.url: "trainer"} | {leaf.url: root.url for leaf in leaves}
+    assert report.bytes_given == {"trainer": nbytes, root.url: sum(moved)}
+    assert min(moved) == nbytes
 
 
 def test_an_inner_engine_that_dies_is_replaced(fleet: list[Member]) -> None:
@@ -140,7 +181,7 @@ def test_an_inner_engine_that_dies_is_replaced(fleet: list[Member]) -> None:
     tensors = OLD.tensors()
     with sending(tensors, fleet, fan_out=1) as sender, ThreadPoolExecutor(1) as background:
         hold = last.steps.hold(rank=0, module=HALF_WAY)
-        update = background.submit(sender.update, 2)
+        update = background.submit(sender.update, 4)
         last.installing()
         middle.kill()
         hold.unlink()
@@ -152,7 +193,7 @@ def test_an_inner_engine_that_dies_is_replaced(fleet: list[Member]) -> None:
     assert caught.value.fed_by == {first.url: "trainer", last.url: first.url}
     moved = [caught.value.reports[member.url].bytes_moved for member in (first, last)]
     assert moved == [sum(tensor.nbytes for tensor in tensors.values())] * 2
-    assert all(member.serves(OLD, 2) for member in (first, last))
+    assert all(member.serves(OLD, 4) for member in (first, last))
 
 
 def test_a_root_that_dies_is_replaced_by_the_trainer(fleet: list[Member]) -> None:
@@ -161,7 +202,7 @@ def test_a_root_that_dies_is_replaced_by_the_trainer(fleet: list[Member]) -> Non
     with sending(NEW.tensors(), [first, last], fan_out=1) as sender:
         with ThreadPoolExecutor(1) as background:
             hold = last.steps.hold(rank=0, module=HALF_WAY)
-            update = background.submit(sender.update, 3)
+            update = background.submit(sender.update, 5)
             last.installing()
             first.kill()
             hold.unlink()
@@ -169,4 +210,4 @@ def test_a_root_that_dies_is_replaced_by_the_trainer(fleet: list[Member]) -> Non
                 update.result(120)
         assert list(caught.value.failures) == [first.url]
         assert caught.value.fed_by == {last.url: "trainer"}
-        assert last.serves(NEW, 3)
+        assert last.serves(NEW, 5)
