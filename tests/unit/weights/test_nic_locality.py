@@ -109,8 +109,8 @@ def test_within_a_cascade_of_switches_the_nearer_one_wins(machine: Machine) -> N
     for number in range(2):
         lower = (*top, f"0000:12:0{number}.0", f"0000:2{number}:00.0")
         machine.gpu(f"0000:3{number}:00.0", *lower)
-        machine.nic(f"mlx5_{1 - number}", f"0000:4{number}:00.0", *lower)
-    assert chosen(machine) == [["mlx5_1:1"], ["mlx5_0:1"]]
+        machine.nic(f"mlx5_{number}", f"0000:4{1 - number}:00.0", *lower)
+    assert chosen(machine) == [["mlx5_0:1"], ["mlx5_1:1"]]
 
 
 def test_numa_decides_where_no_bridge_is_shared(machine: Machine) -> None:
