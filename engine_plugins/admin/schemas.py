@@ -78,7 +78,11 @@ class UpdateBody(_Body):
         description="null: serve again, unless a caller had paused the engine before; true: "
         "always; false: stay paused",
     )
-    timeout_s: float = Field(default=300.0, gt=0)
+    timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="of prepare: until the commit, which then has as much again",
+    )
     force: bool = Field(default=False, description="install a version that is not newer")
 
 

@@ -67,6 +67,7 @@ class FakeEngine:
         self.refuse: dict[str, Refused] = {}
         self.restart_after: set[int] = set()
         self.update_s = 0.0
+        self.prepare_s = 0.0
         self.after_update: Callable[[], object] = lambda: None
         self.progress: dict[str, Any] | None = None
         self.polls = 0
@@ -136,10 +137,13 @@ class FakeEngine:
 
     def prepare(self, body: dict[str, Any]) -> dict[str, Any]:
         """Fetch nothing yet: what the engine would take is taken at the commit."""
-        self._refuse_unfit(body)
-        self.prepared[body["request_id"]] = body
-        nbytes = self._nbytes(body["plan_id"])
-        self.progress = {"phase": "prepared", "bytes_done": nbytes, "bytes_total": nbytes}
+        if body["request_id"] not in self.prepared:
+            self._refuse_unfit(body)
+            nbytes = self._nbytes(body["plan_id"])
+            self.progress = {"phase": "pull", "bytes_done": 0, "bytes_total": nbytes}
+            time.sleep(self.prepare_s)
+            self.prepared[body["request_id"]] = body
+            self.progress = {"phase": "prepared", "bytes_done": nbytes, "bytes_total": nbytes}
         plain: dict[str, Any] = msgspec.to_builtins(self._report(body, "prepared"))
         return plain
 

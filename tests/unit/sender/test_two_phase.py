@@ -10,10 +10,15 @@ import msgspec
 import pytest
 import torch
 
+from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import PeerError, SettingsError, TransferTimeoutError
+from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.destinations import Destination
+from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 from tests.support.push_target import PushTarget
@@ -156,6 +161,26 @@ def test_an_abort_that_fails_is_told(
         pytest.raises(EnginesFailedError, match="the abort failed: busy"),
     ):
         sender.update(5)
+
+
+def test_a_broken_connection_is_asked_about_and_not_taken_for_a_failure(
+    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+) -> None:
+    """The engine goes on without its caller: its answer is fetched once it has ended."""
+    engine = engines[0]
+    engine.prepare_s = engine.update_s = 1.0
+    with (
+        WeightSource(lambda: hf_boxes(model.named_parameters()), transport) as source,
+        AdminClient(engine.url, token=TOKEN, timeout_s=0.3) as client,
+    ):
+        link = EngineLink(client)
+        ids = [link.publish(lambda: source.manifest_bytes)]
+        request = UpdateRequest(plan_id="", version=1, request_id="r", timeout_s=0.1)
+        assert link.prepare(ids, {}, request, "pull").outcome == "prepared"
+        assert engine.weights == {}
+        assert link.commit(request).outcome == "installed"
+    assert holds(engine, model)
+    assert len(engine.updates) == 1
 
 
 # -- push -------------------------------------------------------------------------------------
