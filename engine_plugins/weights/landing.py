@@ -77,6 +77,14 @@ class Landing:
         """Whether the live parameters are no longer where they were."""
         return _addresses(parameters) != self._addresses
 
+    def inherit(self, other: Landing) -> None:
+        """Take over what another landing has proven of the same boxes in the same memory."""
+        if other.moved(self._parameters):
+            return
+        for module in other.proven & self._places.keys():
+            if _boxes(self._places[module]) == _boxes(other._places[module]):
+                self._admit(module)
+
     def compare(self, modules: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> None:
         """Compare modules with the HF tensors that the engine has just loaded into them."""
         for module in modules:
@@ -88,8 +96,7 @@ class Landing:
                 self.reasons[module] = f"{names} holds other values than the loader copied"
                 del self._places[module]
             else:
-                self._proven.add(module)
-                del self.reasons[module]
+                self._admit(module)
 
     def copy(self, modules: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> None:
         """Put HF tensors into the live parameters of proven modules, as the loader would."""
@@ -97,6 +104,10 @@ class Landing:
             for place in self._places[module]:
                 target, source = _pair(place, tensors)
                 target.copy_(source)
+
+    def _admit(self, module: str) -> None:
+        self._proven.add(module)
+        del self.reasons[module]
 
     def live_boxes(self, modules: Iterable[str]) -> dict[str, list[LiveBox]]:
         """Where the tensors of proven modules go, by tensor."""
@@ -108,6 +119,10 @@ class Landing:
                 live = LiveBox(box.start, box.shape, view.data_ptr(), strides)
                 found.setdefault(box.tensor, []).append(live)
         return found
+
+
+def _boxes(places: Sequence[_Place]) -> set[DestinationBox]:
+    return {place.box for place in places}
 
 
 def _differs(

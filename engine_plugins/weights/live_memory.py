@@ -8,7 +8,12 @@ from math import prod
 import torch
 
 from engine_plugins.errors import TransportError
-from engine_plugins.weights.source_memory import HOST, Region, regions_of
+from engine_plugins.weights.source_memory import (
+    HOST,
+    Region,
+    regions_of,
+    warn_of_expandable_segments,
+)
 from engine_plugins.weights.transport.base import Transport
 
 __all__ = ["LiveMemory"]
@@ -36,6 +41,7 @@ class LiveMemory:
                 remedy="set ENGINE_PLUGINS_DIRECT_LANDING=false",
             )
         self.device = devices.pop() if devices else HOST
+        warn_of_expandable_segments(self._regions)
         try:
             for region in self._regions:
                 transport.register(region.address, region.nbytes, region.device)

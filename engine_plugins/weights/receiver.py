@@ -11,6 +11,7 @@ the old weights serving until everything is here (staged).
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +45,7 @@ from engine_plugins.weights.plan import (
     laid_apart,
     logical_tensors,
 )
+from engine_plugins.weights.plan_cache import PlanCache
 from engine_plugins.weights.prepared_fetch import PreparedFetch
 from engine_plugins.weights.prepared_push import PreparedPush
 from engine_plugins.weights.report import RankPlan, RankReport
@@ -109,18 +111,19 @@ class _Connected:
     plans: dict[frozenset[str], FetchPlan] = field(default_factory=dict)
     """By the modules that land directly; made once."""
 
-    def plan(self, landing: Landing, reader: Reader, *, direct: bool) -> FetchPlan:
+    def plan(
+        self, landing: Landing, reader: Reader, cache: PlanCache, *, direct: bool
+    ) -> FetchPlan:
         """The plan with the proven modules landing directly, or with none."""
         chosen = [mods for mods, _ in self.steps if direct and landing.proven >= set(mods)]
         modules = frozenset(module for modules in chosen for module in modules)
+
+        def made() -> FetchPlan:
+            steps, live = coalesced(self.steps, modules), landing.live_boxes(modules)
+            return build_plan(self.manifests, steps, self.needed, live, reader)
+
         if modules not in self.plans:
-            plan = build_plan(
-                self.manifests,
-                coalesced(self.steps, modules),
-                self.needed,
-                landing.live_boxes(modules),
-                reader,
-            )
+            plan = cache.plan(self.manifests, modules, made)
             self.plans[modules] = laid_apart(plan) if self.direction == "push" else plan
         return self.plans[modules]
 
@@ -153,6 +156,7 @@ class WeightReceiver:
         self._reader = reader or Reader(tp_rank=tp_rank)
         self._expected_link_gbps = expected_link_gbps
         self._measured: set[str] = set()
+        self._cache = PlanCache()
         self._make_transport = transport
         self._transport: Transport | None = None
         self._tp_rank = tp_rank
@@ -183,16 +187,17 @@ class WeightReceiver:
         """
         self._refuse_while_running()
         planning = time.perf_counter()
-        tensors = logical_tensors(manifests)
+        found = functools.partial(self._cache.finding, manifests)
+        tensors = found("tensors", lambda: logical_tensors(manifests))
         trace, landing = self._trace(tensors)
-        steps, unused = engine_steps(trace, tensors, self._installer)
+        steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
         connected = _Connected(
             direction=direction,
             manifests=manifests,
             steps=steps,
-            needed=needed_boxes(trace, tensors),
+            needed=found("needed", lambda: needed_boxes(trace, tensors)),
         )
-        plan = connected.plan(landing, self._reader, direct=self._direct_landing)
+        plan = self._plan(connected, landing, direct=self._direct_landing)
         connecting = time.perf_counter()
         prepared = self._prepare(plan_id, connected, plan, staged=False)
         self._connected[plan_id] = connected
@@ -385,7 +390,10 @@ class WeightReceiver:
 
     def _new_landing(self, trace: LoaderTrace, tensors: Sequence[LogicalTensor]) -> Landing:
         parameters = self._installer.live_parameters()
-        return Landing(destination_map(trace, tensors), trace.layouts, parameters)
+        landing = Landing(destination_map(trace, tensors), trace.layouts, parameters)
+        if self._traced is not None:
+            landing.inherit(self._traced[2])
+        return landing
 
     def _peer_boxes(self) -> list[SourceBox]:
         self._refuse_while_running()
@@ -408,6 +416,7 @@ class WeightReceiver:
             tensors, trace, _ = self._traced
             self._traced = (tensors, trace, self._new_landing(trace, tensors))
             self._release()
+            self._cache.clear()
             for connected in self._connected.values():
                 connected.plans.clear()
 
@@ -416,7 +425,10 @@ class WeightReceiver:
         if self._landing().moved(self._installer.live_parameters()):
             self._look_again()
         direct = self._direct_landing and not staged
-        return connected.plan(self._landing(), self._reader, direct=direct)
+        return self._plan(connected, self._landing(), direct=direct)
+
+    def _plan(self, connected: _Connected, landing: Landing, *, direct: bool) -> FetchPlan:
+        return connected.plan(landing, self._reader, self._cache, direct=direct)
 
     def _push_of(self, plan_id: str) -> PreparedPlan:
         """The memory that the trainers were told of; nothing else will do."""

@@ -115,7 +115,7 @@ def test_a_live_parameter_that_holds_other_values_goes_through_the_loader(
         load(weights)  # type: ignore[arg-type]
         rank.model.get_parameter("norm.weight").data.neg_()
 
-    rank.installer.model.load_weights = packing  # type: ignore[method-assign,assignment]
+    rank.installer.model.load_weights = packing  # type: ignore[method-assign]
     proven(rank, trainer)
     result = rank.receiver.connect("plan", [trainer.manifest])
     norm = rank.model.get_parameter("norm.weight").nbytes
@@ -123,6 +123,20 @@ def test_a_live_parameter_that_holds_other_values_goes_through_the_loader(
     assert result.plan.direct_bytes == trainer.source.nbytes - norm
     (reason,) = result.plan.reasons
     assert reason == "norm: norm.weight holds other values than the loader copied"
+
+
+def test_another_source_of_the_same_model_need_not_prove_the_map_again(
+    rank: InMemoryRank, trainer: SourceRank
+) -> None:
+    """Its tensors come in another order, as a peer's do."""
+    proven(rank, trainer)
+    backwards = dict(reversed(hf_tensors(seed=2, layers=LAYERS).items()))
+    with offered_tensors(backwards) as other:
+        result = rank.receiver.connect("other", [other.manifest])
+        assert result.plan.direct_bytes == other.source.nbytes
+        rank.receiver.start("other", staged=False, timeout_s=10)
+        rank.install_all()
+    assert serves(rank, seed=2)
 
 
 def test_parameters_that_moved_have_to_be_proven_anew(
