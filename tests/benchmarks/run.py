@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.benchmarks.peaks import peaks
 from tests.benchmarks.row_cost import row_cost
 from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
 from tests.support.engine_server import ROOT
@@ -31,7 +32,9 @@ BESIDE_OTHERS = {
 def main() -> None:
     """Run the benchmarks that were asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=[*BESIDE_OTHERS, "rows", "phases"], help="default: all")
+    parser.add_argument(
+        "--only", choices=[*BESIDE_OTHERS, "rows", "phases", "peaks"], help="default: all"
+    )
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
     chosen = parser.parse_args()
     for python in (SGLANG_PYTHON, MEGATRON_PYTHON):
@@ -53,6 +56,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
         if chosen.only in (None, "phases"):
             console.print(update_phases(Path(folder), pairs=pairs))
+        if chosen.only in (None, "peaks"):
+            console.print(peaks(Path(folder), SGLANG_PYTHON))
 
 
 if __name__ == "__main__":
