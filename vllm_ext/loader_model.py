@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
 
@@ -20,15 +20,19 @@ __all__ = ["loader_model"]
 
 
 @contextmanager
-def loader_model(vllm_config: VllmConfig) -> Iterator[nn.Module]:
+def loader_model(
+    vllm_config: VllmConfig, model_config: ModelConfig | None = None
+) -> Iterator[nn.Module]:
     """Yield a model of this rank whose parameters are on the meta device.
+
+    It is the served one, or that of another configuration under the same settings (a draft model).
 
     What building a model leaves behind in vLLM's process-wide tables (the layers known to the
     forward context, the rotary cache) is put back as it was, or the live model would be given
     the second one's layers.
     """
     with _tables_untouched(vllm_config), parameters_on_meta():
-        model = initialize_model(vllm_config)
+        model = initialize_model(vllm_config, model_config=model_config)
     yield model
 
 

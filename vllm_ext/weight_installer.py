@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
+from engine_plugins.weights.joined_traces import DRAFT
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
     LoadWeights,
@@ -30,18 +31,26 @@ from engine_plugins.weights.loader_trace import (
     trace_loader,
 )
 from engine_plugins.weights.peak_memory import return_free_memory
+from vllm_ext.draft_model import DraftModel
 from vllm_ext.loader_model import loader_model
 
 __all__ = ["VllmWeightInstaller"]
 
 
 class VllmWeightInstaller:
-    """The `WeightInstaller` of one vLLM worker."""
+    """The `WeightInstaller` of one vLLM worker, for its model and the one that drafts for it."""
 
-    def __init__(self, vllm_config: VllmConfig, model: nn.Module) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, model: nn.Module, draft: DraftModel | None = None
+    ) -> None:
         self._vllm_config = vllm_config
         self._model = model
+        self._draft = draft
         self._modules = dict(model.named_modules())
+        self._models = [(model, vllm_config.model_config)]
+        if draft is not None:
+            self._modules |= draft.modules
+            self._models.append((draft.model, draft.config))
         self._on_cpu = next(model.parameters()).device.type == "cpu"
 
     @property
@@ -65,7 +74,13 @@ class VllmWeightInstaller:
         """Record the loader's copies on a second model without memory."""
         self._refuse_what_would_go_wrong()
         with loader_model(self._vllm_config) as model:
-            return trace_loader(dict(model.named_parameters()), _loader(model), tensors)
+            meant = [tensor for tensor in tensors if not self._is_for_draft(tensor.name)]
+            trace = trace_loader(dict(model.named_parameters()), _loader(model), meant)
+        return trace if self._draft is None else self._draft.join(trace, tensors)
+
+    def _is_for_draft(self, name: str) -> bool:
+        """Whether the target's loader is not to see a tensor."""
+        return self._draft is not None and name.startswith(DRAFT)
 
     def _refuse_what_would_go_wrong(self) -> None:
         """Settings under which vLLM's reload is known to install something else, and says 200."""
@@ -83,11 +98,13 @@ class VllmWeightInstaller:
 
     def live_parameters(self) -> Mapping[str, torch.Tensor]:
         """The parameters that serve; a reload copies into them in the end."""
-        return dict(self._model.named_parameters())
+        drafting = {} if self._draft is None else self._draft.parameters()
+        return {**dict(self._model.named_parameters()), **drafting}
 
     def begin(self) -> None:
         """Put every layer on meta, its kernel tensors kept aside."""
-        layerwise.initialize_layerwise_reload(self._model)
+        for model, _ in self._models:
+            layerwise.initialize_layerwise_reload(model)
 
     def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load the tensors of some modules and process those modules at once.
@@ -99,7 +116,9 @@ class VllmWeightInstaller:
         if self._on_cpu:
             _forget_moe_kernels(layers)
         with torch.no_grad():
-            _loader(self._model)(iter(tensors))
+            _loader(self._model)(each for each in tensors if not self._is_for_draft(each[0]))
+            if self._draft is not None:
+                self._draft.load(tensors)
             for layer in layers:
                 info = layerwise.get_layerwise_info(layer)
                 if info.can_load() and not is_deferred_attention_layer(layer):
@@ -118,12 +137,13 @@ class VllmWeightInstaller:
     def finish(self) -> None:
         """Put back what has nothing to load, and bring derived copies up to date."""
         with torch.no_grad():
-            layerwise.finalize_layerwise_reload(self._model, self._vllm_config.model_config)
+            for model, config in self._models:
+                layerwise.finalize_layerwise_reload(model, config)
         self._repack_tied_heads()
 
     def abandon(self) -> None:
         """Give every unfinished layer its old tensors back; loaded ones keep their new ones."""
-        for layer in self._model.modules():
+        for layer in self._modules.values():
             info = layerwise.get_layerwise_info(layer)
             if info.can_load():
                 info.load_numel = 0
@@ -136,7 +156,7 @@ class VllmWeightInstaller:
         The reload processes the shared parameter for the embedding only; without this the old
         head goes on answering for the new body.
         """
-        for layer in self._model.modules():
+        for layer in self._modules.values():
             if isinstance(layer, VocabParallelEmbedding) and _has_packed_copy(layer):
                 layer.quant_method.process_weights_after_loading(layer)
 

@@ -13,6 +13,7 @@ from vllm.config import set_current_vllm_config
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, make_worker_service, refuse
+from vllm_ext.draft_model import draft_of
 from vllm_ext.versions import VLLM
 from vllm_ext.weight_installer import VllmWeightInstaller
 
@@ -47,5 +48,6 @@ def _make_service(worker: Any) -> WorkerService:
     settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
     tp_size = int(config.parallel_config.tensor_parallel_size)
     tp_rank = int(worker.rank) % tp_size
-    installer = VllmWeightInstaller(config, worker.model_runner.get_model())
+    runner = worker.model_runner
+    installer = VllmWeightInstaller(config, runner.get_model(), draft_of(runner, config))
     return make_worker_service(installer, tp_rank=tp_rank, tp_size=tp_size, settings=settings)

@@ -22,7 +22,7 @@ from torch import nn
 from engine_plugins.weights.coverage import LoaderRules
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
 from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.receiver import WeightReceiver
+from engine_plugins.weights.receiver import WeightInstaller, WeightReceiver
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.source_ranks import SourceRank, offered_boxes
@@ -33,9 +33,12 @@ __all__ = [
     "PlayedRank",
     "land",
     "loaded",
+    "logical",
     "played_engine",
+    "receiving",
     "same_bits",
     "uneven_sizes",
+    "update",
 ]
 
 Tensors = Mapping[str, torch.Tensor]
@@ -69,6 +72,10 @@ class PlayedRank(Protocol):
         """The engine's model of this rank, in memory and not loaded."""
         ...
 
+    def installer(self, model: nn.Module) -> WeightInstaller:
+        """The engine's own installer over a model, which serves from here on."""
+        ...
+
 
 class PlayedEngine(Protocol):
     """An engine whose ranks can be played here, one at a time."""
@@ -76,9 +83,18 @@ class PlayedEngine(Protocol):
     kind: str
 
     def rank(
-        self, model: Path, *, tp_size: int, tp_rank: int, expert_parallel: bool = False
+        self,
+        model: Path,
+        *,
+        tp_size: int,
+        tp_rank: int,
+        expert_parallel: bool = False,
+        draft: Path | None = None,
     ) -> AbstractContextManager[PlayedRank]:
         """Play a rank of an engine that serves the model of a folder with a config.json.
+
+        With `draft`, the rank is that of the model that drafts for it: the model's own prediction
+        layers if it is the same folder, an EAGLE-3 head otherwise.
 
         Raises:
             Exception: whatever the engine refuses the model or the size with.
@@ -94,6 +110,14 @@ def played_engine() -> Iterator[PlayedEngine]:
         warnings.simplefilter("ignore")  # of what this machine lacks, one for each of its modules
         with import_module(f"tests.support.loader_maps_{kind}").engine() as engine:
             yield engine
+
+
+def logical(tensors: Tensors) -> list[LogicalTensor]:
+    """What a trace is told of tensors."""
+    return [
+        LogicalTensor(name=name, shape=tuple(tensor.shape), dtype=tensor.dtype)
+        for name, tensor in tensors.items()
+    ]
 
 
 def loaded(model: nn.Module, tensors: Tensors) -> dict[str, torch.Tensor]:
@@ -159,26 +183,35 @@ def land(
     boxes = [box for each in offered for box in each]
     values = [box.data.clone() for box in boxes]
     installer = PlayedInstaller(rank, model)
+    ranks = offered_boxes(*(each for each in offered if each))
+    with ranks as trainers, receiving(installer) as receiver:
+        for box in boxes:
+            box.data.fill_(13)
+        update(receiver, trainers)
+        for box, value in zip(boxes, values, strict=True):
+            box.data.copy_(value)
+        report = update(receiver, trainers)
+    return report, installer.loaded
+
+
+@contextmanager
+def receiving(installer: WeightInstaller, *, direct: bool = True) -> Iterator[WeightReceiver]:
+    """A receiver over the in-memory wire."""
     receiver = WeightReceiver(
         installer,
         lambda: InMemoryTransport(f"engine-{next(_serial)}"),
         tp_rank=0,
         stall_timeout_s=30.0,
+        direct_landing=direct,
     )
-    with offered_boxes(*(each for each in offered if each)) as trainers:
-        try:
-            for box in boxes:
-                box.data.fill_(13)
-            _update(receiver, trainers)
-            for box, value in zip(boxes, values, strict=True):
-                box.data.copy_(value)
-            report = _update(receiver, trainers)
-        finally:
-            receiver.close()
-    return report, installer.loaded
+    try:
+        yield receiver
+    finally:
+        receiver.close()
 
 
-def _update(receiver: WeightReceiver, trainers: Sequence[SourceRank]) -> RankReport:
+def update(receiver: WeightReceiver, trainers: Sequence[SourceRank]) -> RankReport:
+    """Have a receiver take what trainers offer, whole."""
     for trainer in trainers:
         trainer.source.refresh()
     assert receiver.connect("plan", [trainer.manifest for trainer in trainers]).unused == []

@@ -7,7 +7,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +19,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import parallel_state
 from sglang.srt.layers.dp_attention import init_dp_gathered_buffer, initialize_dp_attention
 from sglang.srt.layers.moe import initialize_moe_config
+from sglang.srt.model_executor.model_runner_components.weight_updater import WeightUpdater
 from sglang.srt.model_loader.loader import _initialize_model
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.server_args import ServerArgs
@@ -30,6 +31,8 @@ from sglang_ext.weight_installer import SglangWeightInstaller
 __all__ = ["engine"]
 
 _ONE_OF_EACH = ("world_group", "pp_group", "moe_dp_group", "attn_cp_group")
+_LENT = ("model.embed_tokens.weight", "lm_head.weight")
+"""Parameters of a draft model that SGLang replaces by the target's, if it has none of its own."""
 _OF_SOME = ("tp", "attn_tp", "moe_ep", "moe_tp")
 
 
@@ -72,6 +75,7 @@ class SglangHere:
         tp_size: int,
         tp_rank: int,
         expert_parallel: bool = False,
+        draft: Path | None = None,
         **arguments: Any,
     ) -> Iterator[SglangRank]:
         """One rank; `arguments` are further ones of SGLang's `ServerArgs`."""
@@ -80,15 +84,18 @@ class SglangHere:
             tp_size=tp_size,
             ep_size=tp_size if expert_parallel else 1,
             json_model_override_args=json.dumps(_overrides(model)),
+            **_speculation(model, draft),
             **arguments,
         )
         with _context(server, tp_rank) as parallel:
             parallel.override_permanently(**self._placed(parallel))
             initialize_moe_config()
             initialize_dp_attention(server)
-            config = ModelConfig.from_server_args(server, model_path=str(model))
+            config = ModelConfig.from_server_args(
+                server, model_path=str(draft or model), is_draft_model=draft is not None
+            )
             init_dp_gathered_buffer(config)
-            yield SglangRank(config)
+            yield SglangRank(config, is_draft=draft is not None)
 
     def _placed(self, parallel: Any) -> dict[str, Any]:
         """Have the groups of one process say that it is a rank of several."""
@@ -103,9 +110,10 @@ class SglangHere:
 
 @dataclass(frozen=True)
 class SglangRank:
-    """The `PlayedRank` of SGLang."""
+    """The `PlayedRank` of SGLang, of the served model or of the one that drafts for it."""
 
     config: ModelConfig
+    is_draft: bool = False
 
     @property
     def rules(self) -> SglangWeightInstaller:
@@ -118,11 +126,40 @@ class SglangRank:
         )
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
-        return self.rules.trace(tensors)
+        trace = self.rules.trace(tensors)
+        if not self.is_draft:
+            return trace
+        filled = {copy.parameter for copy in trace.copies if copy.sources}
+        numel = trace.parameter_numel.items()
+        own = {name: n for name, n in numel if name in filled or name not in _LENT}
+        return replace(trace, parameter_numel=own)
 
     def model(self) -> nn.Module:
         with set_default_torch_dtype(self.config.dtype), torch.device("cpu"):
             return _initialize_model(self.config, LoadConfig(load_format="dummy"))
+
+    def installer(self, model: nn.Module) -> SglangWeightInstaller:
+        installer = self.rules
+        installer._runner.model = model
+        installer._runner.weight_updater = _updater(self.config, model)
+        installer._sessions = SimpleNamespace(_session=None)
+        return installer
+
+
+def _updater(config: ModelConfig, model: nn.Module) -> WeightUpdater:
+    """SGLang's own, which asks a whole model runner only for what an update here does not need."""
+    nothing: dict[str, Any] = dict.fromkeys(
+        ("update_model_fields", "recapture_cuda_graph", "get_model_runner")
+    )
+    return WeightUpdater(
+        tp_rank=0,
+        device="cpu",
+        gpu_id=0,
+        model_config=config,
+        custom_weight_loaders={},
+        get_model=lambda: model,
+        **nothing,
+    )
 
 
 def _arguments(model: Path, **more: Any) -> ServerArgs:
@@ -137,6 +174,18 @@ def _arguments(model: Path, **more: Any) -> ServerArgs:
         max_total_tokens=128,
         **more,
     )
+
+
+def _speculation(model: Path, draft: Path | None) -> dict[str, Any]:
+    if draft is None:
+        return {}
+    return {
+        "speculative_algorithm": "EAGLE" if draft == model else "EAGLE3",
+        "speculative_draft_model_path": str(draft),
+        "speculative_num_steps": 1,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 2,
+    }
 
 
 def _overrides(model: Path) -> dict[str, Any]:

@@ -8,20 +8,33 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from torch import nn
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import ModelConfig, VllmConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.model_loader.utils import (
+    initialize_model,
+    process_weights_after_loading,
+)
 from vllm.model_executor.models import ModelRegistry
 
-from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.loader_trace import (
+    LoaderTrace,
+    LoadWeights,
+    LogicalTensor,
+    trace_loader,
+)
+from vllm_ext.loader_model import loader_model
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 __all__ = ["engine"]
+
+_DRAFT_CLASSES = ("Glm4MoeMTPModel", "DeepSeekMTPModel", "Eagle3LlamaForCausalLM")
 
 
 @contextmanager
@@ -54,10 +67,14 @@ class VllmHere:
         tp_size: int,
         tp_rank: int,
         expert_parallel: bool = False,
+        draft: Path | None = None,
         **arguments: Any,
     ) -> Iterator[VllmRank]:
         """One rank; `arguments` are further ones of vLLM's `EngineArgs`."""
-        for architecture in json.loads((model / "config.json").read_text())["architectures"]:
+        for folder in {model, draft or model}:
+            for architecture in json.loads((folder / "config.json").read_text())["architectures"]:
+                _look_at_class_here(architecture)
+        for architecture in _DRAFT_CLASSES if draft else ():
             _look_at_class_here(architecture)
         config = EngineArgs(
             model=str(model),
@@ -69,27 +86,46 @@ class VllmHere:
             enforce_eager=True,
             max_model_len=64,
             kv_cache_memory_bytes=1 << 20,
+            speculative_config=_speculation(model, draft),
             **arguments,
         ).create_engine_config()
         with _place(tp_size, tp_rank), set_current_vllm_config(config):
-            yield VllmRank(config)
+            speculative = config.speculative_config
+            yield VllmRank(config, speculative.draft_model_config if draft else None)
 
 
 @dataclass(frozen=True)
 class VllmRank:
-    """The `PlayedRank` of vLLM."""
+    """The `PlayedRank` of vLLM; `draft` is the draft model's configuration, if it is that one's."""
 
     config: VllmConfig
+    draft: ModelConfig | None = None
 
     @property
     def rules(self) -> VllmWeightInstaller:
         return VllmWeightInstaller(self.config, nn.Linear(1, 1))  # no live model is asked for
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
-        return self.rules.trace(tensors)
+        if self.draft is None:
+            return self.rules.trace(tensors)
+        with loader_model(self.config, self.draft) as model:
+            load_weights = cast(LoadWeights, model.load_weights)
+            return trace_loader(dict(model.named_parameters()), load_weights, tensors)
 
     def model(self) -> nn.Module:
-        return initialize_model(self.config)
+        return initialize_model(self.config, model_config=self.draft)
+
+    def installer(self, model: nn.Module) -> VllmWeightInstaller:
+        layerwise.record_metadata_for_reloading(model)
+        process_weights_after_loading(model, self.config.model_config, torch.device("cpu"))
+        return VllmWeightInstaller(self.config, model)
+
+
+def _speculation(model: Path, draft: Path | None) -> dict[str, Any] | None:
+    if draft is None:
+        return None
+    own = {"method": "mtp"} if draft == model else {"method": "eagle3", "model": str(draft)}
+    return {**own, "num_speculative_tokens": 1}
 
 
 def _look_at_class_here(architecture: str) -> None:
