@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,12 @@ class TwoPhase:
 
 
 @pytest.fixture
-def update(served: Served) -> Iterator[TwoPhase]:
-    """An update of the old weights to the new ones, given up at the end if it was left prepared."""
+def update(served: Served) -> TwoPhase:
+    """An update of the old weights to the new ones."""
     served.restore(OLD)
     connected = served.offer(NEW).connect()
     assert connected.status_code == 200, connected.text
-    update = TwoPhase(served, connected.json()["plan_id"])
-    yield update
-    update.abort()
+    return TwoPhase(served, connected.json()["plan_id"])
 
 
 def _serves(server: EngineServer, model: Any) -> None:

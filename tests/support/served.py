@@ -102,6 +102,9 @@ class Served:
     def restore(self, model: LiveModel) -> None:
         """Have a model's weights serve, whatever a test before left behind."""
         self.steps.clear()
+        left = self.server.state()["update"]
+        if left is not None:
+            self.server.admin.post("/weights/abort", json={"request_id": left["request_id"]})
         self.server.admin.post("/resume")
         prompt, expected = model.prompts()[0], model.expected()[0]
         serves = self.server.state()["state"] == "serving"
