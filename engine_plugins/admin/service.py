@@ -61,6 +61,8 @@ class AdminService:
         self._control = control
         self._shared = shared
         self._workers = WorkerCalls(control)
+        self._reading = asyncio.Lock()
+        """One manifest at a time: each thread that computes makes the event loop wait its turn."""
         self._sources = Sources(shared, max_entries=settings.max_manifest_entries)
         self._background = Background()
         self._updates = Updates(control, shared, settings, self._background)
@@ -136,7 +138,8 @@ class AdminService:
 
     async def add_source(self, body: bytes, content_type: str) -> str:
         """Hold a trainer process's manifest; the same manifest has the same id."""
-        return await asyncio.to_thread(self._sources.add, body, content_type)
+        async with self._reading:
+            return await asyncio.to_thread(self._sources.add, body, content_type)
 
     async def connect(self, body: ConnectBody) -> PlanSummary:
         """Plan an update from sources, on every rank, and meet the peers."""

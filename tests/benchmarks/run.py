@@ -15,7 +15,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.benchmarks.event_loop import event_loop
 from tests.benchmarks.peaks import peaks
+from tests.benchmarks.plan_scale import plan_scale
 from tests.benchmarks.row_cost import row_cost
 from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
 from tests.support.engine_server import ROOT
@@ -33,7 +35,7 @@ def main() -> None:
     """Run the benchmarks that were asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", choices=[*BESIDE_OTHERS, "rows", "phases", "peaks"], help="default: all"
+        "--only", choices=[*BESIDE_OTHERS, "rows", "plan", "phases", "peaks"], help="default: all"
     )
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
     chosen = parser.parse_args()
@@ -53,6 +55,10 @@ def main() -> None:
             subprocess.run(command, cwd=ROOT, check=True)
     if chosen.only in (None, "rows"):
         console.print(row_cost(pairs=pairs))
+    if chosen.only in (None, "plan"):
+        wide = Console(width=180)
+        wide.print(plan_scale(SGLANG_PYTHON, runs=pairs))
+        wide.print(event_loop())
     with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
         if chosen.only in (None, "phases"):
             console.print(update_phases(Path(folder), pairs=pairs))

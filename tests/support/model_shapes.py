@@ -45,8 +45,8 @@ ONE_TRILLION: Config = {
     "intermediate_size": 18432,
     "moe_intermediate_size": 2048,
     "num_hidden_layers": 61,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 64,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
     "n_routed_experts": 384,
     "n_shared_experts": 1,
     "num_experts_per_tok": 8,
@@ -74,12 +74,9 @@ ONE_TRILLION: Config = {
 """61 layers of 384 experts with latent attention: 69,975 HF tensors, 1.03e12 elements."""
 
 
-def logical_tensors_of(config: Config) -> list[LogicalTensor]:
-    """A checkpoint's tensors, in bfloat16, in its order."""
-    return [
-        LogicalTensor(name=name, shape=shape, dtype=torch.bfloat16)
-        for name, shape in _shapes(config)
-    ]
+def logical_tensors_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> list[LogicalTensor]:
+    """A checkpoint's tensors, in its order."""
+    return [LogicalTensor(name=name, shape=shape, dtype=dtype) for name, shape in _shapes(config)]
 
 
 def _shapes(config: Config) -> Shapes:
