@@ -130,14 +130,16 @@ class Push:
 
     def _write(self, deadline: float) -> None:
         writes = [write for target in self._targets.values() for write in target.writes]
-        failure: EnginePluginError | None = None
+        failure: Exception | None = None
         self.ended = False
         try:
             left = (deadline - time.monotonic()) * (1 - MARGIN)
             run_transfers(writes, deadline_s=max(left, 0.0))
-        except EnginePluginError as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
-        stopped = not isinstance(failure, TransferTimeoutError)
+        stopped = failure is None or (
+            isinstance(failure, EnginePluginError) and not isinstance(failure, TransferTimeoutError)
+        )
         self.ended = all(self._ranks.agree("ending the writes", lambda: stopped, bool))
 
         def outcome() -> None:

@@ -2,8 +2,8 @@ r"""One process of a trainer that pushes: holds every second tensor of a model, 
 
     python -m tests.support.push_trainer_rank RANK WORLD RENDEZVOUS URL TOKEN VERSION FOLDER STEP...
 
-Steps: `push`; `break:RANK`: that rank's wire refuses to meet the engine; `die:RANK`: that rank
-ends there. Each step is an update to the next version. Prints one JSON line for each.
+Steps: `push`; `break:RANK`: that rank's wire refuses the write; `die:RANK`: that rank ends
+where it would write. Each step is an update to the next version. Prints one JSON line for each.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from engine_plugins.errors import EnginePluginError, TransportError
 from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer
 from engine_plugins.weights.transport.nixl import NixlTransport
 
 
@@ -25,12 +26,29 @@ class BreakableTransport(NixlTransport):
 
     fault = ""
 
-    def add_peer(self, agent: str, metadata: bytes) -> None:
-        if self.fault == "die":
+    def prepare_write(  # type: ignore[override]
+        self, agent: str, descriptors: Descriptors, *, local_device: int, remote_device: int
+    ) -> PreparedTransfer:
+        write = super().prepare_write(
+            agent, descriptors, local_device=local_device, remote_device=remote_device
+        )
+        return _BreakableWrite(self, write)
+
+
+class _BreakableWrite:
+    """A write that its transport's fault befalls when it is posted."""
+
+    def __init__(self, transport: BreakableTransport, write: PreparedTransfer) -> None:
+        self._transport, self._write = transport, write
+        self.peer, self.nbytes, self.direction = write.peer, write.nbytes, write.direction
+        self.done, self.release = write.done, write.release
+
+    def post(self) -> None:
+        if self._transport.fault == "die":
             os._exit(3)
-        if self.fault == "break":
-            raise TransportError(f"{agent}: told to refuse this engine")
-        super().add_peer(agent, metadata)
+        if self._transport.fault == "break":
+            raise TransportError(f"{self.peer}: told to refuse this write")
+        self._write.post()
 
 
 def main() -> None:
