@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from engine_plugins.errors import PlanError
 from engine_plugins.weights.loader_trace import LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest, numbers
 from engine_plugins.weights.placement import Interval, check_exact_coverage
@@ -33,6 +34,7 @@ __all__ = [
 
 Column = npt.NDArray[np.int64]
 
+_SHOWN = 8
 _MOST_PAIRS = 16
 """Tensors in more boxes than this are checked for overlaps one by one."""
 
@@ -153,7 +155,13 @@ def source_table(manifests: Sequence[SourceManifest], tensors: TensorTable) -> S
     )
     for number in _not_covered(table.distinct, tensors):
         name = tensors.tensors[number].name
-        check_exact_coverage(name, tensors.tensors[number].shape, _boxes_of(name, manifests))
+        offers = _offers_of(name, manifests)
+        try:
+            check_exact_coverage(name, tensors.tensors[number].shape, [box for _, box in offers])
+        except PlanError as error:
+            said = [f"{who} offers {shape} at {start}" for who, (start, shape) in offers[:_SHOWN]]
+            error.message += "; " + ", ".join(said or ["nobody offers it"])
+            raise
     return table
 
 
@@ -289,12 +297,13 @@ def _not_covered(distinct: BoxTable, tensors: TensorTable) -> list[int]:
     return [int(number) for number in np.flatnonzero(wrong)]
 
 
-def _boxes_of(name: str, manifests: Sequence[SourceManifest]) -> list[Interval]:
-    found: list[Interval] = []
+def _offers_of(name: str, manifests: Sequence[SourceManifest]) -> list[tuple[str, Interval]]:
+    """Every box of a tensor, and the process that offers it."""
+    found: list[tuple[str, Interval]] = []
     for manifest in manifests:
         if name in manifest.tensors.names:
             tensor = manifest.tensors.names.index(name)
             rows = np.flatnonzero(numbers(manifest.boxes.tensors) == tensor)
             boxes = map(manifest.box, rows.tolist())
-            found += [(box.start, box.shape) for box in boxes]
+            found += [(manifest.source, (box.start, box.shape)) for box in boxes]
     return found
