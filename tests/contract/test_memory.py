@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import PreTrainedModel
+
 from engine_plugins import WeightSender
+from engine_plugins.sender.report import SenderReport
+from engine_plugins.weights.receiver import Direction
+from engine_plugins.weights.report import UpdateReport
 from tests.support.configurations import SIZED, on
 from tests.support.engine_server import TOKEN
 from tests.support.hf_reference import greedy
@@ -19,23 +27,60 @@ def test_peak_and_buffers_stay_within_their_bounds(served: Served) -> None:
     Where everything lands in live parameters there is no buffer, and the peak is within 1 % of the
     weights.
     """
-    model, server = sized_qwen3(), served.server
-    whole = sum(parameter.nbytes for parameter in model.parameters())
-    with WeightSender.from_hf(
-        model.named_parameters(), engines=server.url, token=TOKEN, config=model.config
-    ) as sender:
+    with _training(served, "pull") as (model, sender):
+        whole = sum(parameter.nbytes for parameter in model.parameters())
         for version in (1, 2, 3):
-            for parameter in model.parameters():
-                parameter.data.mul_(0.97)
-            report = sender.update(version)
+            report = _step(served, model, sender, version)
             (plan,), (update,) = report.plans.values(), report.engines.values()
             largest = plan.ranks[0].largest_step_bytes
             bound = served.engine.peak_modules * largest + (32 << 20)
-            assert whole > bound, "the model is too small to show anything"
             assert plan.ranks[0].arena_bytes < 2 * largest
             if served.engine.feeds_peers and version > 1:
-                assert update.direct_bytes == update.bytes_needed == whole
-                assert update.peak_extra_bytes <= whole // 100, f"update {version}"
+                _landed_without_a_copy(update, whole)
             else:
+                assert whole > bound, "the model is too small to show anything"
                 assert largest < update.peak_extra_bytes < bound, f"update {version}"
-            assert server.greedy(PROMPT, 8) == greedy(model, PROMPT, 8)
+
+
+@on(SIZED)
+def test_a_push_into_live_parameters_needs_no_memory_either(served: Served) -> None:
+    """Where the engine's parameters can be written to; elsewhere it has a buffer for all."""
+    with _training(served, "push") as (model, sender):
+        whole = sum(parameter.nbytes for parameter in model.parameters())
+        reports = [_step(served, model, sender, version) for version in (4, 5, 6)]
+        (update,) = reports[-1].engines.values()
+        if served.engine.feeds_peers:
+            _landed_without_a_copy(update, whole)
+        else:
+            assert update.peak_extra_bytes > update.loader_bytes > 0
+
+
+@contextmanager
+def _training(
+    served: Served, direction: Direction
+) -> Iterator[tuple[PreTrainedModel, WeightSender]]:
+    model = sized_qwen3()
+    with WeightSender.from_hf(
+        model.named_parameters(),
+        engines=served.server.url,
+        token=TOKEN,
+        config=model.config,
+        direction=direction,
+    ) as sender:
+        yield model, sender
+
+
+def _step(
+    served: Served, model: PreTrainedModel, sender: WeightSender, version: int
+) -> SenderReport:
+    """Change every weight and send it; the server then answers as the model does."""
+    for parameter in model.parameters():
+        parameter.data.mul_(0.97)
+    report = sender.update(version)
+    assert served.server.greedy(PROMPT, 8) == greedy(model, PROMPT, 8)
+    return report
+
+
+def _landed_without_a_copy(update: UpdateReport, whole: int) -> None:
+    assert update.direct_bytes == update.bytes_needed == whole
+    assert update.peak_extra_bytes <= whole // 100
