@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,9 +11,9 @@ import torch
 from engine_plugins.errors import TransferTimeoutError, TransportError
 from engine_plugins.weights.live_memory import LiveMemory
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.plan import FetchPlan, PackedPiece, Step, StepRead, Window
+from engine_plugins.weights.plan import FetchPlan, PackedPiece, Step, Window
 from engine_plugins.weights.receive_buffer import ReceiveBuffer
-from engine_plugins.weights.transport.base import PreparedTransfer, Transport
+from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer, Transport
 from engine_plugins.weights.transport.meeting import meet
 from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
@@ -22,6 +22,8 @@ __all__ = ["PreparedFetch"]
 
 BATCH_BYTES = 64 << 20
 """The most that is fetched in one go; a step that is larger goes alone."""
+MOST_DESCRIPTORS = 512
+"""Of one transfer: NIXL looks at all that are under way each time it is asked."""
 SLOWEST_BYTES_PER_S = 100e6
 """A fetch may take the stall time and, on top, as long as it takes at this rate."""
 
@@ -62,12 +64,17 @@ class PreparedFetch:
         self.reset_counters()
         self._sources = manifests
         self._transport = transport
-        self._prepared: list[_PreparedStep] = []
+        self._reads: dict[int, list[PreparedTransfer]] = {}
+        """Straight into place, by the first of the steps that they are for."""
+        self._packed: list[list[list[PreparedTransfer]]] = []
+        """By way of the scratch area: of every step, batch by batch."""
         self.greet()
         self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
         try:
-            for index in range(len(plan.steps)):
-                self._prepared.append(self._prepare_step(index))
+            for steps in self._always_together():
+                self._reads[steps.start] = self._joined(steps)
+            for step in plan.steps:
+                self._packed.append([self._packed_reads(batch) for batch in step.packed])
         except BaseException:
             self.close()
             raise
@@ -132,10 +139,10 @@ class PreparedFetch:
             TransportError: with the peer's and the tensors' names. The reads are then in no state
                 to be posted again: `usable` is false.
         """
-        direct = [read for index in steps for read in self._prepared[index].reads]
-        self._run(steps, direct, stall_timeout_s, deadline, cancelled)
+        reads = [read for index in steps for read in self._reads.get(index, ())]
+        self._run(steps, reads, stall_timeout_s, deadline, cancelled)
         for index in steps:
-            batches = zip(self.plan.steps[index].packed, self._prepared[index].batches, strict=True)
+            batches = zip(self.plan.steps[index].packed, self._packed[index], strict=True)
             for batch, reads in batches:
                 self._run(range(index, index + 1), reads, stall_timeout_s, deadline, cancelled)
                 for piece in batch:
@@ -183,46 +190,62 @@ class PreparedFetch:
             raise
         self.wire_s += time.perf_counter() - began
 
-    def _prepare_step(self, index: int) -> _PreparedStep:
-        step = self.plan.steps[index]
-        return _PreparedStep(
-            reads=[self._read(read, *self._buffer.place(index)) for read in step.reads],
-            batches=[self._packed_reads(batch) for batch in step.packed],
-        )
+    def _always_together(self) -> Iterator[range]:
+        """Steps whose reads can be joined: those that never wait for one another's install."""
+        index = 0
+        while index < len(self.plan.steps):
+            alone = not (self.staged or self.plan.steps[index].direct)
+            steps = range(index, index + 1) if alone else self.steps_with_room(index, installed=0)
+            yield steps
+            index = steps.stop
+
+    def _joined(self, steps: range) -> list[PreparedTransfer]:
+        """The reads of steps, by source and device: few transfers to post and to ask about."""
+        tables: dict[tuple[int, int, int], list[Descriptors]] = {}
+        for index in steps:
+            base, device = self._buffer.place(index)
+            for read in self.plan.steps[index].reads:
+                table = read.descriptors.copy()
+                table[:, 0] += np.uint64(base)
+                tables.setdefault((read.source, read.remote_device, device), []).append(table)
+        return [
+            self._read(source, part, local_device=device, remote_device=remote_device)
+            for (source, remote_device, device), rows in tables.items()
+            for part in _parts(np.concatenate(rows))
+        ]
 
     def _packed_reads(self, batch: Sequence[PackedPiece]) -> list[PreparedTransfer]:
         by_peer: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
         for piece in batch:
-            row = (piece.scratch_offset, piece.remote_address, piece.nbytes)
+            row = (
+                self._buffer.scratch + piece.scratch_offset,
+                piece.remote_address,
+                piece.nbytes,
+            )
             by_peer.setdefault((piece.source, piece.remote_device), []).append(row)
         return [
             self._read(
-                StepRead(
-                    source=source,
-                    remote_device=device,
-                    descriptors=np.array(rows, dtype=np.uint64),
-                ),
-                self._buffer.scratch,
-                HOST,
+                source, np.array(rows, np.uint64), local_device=HOST, remote_device=remote_device
             )
-            for (source, device), rows in by_peer.items()
+            for (source, remote_device), rows in by_peer.items()
         ]
 
-    def _read(self, read: StepRead, base: int, device: int) -> PreparedTransfer:
-        table = read.descriptors.copy()
-        table[:, 0] += np.uint64(base)
+    def _read(
+        self, source: int, table: Descriptors, *, local_device: int, remote_device: int
+    ) -> PreparedTransfer:
         return self._transport.prepare_read(
-            self._sources[read.source].agent,
+            self._sources[source].agent,
             table,
-            local_device=device,
-            remote_device=read.remote_device,
+            local_device=local_device,
+            remote_device=remote_device,
         )
 
     def _release_reads(self) -> None:
-        for prepared in self._prepared:
-            for read in prepared.reads + [each for batch in prepared.batches for each in batch]:
+        batches = (reads for step in self._packed for reads in step)
+        for reads in (*self._reads.values(), *batches):
+            for read in reads:
                 read.release()
-        self._prepared = []
+        self._reads, self._packed = {}, []
 
 
 def _room(step: Step) -> int:
@@ -230,11 +253,5 @@ def _room(step: Step) -> int:
     return step.bytes_needed if step.direct else step.nbytes
 
 
-class _PreparedStep:
-    """One step's reads: straight into place, and batches by way of the scratch area."""
-
-    def __init__(
-        self, *, reads: list[PreparedTransfer], batches: list[list[PreparedTransfer]]
-    ) -> None:
-        self.reads = reads
-        self.batches = batches
+def _parts(table: Descriptors) -> list[Descriptors]:
+    return np.array_split(table, -(-len(table) // MOST_DESCRIPTORS))
