@@ -27,6 +27,8 @@ EngineStep = tuple[list[str], list[LogicalTensor]]
 _SHOWN = 8
 _NUMBER = re.compile(r"\d+")
 _NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_KV_SCALE = re.compile(r"\.attn\.(q|k|v|prob)_(scale|zero_point)$")
+"""What an FP8 KV cache is scaled with; where no layer's is given, the engine goes by its own."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
@@ -128,7 +130,7 @@ def _coverage_problems(trace: LoaderTrace) -> list[str]:
         missing = _missing_names(parameter, givers)
         if missing:
             problems.append(f"{', '.join(missing)} missing (needed by {parameter})")
-        else:
+        elif filled or not _KV_SCALE.search(parameter):
             given = ", ".join(givers.get(parameter, ())) or "no tensor"
             problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}")
     return problems

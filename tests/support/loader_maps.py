@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
@@ -90,6 +90,7 @@ class PlayedEngine(Protocol):
         tp_rank: int,
         expert_parallel: bool = False,
         draft: Path | None = None,
+        dtype: str = "float32",
     ) -> AbstractContextManager[PlayedRank]:
         """Play a rank of an engine that serves the model of a folder with a config.json.
 
@@ -142,12 +143,16 @@ class PlayedInstaller:
     packed afterwards.
     """
 
-    def __init__(self, rank: PlayedRank, model: nn.Module) -> None:
+    def __init__(self, rank: PlayedRank, model: nn.Module, spared: Container[str] = ()) -> None:
         self.trace = rank.trace
-        self.may_go_unused = rank.rules.may_go_unused
         self.model_dtype = rank.rules.model_dtype
+        self._rules = rank.rules
+        self._spared = spared
         self._model = model
         self.loaded: list[str] = []
+
+    def may_go_unused(self, name: str) -> bool:
+        return name in self._spared or self._rules.may_go_unused(name)
 
     def live_parameters(self) -> Tensors:
         return {name: each.detach() for name, each in self._model.named_parameters()}
@@ -170,19 +175,24 @@ class PlayedInstaller:
 
 
 def land(
-    rank: PlayedRank, model: nn.Module, offered: Sequence[Sequence[SourceBox]]
+    rank: PlayedRank,
+    model: nn.Module,
+    offered: Sequence[Sequence[SourceBox]],
+    *,
+    spared: Container[str] = (),
 ) -> tuple[RankReport, list[str]]:
     """Update a rank twice from what trainer ranks offer: other values first, then their own.
 
     The first update goes through the loader and is compared with what the map says; the second
-    lands in the parameters, except in modules that the map or the comparison kept out.
+    lands in the parameters, except in modules that the map or the comparison kept out. Names that
+    are `spared` may reach nothing.
 
     Returns:
         The second update's report, and the modules that went through the loader.
     """
     boxes = [box for each in offered for box in each]
     values = [box.data.clone() for box in boxes]
-    installer = PlayedInstaller(rank, model)
+    installer = PlayedInstaller(rank, model, spared)
     ranks = offered_boxes(*(each for each in offered if each))
     with ranks as trainers, receiving(installer) as receiver:
         for box in boxes:

@@ -76,6 +76,7 @@ class SglangHere:
         tp_rank: int,
         expert_parallel: bool = False,
         draft: Path | None = None,
+        dtype: str = "float32",
         **arguments: Any,
     ) -> Iterator[SglangRank]:
         """One rank; `arguments` are further ones of SGLang's `ServerArgs`."""
@@ -85,6 +86,7 @@ class SglangHere:
             ep_size=tp_size if expert_parallel else 1,
             json_model_override_args=json.dumps(_overrides(model)),
             **_speculation(model, draft),
+            dtype=dtype,
             **arguments,
         )
         with _context(server, tp_rank) as parallel:
@@ -162,12 +164,12 @@ def _updater(config: ModelConfig, model: nn.Module) -> WeightUpdater:
     )
 
 
-def _arguments(model: Path, **more: Any) -> ServerArgs:
+def _arguments(model: Path, *, dtype: str = "float32", **more: Any) -> ServerArgs:
     return ServerArgs(
         model_path=str(model),
         device="cpu",
         attention_backend="torch_native",
-        dtype="float32",
+        dtype=dtype,
         load_format="dummy",
         skip_tokenizer_init=True,
         skip_server_warmup=True,

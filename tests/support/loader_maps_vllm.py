@@ -68,6 +68,7 @@ class VllmHere:
         tp_rank: int,
         expert_parallel: bool = False,
         draft: Path | None = None,
+        dtype: str = "float32",
         **arguments: Any,
     ) -> Iterator[VllmRank]:
         """One rank; `arguments` are further ones of vLLM's `EngineArgs`."""
@@ -80,7 +81,7 @@ class VllmHere:
             model=str(model),
             tensor_parallel_size=tp_size,
             enable_expert_parallel=expert_parallel,
-            dtype="float32",
+            dtype=dtype,
             load_format="dummy",
             skip_tokenizer_init=True,
             enforce_eager=True,
@@ -103,7 +104,8 @@ class VllmRank:
 
     @property
     def rules(self) -> VllmWeightInstaller:
-        return VllmWeightInstaller(self.config, nn.Linear(1, 1))  # no live model is asked for
+        # No live model is asked for; one on the CPU would be refused what its reload gets wrong.
+        return VllmWeightInstaller(self.config, nn.Linear(1, 1, device="meta"))
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
         if self.draft is None:
