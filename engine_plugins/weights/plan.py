@@ -8,9 +8,8 @@ computed once and used for every update.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -374,16 +373,17 @@ def _packed_rows(
     offered = sources.boxes.shape[parts.offer]
     contiguous = contiguous_strides(offered, itemsize)
     dense = ((parts.strides_bytes == contiguous) | (offered == 1)).all(axis=1)
-    row = _row_elements(offered, tensors, parts) * itemsize
-    unwanted = row - _row_elements(parts.boxes.shape, tensors, parts) * itemsize
+    every = np.arange(len(run))
+    row = _row_elements(offered, tensors, parts, every) * itemsize
+    unwanted = row - _row_elements(parts.boxes.shape, tensors, parts, every) * itemsize
     short = np.maximum(run, unwanted) < SHORT_RUN_BYTES
     packed: npt.NDArray[np.bool_] = (outer > 0) & short & dense & (row <= scratch)
     return packed
 
 
-def _row_elements(shape: Column, tensors: TensorTable, parts: Parts) -> Column:
-    """[n] elements of one index on each box's own first axis."""
-    first = tensors.axes - np.maximum(tensors.ndim[parts.boxes.tensor], 1)
+def _row_elements(shape: Column, tensors: TensorTable, parts: Parts, rows: Column) -> Column:
+    """[n] elements of one index on the first own axis of these parts' shapes."""
+    first = tensors.axes - np.maximum(tensors.ndim[parts.boxes.tensor[rows]], 1)
     elements: Column = volumes(shape) // shape[np.arange(len(shape)), first]
     return elements
 
@@ -397,63 +397,67 @@ def _pieces(
     scratch: int,
 ) -> dict[int, list[PackedPiece]]:
     """Packed parts by step, in pieces of as many rows as the scratch area holds."""
-    pieces: dict[int, list[PackedPiece]] = {}
+    boxes, offer = parts.boxes[rows], parts.offer[rows]
+    offered = sources.boxes[offer]
+    axis = tensors.axes - np.maximum(tensors.ndim[boxes.tensor], 1)
+    each = np.arange(len(rows))
+    row_bytes = _row_elements(offered.shape, tensors, parts, rows) * tensors.itemsize[boxes.tensor]
+    most = scratch // row_bytes
+    count = boxes.shape[each, axis]
+    pieces = -(-count // most)
+    of = np.repeat(each, pieces)
+    row = (np.arange(len(of)) - np.repeat(pieces.cumsum() - pieces, pieces)) * most[of]
+    taken = np.minimum(most[of], count[of] - row)
+    skipped = (boxes.start - offered.start)[each, axis][of] + row
     columns = (
-        parts.boxes.tensor[rows].tolist(),
-        parts.offer[rows].tolist(),
-        parts.boxes.start[rows].tolist(),
-        parts.boxes.shape[rows].tolist(),
-        parts.target[rows].tolist(),
-        parts.target_strides[rows].tolist(),
+        boxes.tensor[of],
+        axis[of],
+        sources.source[offer][of],
+        sources.device[offer][of],
+        sources.address[offer][of] + (skipped * row_bytes[of]).astype(np.uint64),
+        taken * row_bytes[of],
+        taken,
+        offered.shape[of],
+        (boxes.start - offered.start)[of],
+        boxes.shape[of],
+        parts.target[rows][of] + row * parts.target_strides[rows][each, axis][of],
+        parts.target_strides[rows][of],
     )
-    for number, offer, start, shape, target, target_strides in zip(*columns, strict=True):
-        tensor = tensors.tensors[number]
-        own = slice(tensors.axes - len(tensor.shape), None)
-        cut = _Cut(
-            start=start[own],
-            shape=shape[own],
-            offered_start=sources.boxes.start[offer][own].tolist(),
-            offered_shape=sources.boxes.shape[offer][own].tolist(),
-        )
-        row_bytes = prod(cut.offered_shape[1:]) * tensor.dtype.itemsize
-        first_row = cut.start[0] - cut.offered_start[0]
-        address = int(sources.address[offer]) + first_row * row_bytes
-        for row, count in cut.rows(scratch // row_bytes):
-            piece = PackedPiece(
-                source=int(sources.source[offer]),
-                remote_device=int(sources.device[offer]),
-                remote_address=address + row * row_bytes,
-                nbytes=count * row_bytes,
-                scratch_offset=0,
-                dtype=tensor.dtype,
-                shape=(count, *cut.offered_shape[1:]),
-                wanted=(slice(0, count), *cut.within()),
-                target=target + row * target_strides[own][0],
-                target_strides=tuple(target_strides[own]),
-            )
-            pieces.setdefault(int(layout.step[number]), []).append(piece)
-    return pieces
+    found: dict[int, list[PackedPiece]] = {}
+    steps = layout.step[boxes.tensor[of]].tolist()
+    for step, piece in zip(steps, zip(*(c.tolist() for c in columns), strict=True), strict=True):
+        found.setdefault(step, []).append(_piece(tensors, *piece))
+    return found
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Cut:
-    """A part, and the source's box that it lies in."""
-
-    start: list[int]
-    shape: list[int]
-    offered_start: list[int]
-    offered_shape: list[int]
-
-    def rows(self, most: int) -> Iterator[tuple[int, int]]:
-        """First rows and counts of pieces of at most `most` rows."""
-        for row in range(0, self.shape[0], most):
-            yield row, min(most, self.shape[0] - row)
-
-    def within(self) -> Iterator[slice]:
-        """Where the part lies in the source's box, on all axes but the first."""
-        bounds = zip(self.start, self.offered_start, self.shape, strict=True)
-        for first, origin, size in list(bounds)[1:]:
-            yield slice(first - origin, first - origin + size)
+def _piece(
+    tensors: TensorTable,
+    number: int,
+    axis: int,
+    source: int,
+    device: int,
+    address: int,
+    nbytes: int,
+    count: int,
+    offered: list[int],
+    start: list[int],
+    shape: list[int],
+    target: int,
+    strides: list[int],
+) -> PackedPiece:
+    inner = range(axis + 1, len(shape))
+    return PackedPiece(
+        source=source,
+        remote_device=device,
+        remote_address=address,
+        nbytes=nbytes,
+        scratch_offset=0,
+        dtype=tensors.tensors[number].dtype,
+        shape=(count, *offered[axis + 1 :]),
+        wanted=(slice(0, count), *(slice(start[a], start[a] + shape[a]) for a in inner)),
+        target=target,
+        target_strides=tuple(strides[axis:]),
+    )
 
 
 def _batches(pieces: Sequence[PackedPiece], scratch: int) -> tuple[tuple[PackedPiece, ...], ...]:
