@@ -53,7 +53,7 @@ def destination_map(trace: LoaderTrace, tensors: Sequence[LogicalTensor]) -> Des
     boxes: dict[str, dict[DestinationBox, None]] = {}
     reasons: dict[str, str] = {}
     for copy in trace.copies:
-        if not copy.sources or not prod(copy.shape):
+        if not copy.sources or (copy.pure and not prod(copy.shape)):
             continue  # a constant is in place since the engine started
         module = copy.parameter.rpartition(".")[0]
         placed = _placed(copy, shapes)

@@ -120,6 +120,9 @@ class WatchedCopies:
         for leaf in tree_leaves(arguments):
             if isinstance(leaf, torch.Tensor):
                 names.update(dict.fromkeys(self._sources.get(_storage_id(leaf), ())))
+        changed = next(iter(arguments[0]), None) if func._schema.is_mutable else None
+        if isinstance(changed, torch.Tensor):
+            self._note_change(changed, tuple(names))
         if not names:
             return
         for leaf in tree_leaves(result):
@@ -132,6 +135,29 @@ class WatchedCopies:
                 self._alive.append(leaf)
                 self._sources[storage] = tuple(dict.fromkeys((*(known or ()), *names)))
                 self._derived.add(storage)
+
+    def _note_change(self, target: torch.Tensor, names: tuple[str, ...]) -> None:
+        """A parameter that is changed in place no longer holds what was copied into it."""
+        parameter = self._parameters.get(_storage_id(target))
+        given = [
+            name for copy in self.copies if copy.parameter == parameter for name in copy.sources
+        ]
+        sources = tuple(dict.fromkeys((*given, *names)))
+        if parameter is None or not sources:
+            return
+        self.from_unknown = True
+        self.copies.append(
+            TracedCopy(
+                sources=sources,
+                parameter=parameter,
+                offset=int(target.storage_offset()),
+                shape=(0,),
+                strides=(1,),
+                source_dtype=target.dtype,
+                parameter_dtype=target.dtype,
+                pure=False,
+            )
+        )
 
 
 def following(copies: WatchedCopies) -> TorchDispatchMode:

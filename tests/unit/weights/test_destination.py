@@ -119,3 +119,12 @@ def test_constants_and_repeated_copies_count_once() -> None:
         p["m.p"][:8].copy_(w)
 
     assert len(traced((8, 6), parameters, load).boxes["m"]) == 1
+
+
+def test_a_module_whose_parameter_is_changed_after_the_copy_is_left_to_the_loader() -> None:
+    def copy(parameters: dict[str, torch.Tensor], weight: torch.Tensor) -> None:
+        parameters["m.p"].copy_(weight).mul_(2)
+
+    found = traced((4, 4), {"m.p": torch.empty(4, 4, device="meta")}, copy)
+    assert found.boxes == {}
+    assert found.reasons == {"m": "the loader computes m.p from w"}

@@ -291,3 +291,23 @@ def test_torch_is_as_before_after_a_trace_and_after_a_refusal() -> None:
     with pytest.raises(WeightMismatchError, match="w: the engine's loader refuses"):
         traced({"m.w": (4, 4)}, refuse, tensor("w", 4, 4))
     assert not {"copy_", "fill_", "zero_"} & set(vars(torch.Tensor))
+
+
+def test_a_parameter_that_is_changed_after_its_copy_is_told_from_a_copy() -> None:
+    """Its values are no longer the tensor's, though the copy itself was one."""
+
+    def load(parameters: dict[str, torch.Tensor], weights: Weights) -> None:
+        for name, weight in weights:
+            parameters[name].copy_(weight)
+            if "0" in name:
+                parameters[name].add_(1)
+
+    trace = traced(
+        {f"l.{n}.w": (4, 4) for n in range(2)}, load, *(tensor(f"l.{n}.w", 4, 4) for n in range(2))
+    )
+    assert {(copy.parameter, copy.pure) for copy in trace.copies} == {
+        ("l.0.w", True),
+        ("l.0.w", False),
+        ("l.1.w", True),
+    }
+    assert trace.covered_numel() == trace.parameter_numel
