@@ -15,117 +15,41 @@ import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
 
-import torch
-
-from engine_plugins.errors import ConflictError, EngineCallError, UnknownIdError
-from engine_plugins.weights.coverage import (
-    EngineStep,
-    LoaderRules,
-    engine_steps,
-    parameters_by_coverage,
+from engine_plugins.errors import ConflictError, UnknownIdError
+from engine_plugins.weights.connection import (
+    Connection,
+    ConnectResult,
+    Direction,
+    rank_plan,
 )
-from engine_plugins.weights.destination import destination_map
-from engine_plugins.weights.destinations import Destination
-from engine_plugins.weights.landing import Landing
+from engine_plugins.weights.coverage import (
+    engine_steps,
+)
+from engine_plugins.weights.engine_model import EngineModel
 from engine_plugins.weights.live_memory import LiveMemory
-from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.needed import needed_boxes
 from engine_plugins.weights.peak_memory import PeakMemory
-from engine_plugins.weights.peer_source import PeerSource, peer_boxes
-from engine_plugins.weights.placement import Interval, SourceBox
+from engine_plugins.weights.peer_source import PeerSource
+from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.plan import (
     FetchPlan,
     Step,
-    build_plan,
-    coalesced,
-    laid_apart,
     logical_tensors,
 )
 from engine_plugins.weights.plan_cache import PlanCache
 from engine_plugins.weights.prepared_fetch import PreparedFetch
 from engine_plugins.weights.prepared_push import PreparedPush
-from engine_plugins.weights.report import RankPlan, RankReport
+from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.source_choice import Reader
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.link import measure_links
 from engine_plugins.weights.update_run import PreparedPlan, PullStatus, UpdateRun
+from engine_plugins.weights.weight_installer import WeightInstaller
 
-__all__ = [
-    "Aborted",
-    "ConnectResult",
-    "Direction",
-    "PullStatus",
-    "WeightInstaller",
-    "WeightReceiver",
-]
-
-Direction = Literal["pull", "push"]
-
-_SHOWN = 8
-
-
-class WeightInstaller(LoaderRules, Protocol):
-    """What an engine must supply: its own loader, once on placeholders and once for real."""
-
-    def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
-        """Record what the engine's loader does with these tensors; touches nothing live."""
-        ...
-
-    def live_parameters(self) -> Mapping[str, torch.Tensor]:
-        """The parameters that serve, by the trace's names; asked while no load is under way."""
-        ...
-
-    def begin(self) -> None:
-        """Make the model ready for new weights; generation stands still from here on."""
-        ...
-
-    def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        """Load whole HF tensors that fill `modules`; keeps no reference to them afterwards."""
-        ...
-
-    def landed(self, modules: Sequence[str]) -> None:
-        """Take note that the live parameters of `modules` were written without `install`."""
-        ...
-
-    def finish(self) -> None:
-        """End the load; every derived copy is of the new weights."""
-        ...
-
-    def abandon(self) -> None:
-        """Leave a model that can be loaded again, after a failure between begin and finish."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Connected:
-    """Sources that this rank knows, and what it wants of them."""
-
-    direction: Direction
-    manifests: Sequence[SourceManifest]
-    steps: Sequence[EngineStep]
-    needed: Mapping[str, Sequence[Interval]]
-    plans: dict[frozenset[str], FetchPlan] = field(default_factory=dict)
-    """By the modules that land directly; made once."""
-
-    def plan(
-        self, landing: Landing, reader: Reader, cache: PlanCache, *, direct: bool
-    ) -> FetchPlan:
-        """The plan with the proven modules landing directly, or with none."""
-        chosen = [mods for mods, _ in self.steps if direct and landing.proven >= set(mods)]
-        modules = frozenset(module for modules in chosen for module in modules)
-
-        def made() -> FetchPlan:
-            steps, live = coalesced(self.steps, modules), landing.live_boxes(modules)
-            return build_plan(self.manifests, steps, self.needed, live, reader)
-
-        if modules not in self.plans:
-            plan = cache.plan(self.manifests, modules, made)
-            self.plans[modules] = laid_apart(plan) if self.direction == "push" else plan
-        return self.plans[modules]
+__all__ = ["Aborted", "WeightReceiver"]
 
 
 class WeightReceiver:
@@ -162,14 +86,13 @@ class WeightReceiver:
         self._tp_rank = tp_rank
         self._stall_timeout_s = stall_timeout_s
         self._direct_landing = direct_landing
-        self._connected: dict[str, _Connected] = {}
+        self._connected: dict[str, Connection] = {}
         self._prepared: tuple[str, PreparedPlan] | None = None
         self._run: UpdateRun | None = None
-        self._traced: tuple[tuple[LogicalTensor, ...], LoaderTrace, Landing] | None = None
+        self._model = EngineModel(installer)
         self._live: tuple[frozenset[str], LiveMemory] | None = None
         self._lost = False
         self._peers: PeerSource | None = None
-        self._offered: tuple[Landing, list[SourceBox]] | None = None
 
     def connect(
         self,
@@ -189,22 +112,23 @@ class WeightReceiver:
         planning = time.perf_counter()
         found = functools.partial(self._cache.finding, manifests)
         tensors = found("tensors", lambda: logical_tensors(manifests))
-        trace, landing = self._trace(tensors)
+        trace = self._model.trace(tensors)
+        self._look_again()
         steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
-        connected = _Connected(
+        connected = Connection(
             direction=direction,
             manifests=manifests,
             steps=steps,
             needed=found("needed", lambda: needed_boxes(trace, tensors)),
         )
-        plan = self._plan(connected, landing, direct=self._direct_landing)
+        plan = self._plan(connected, direct=self._direct_landing)
         connecting = time.perf_counter()
         prepared = self._prepare(plan_id, connected, plan, staged=False)
         self._connected[plan_id] = connected
         if direction == "pull":
             self._measure_links(manifests)
         return ConnectResult(
-            plan=_rank_plan(plan, trace, landing, self._tp_rank, prepared.arena_bytes),
+            plan=rank_plan(plan, trace, self._model.landing, self._tp_rank, prepared.arena_bytes),
             unused=unused,
             plan_s=connecting - planning,
             connect_s=time.perf_counter() - connecting,
@@ -367,73 +291,43 @@ class WeightReceiver:
         if step.direct:
             self._installer.landed(step.modules)
             return
-        landing = self._landing()
+        landing = self._model.landing
         tensors = prepared.tensors(index)
-        if prepared.staged and landing.proven >= set(step.modules):
+        copied = prepared.staged and self._direct_landing and landing.proven >= set(step.modules)
+        if copied:
             landing.copy(step.modules, dict(tensors))
             self._installer.landed(step.modules)
             self._current().staged_bytes += step.bytes_needed
             return
         self._installer.install(step.modules, tensors)
-        if self._direct_landing:
-            landing.compare(step.modules, dict(tensors))
+        landing.compare(step.modules, dict(tensors))
 
-    def _trace(self, tensors: Sequence[LogicalTensor]) -> tuple[LoaderTrace, Landing]:
-        """The engine's trace; a trainer that connects anew has the tensors that it had before."""
-        key = tuple(tensors)
-        if self._traced is None or self._traced[0] != key:
-            trace = self._installer.trace(tensors)
-            self._traced = (key, trace, self._new_landing(trace, tensors))
-        elif self._traced[2].moved(self._installer.live_parameters()):
-            self._look_again()
-        return self._traced[1:]
+    def _pull_plan(self, connected: Connection, *, staged: bool) -> FetchPlan:
+        """The plan as it is now: with the modules that have been proven."""
+        self._look_again()
+        return self._plan(connected, direct=self._direct_landing and not staged)
 
-    def _new_landing(self, trace: LoaderTrace, tensors: Sequence[LogicalTensor]) -> Landing:
-        parameters = self._installer.live_parameters()
-        landing = Landing(destination_map(trace, tensors), trace.layouts, parameters)
-        if self._traced is not None:
-            landing.inherit(self._traced[2])
-        return landing
+    def _plan(self, connected: Connection, *, direct: bool) -> FetchPlan:
+        return connected.plan(self._model.landing, self._reader, self._cache, direct=direct)
 
     def _peer_boxes(self) -> list[SourceBox]:
         self._refuse_while_running()
-        if self._landing().moved(self._installer.live_parameters()):
-            self._look_again()
-        landing = self._landing()
-        if self._offered is None or self._offered[0] is not landing:
-            tensors = self._traced[0] if self._traced is not None else ()
-            self._offered = (landing, peer_boxes(landing, tensors))
-        return self._offered[1]
+        self._look_again()
+        return self._model.peer_boxes()
 
-    def _landing(self) -> Landing:
-        if self._traced is None:
-            raise EngineCallError(f"rank {self._tp_rank} has no trace of its loader")
-        return self._traced[2]
-
-    def _look_again(self) -> None:
-        """Forget what was known of live parameters that are no longer where they were."""
-        if self._traced is not None:
-            tensors, trace, _ = self._traced
-            self._traced = (tensors, trace, self._new_landing(trace, tensors))
+    def _look_again(self) -> bool:
+        """Drop every plan into live parameters that are no longer where they were."""
+        moved = self._model.look_again()
+        if moved:
             self._release()
             self._cache.clear()
             for connected in self._connected.values():
                 connected.plans.clear()
-
-    def _pull_plan(self, connected: _Connected, *, staged: bool) -> FetchPlan:
-        """The plan as it is now: with the modules that have been proven."""
-        if self._landing().moved(self._installer.live_parameters()):
-            self._look_again()
-        direct = self._direct_landing and not staged
-        return self._plan(connected, self._landing(), direct=direct)
-
-    def _plan(self, connected: _Connected, landing: Landing, *, direct: bool) -> FetchPlan:
-        return connected.plan(landing, self._reader, self._cache, direct=direct)
+        return moved
 
     def _push_of(self, plan_id: str) -> PreparedPlan:
         """The memory that the trainers were told of; nothing else will do."""
-        moved = self._landing().moved(self._installer.live_parameters())
-        if self._prepared is None or self._prepared[0] != plan_id or moved:
+        if self._look_again() or self._prepared is None or self._prepared[0] != plan_id:
             raise UnknownIdError(
                 f"rank {self._tp_rank} no longer holds the memory that plan {plan_id} told of",
                 remedy="connect again",
@@ -468,7 +362,7 @@ class WeightReceiver:
         return self._run
 
     def _prepare(
-        self, plan_id: str, connected: _Connected, plan: FetchPlan, *, staged: bool
+        self, plan_id: str, connected: Connection, plan: FetchPlan, *, staged: bool
     ) -> PreparedPlan:
         """The plan with its memory; kept from update to update while it fits."""
         kept = self._kept(plan_id, plan, staged=staged)
@@ -499,7 +393,7 @@ class WeightReceiver:
 
     def _live_memory(self) -> LiveMemory:
         """The proven modules' parameters, registered."""
-        landing = self._landing()
+        landing = self._model.landing
         proven = frozenset(landing.proven)
         if self._live is None or self._live[0] != proven:
             if self._live is not None:
@@ -528,47 +422,9 @@ class WeightReceiver:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConnectResult:
-    """What a rank answers to `connect`."""
-
-    plan: RankPlan
-    unused: list[str]
-    """HF names that reached no parameter of this rank and are not known to be ignorable."""
-    plan_s: float
-    connect_s: float
-    destination: Destination | None
-    """Of a push, where the trainers write."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Aborted:
     """What an update that was given up may have done to live weights."""
 
     wrote: bool
     lost: bool
     """Bytes may still come in, at any time: only a restart helps."""
-
-
-def _rank_plan(
-    plan: FetchPlan, trace: LoaderTrace, landing: Landing, tp_rank: int, arena_bytes: int
-) -> RankPlan:
-    moved = sum(step.bytes_to_move for step in plan.steps)
-    needed = sum(step.bytes_needed for step in plan.steps)
-    modules = [module for step in plan.steps if not step.direct for module in step.modules]
-    reasons = [f"{name}: {landing.reasons[name]}" for name in modules if name in landing.reasons]
-    loaded, idle = parameters_by_coverage(trace)
-    return RankPlan(
-        tp_rank=tp_rank,
-        parameters_loaded=loaded,
-        parameters_idle=idle[:_SHOWN],
-        bytes_needed=needed,
-        bytes_to_move=moved,
-        operations=sum(step.operations for step in plan.steps),
-        direct_bytes=plan.direct_bytes,
-        staged_bytes=0,
-        loader_bytes=needed - plan.direct_bytes,
-        reasons=reasons[:_SHOWN],
-        steps=len(plan.steps),
-        largest_step_bytes=plan.largest_step_bytes,
-        arena_bytes=arena_bytes,
-    )

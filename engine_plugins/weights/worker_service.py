@@ -19,13 +19,16 @@ import msgspec
 from engine_plugins import errors
 from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
 from engine_plugins.settings import Settings
+from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.destinations import Destination
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
-from engine_plugins.weights.receiver import Direction, PullStatus, WeightInstaller, WeightReceiver
+from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
 from engine_plugins.weights.source_choice import Reader
 from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.update_run import PullStatus
+from engine_plugins.weights.weight_installer import WeightInstaller
 
 __all__ = [
     "AbortAnswer",

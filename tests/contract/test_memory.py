@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from engine_plugins import WeightSender
 from engine_plugins.sender.report import SenderReport
-from engine_plugins.weights.receiver import Direction
+from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.report import UpdateReport
 from tests.support.configurations import SIZED, on
 from tests.support.engine_server import TOKEN

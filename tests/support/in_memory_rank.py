@@ -8,17 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine_plugins.errors import EnginePluginError
+from engine_plugins.weights.connection import ConnectResult, Direction
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.plan import Step
-from engine_plugins.weights.receiver import (
-    ConnectResult,
-    Direction,
-    PullStatus,
-    WeightReceiver,
-)
+from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.update_run import PreparedPlan
+from engine_plugins.weights.update_run import PreparedPlan, PullStatus
 from engine_plugins.weights.worker_service import WorkerService
 from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel
 

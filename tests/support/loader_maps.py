@@ -22,9 +22,10 @@ from torch import nn
 from engine_plugins.weights.coverage import LoaderRules
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
 from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.receiver import WeightInstaller, WeightReceiver
+from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.weight_installer import WeightInstaller
 from tests.support.source_ranks import SourceRank, offered_boxes
 
 __all__ = [

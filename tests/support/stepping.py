@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine_plugins.weights.receiver import WeightInstaller
+from engine_plugins.weights.weight_installer import WeightInstaller
 
 __all__ = ["STEPPING_FOLDER", "Steps", "watch_installs"]
 

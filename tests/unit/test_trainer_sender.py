@@ -325,7 +325,7 @@ def test_progress_is_drawn_where_asked_for(
     assert engines[0].polls == 0
     with hf_sender(tiny(), engines[:1], transport, progress=True) as sender:
         sender.update(2)
-    assert engines[0].polls >= 2
+    assert engines[0].polls >= 1
     assert "v2 http://127.0.0.1" in capsys.readouterr().err
 
 
