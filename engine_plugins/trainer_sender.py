@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -41,10 +41,33 @@ from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.base import Transport
 
-__all__ = ["WeightSender"]
+__all__ = ["SenderOptions", "WeightSender"]
 
 Engines = str | Sequence[str]
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+
+
+class SenderOptions(TypedDict, total=False):
+    """What every way to make a `WeightSender` takes besides."""
+
+    token: str | None
+    """The engines' admin token; see `AdminClient`."""
+    transport: Transport | None
+    """An open transport, which stays the caller's to close; by default NIXL."""
+    process_group: dist.ProcessGroup | None
+    """The ranks that take part; by default all."""
+    progress: bool | None
+    """Draw progress bars on stderr of the leading rank; None when it is a terminal."""
+    fan_out: int | None
+    """Have engines feed each other: the trainer's memory is read by the first one only, and each
+    engine that has the version feeds so many others. None has every engine read the trainer's. The
+    engines take a version one after the other, down the tree."""
+    direction: Direction
+    """`pull` (the default) has the engines read the trainer's memory, `push` has every rank write
+    into the engines'. A push is always in two phases."""
+    two_phase: bool | None
+    """Have no engine install a version before all are ready to; if one is not, all keep their old
+    weights. It costs the memory of mode staged. None: only for a push."""
 
 
 class WeightSender:
@@ -59,20 +82,10 @@ class WeightSender:
     Args:
         boxes: gives this process's boxes anew for every update.
         engines: base urls, `http://host:8000`.
-        token: admin token; see `AdminClient`.
         model: facts that engines compare with their own config; see `model_facts`.
-        transport: an open transport, which stays the caller's to close; by default NIXL.
-        process_group: the ranks that take part; by default all.
-        progress: draw progress bars on stderr of the leading rank; None when it is a terminal.
-        fan_out: have engines feed each other: the trainer's memory is read by the first one only,
-            and each engine that has the version feeds so many others. None has every engine read
-            the trainer's. The engines take a version one after the other, down the tree.
-        direction: `pull` has the engines read the trainer's memory, `push` has every rank write
-            into the engines'. A push is always in two phases.
-        two_phase: have no engine install a version before all are ready to; if one is not, all
-            keep their old weights. It costs the memory of mode staged. None: only for a push.
         places: gives the place of every rank of a larger job that this process plays; see
             `check_topology`.
+        **options: see `SenderOptions`.
 
     Raises:
         SettingsError: an engine url that is none, or given twice; a fan_out below 1, or together
@@ -87,32 +100,29 @@ class WeightSender:
         boxes: Callable[[], Sequence[SourceBox]],
         *,
         engines: Engines,
-        token: str | None = None,
         model: Mapping[str, str | int | bool] | None = None,
-        transport: Transport | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        progress: bool | None = None,
-        fan_out: int | None = None,
-        direction: Direction = "pull",
-        two_phase: bool | None = None,
         places: Callable[[], Sequence[Place]] = tuple,
+        **options: Unpack[SenderOptions],
     ) -> None:
-        self._token = token
+        self._token = options.get("token")
         self._model = dict(model or {})
-        self._progress = progress
-        self._fan_out = fan_out
-        self._direction: Direction = direction
-        self._two_phase = direction == "push" if two_phase is None else two_phase
+        self._progress = options.get("progress")
+        self._fan_out = options.get("fan_out")
+        self._direction: Direction = options.get("direction", "pull")
+        two_phase = options.get("two_phase")
+        self._two_phase = self._direction == "push" if two_phase is None else two_phase
         self._push: Push | None = None
         self._owned_transport: Transport | None = None
         self._source: WeightSource | None = None
         self._links: dict[str, EngineLink] = {}
-        self._ranks = TrainerRanks(process_group)
+        self._ranks = TrainerRanks(options.get("process_group"))
         try:
             told = self._ranks.agree("reading the ranks", lambda: list(places()), list[Place])
             check_topology([place for told_by_one in told for place in told_by_one])
             self._ranks.agree(
-                "registering the weights", partial(self._open, boxes, engines, transport), None
+                "registering the weights",
+                partial(self._open, boxes, engines, options.get("transport")),
+                None,
             )
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
@@ -124,14 +134,8 @@ class WeightSender:
         named_tensors: NamedTensors,
         *,
         engines: Engines,
-        token: str | None = None,
         config: object = None,
-        transport: Transport | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        progress: bool | None = None,
-        fan_out: int | None = None,
-        direction: Direction = "pull",
-        two_phase: bool | None = None,
+        **options: Unpack[SenderOptions],
     ) -> Self:
         """Send HF-named tensors: whole ones, and of DTensors each rank's share.
 
@@ -140,28 +144,16 @@ class WeightSender:
                 parameters whose `.data` is replaced later are followed; the detached tensors
                 of a `state_dict()` are sent as they are. Of an FSDP2 model give the module to
                 `from_fsdp`: its parameters are other objects while it is unsharded.
-            engines: as for the class, like the arguments not named here.
-            token: see `AdminClient`.
+            engines: base urls, `http://host:8000`.
             config: the HF config, object or dict.
-            transport: see the class.
-            process_group: see the class.
-            progress: see the class.
-            fan_out: see the class.
-            direction: see the class.
-            two_phase: see the class.
+            **options: see `SenderOptions`.
         """
         kept = dict(named_tensors) if isinstance(named_tensors, Mapping) else list(named_tensors)
         return cls(
             partial(hf_boxes, kept, model_type=_model_type(config)),
             engines=engines,
-            token=token,
             model=model_facts(config),
-            transport=transport,
-            process_group=process_group,
-            progress=progress,
-            fan_out=fan_out,
-            direction=direction,
-            two_phase=two_phase,
+            **options,
         )
 
     @classmethod
@@ -170,14 +162,8 @@ class WeightSender:
         model: nn.Module,
         *,
         engines: Engines,
-        token: str | None = None,
         config: object = None,
-        transport: Transport | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        progress: bool | None = None,
-        fan_out: int | None = None,
-        direction: Direction = "pull",
-        two_phase: bool | None = None,
+        **options: Unpack[SenderOptions],
     ) -> Self:
         """Send what this process holds of an FSDP2 model (HSDP, with tensor parallelism or not).
 
@@ -187,15 +173,9 @@ class WeightSender:
         Args:
             model: the HF model that `fully_shard` was called on; compiled or with activation
                 checkpointing or not.
-            engines: as for the class, like the arguments not named here.
-            token: see `AdminClient`.
+            engines: base urls, `http://host:8000`.
             config: the HF config, object or dict.
-            transport: see the class.
-            process_group: see the class.
-            progress: see the class.
-            fan_out: see the class.
-            direction: see the class.
-            two_phase: see the class.
+            **options: see `SenderOptions`.
 
         Raises:
             UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
@@ -204,14 +184,8 @@ class WeightSender:
         return cls(
             lambda: hf_boxes(fsdp_tensors(model), model_type=family),
             engines=engines,
-            token=token,
             model=model_facts(config),
-            transport=transport,
-            process_group=process_group,
-            progress=progress,
-            fan_out=fan_out,
-            direction=direction,
-            two_phase=two_phase,
+            **options,
         )
 
     @classmethod
@@ -221,13 +195,7 @@ class WeightSender:
         config: Any,
         *,
         engines: Engines,
-        token: str | None = None,
-        transport: Transport | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        progress: bool | None = None,
-        fan_out: int | None = None,
-        direction: Direction = "pull",
-        two_phase: bool | None = None,
+        **options: Unpack[SenderOptions],
     ) -> Self:
         """Send what this process holds of a Megatron model, in Megatron's own layout.
 
@@ -235,27 +203,15 @@ class WeightSender:
             ranks: this process's share; its model chunks as modules; or several shares, for
                 a process that plays many ranks.
             config: the HF config that the engines serve, object or dict.
-            engines: as for the class, like the arguments not named here.
-            token: see `AdminClient`.
-            transport: see the class.
-            process_group: see the class.
-            progress: see the class.
-            fan_out: see the class.
-            direction: see the class.
-            two_phase: see the class.
+            engines: base urls, `http://host:8000`.
+            **options: see `SenderOptions`.
         """
         return cls(
             lambda: [box for rank in ranks_of(ranks) for box in megatron_boxes(rank, config)],
             places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
             engines=engines,
-            token=token,
             model=model_facts(config),
-            transport=transport,
-            process_group=process_group,
-            progress=progress,
-            fan_out=fan_out,
-            direction=direction,
-            two_phase=two_phase,
+            **options,
         )
 
     def update(
