@@ -39,6 +39,7 @@ __all__ = [
     "FetchPlan",
     "Landing",
     "PackedPiece",
+    "PieceForm",
     "Step",
     "StepRead",
     "Window",
@@ -77,6 +78,18 @@ class StepRead:
     descriptors: Descriptors
 
 
+class PieceForm(NamedTuple):
+    """What many packed pieces have in common."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of the rows as they are read, in elements."""
+    wanted: tuple[slice, ...]
+    """What of them is wanted."""
+    target_strides: tuple[int, ...]
+    """Of what is wanted where it goes, in bytes."""
+
+
 class PackedPiece(NamedTuple):
     """Rows that are contiguous at the source and land as many short runs.
 
@@ -89,15 +102,9 @@ class PackedPiece(NamedTuple):
     remote_address: int
     nbytes: int
     scratch_offset: int
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    """Of the rows as they are read, in elements."""
-    wanted: tuple[slice, ...]
-    """What of them is wanted."""
     target: int
-    """Where that goes: bytes from the step's start, or an address in live memory."""
-    target_strides: tuple[int, ...]
-    """Of what is wanted where it goes, in bytes."""
+    """Where it goes: bytes from the step's start, or an address in live memory."""
+    form: PieceForm
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -262,7 +269,7 @@ def build_plan(
             nbytes=int(layout.nbytes[number]),
             bytes_needed=int(wanted[number]),
             reads=tuple(reads.get(number, ())),
-            packed=_batches(pieces.get(number, ()), scratch),
+            packed=tuple(map(tuple, pieces.get(number, ()))),
         )
         for number, (modules, tensors) in enumerate(steps)
     ]
@@ -395,84 +402,73 @@ def _pieces(
     layout: _Layout,
     rows: Column,
     scratch: int,
-) -> dict[int, list[PackedPiece]]:
-    """Packed parts by step, in pieces of as many rows as the scratch area holds."""
+) -> dict[int, list[list[PackedPiece]]]:
+    """Packed parts by step, in batches of pieces that fit the scratch area."""
     boxes, offer = parts.boxes[rows], parts.offer[rows]
     offered = sources.boxes[offer]
-    axis = tensors.axes - np.maximum(tensors.ndim[boxes.tensor], 1)
     each = np.arange(len(rows))
+    axis = tensors.axes - np.maximum(tensors.ndim[boxes.tensor], 1)
     row_bytes = _row_elements(offered.shape, tensors, parts, rows) * tensors.itemsize[boxes.tensor]
     most = scratch // row_bytes
     count = boxes.shape[each, axis]
-    pieces = -(-count // most)
-    of = np.repeat(each, pieces)
-    row = (np.arange(len(of)) - np.repeat(pieces.cumsum() - pieces, pieces)) * most[of]
+    cuts = -(-count // most)
+    of = np.repeat(each, cuts)
+    row = (np.arange(len(of)) - np.repeat(cuts.cumsum() - cuts, cuts)) * most[of]
     taken = np.minimum(most[of], count[of] - row)
     skipped = (boxes.start - offered.start)[each, axis][of] + row
+    strides = parts.target_strides[rows]
+    shape = (offered.shape[of], (boxes.start - offered.start)[of], boxes.shape[of], strides[of])
+    forms, form = _forms(tensors, boxes.tensor[of], axis[of], taken, shape)
     columns = (
-        boxes.tensor[of],
-        axis[of],
+        layout.step[boxes.tensor[of]],
         sources.source[offer][of],
         sources.device[offer][of],
         sources.address[offer][of] + (skipped * row_bytes[of]).astype(np.uint64),
         taken * row_bytes[of],
-        taken,
-        offered.shape[of],
-        (boxes.start - offered.start)[of],
-        boxes.shape[of],
-        parts.target[rows][of] + row * parts.target_strides[rows][each, axis][of],
-        parts.target_strides[rows][of],
+        parts.target[rows][of] + row * strides[each, axis][of],
     )
-    found: dict[int, list[PackedPiece]] = {}
-    steps = layout.step[boxes.tensor[of]].tolist()
-    for step, piece in zip(steps, zip(*(c.tolist() for c in columns), strict=True), strict=True):
-        found.setdefault(step, []).append(_piece(tensors, *piece))
+    found: dict[int, list[list[PackedPiece]]] = {}
+    used = 0
+    for step, source, device, address, nbytes, target, number in zip(
+        *(column.tolist() for column in columns), form, strict=True
+    ):
+        batches = found.setdefault(step, [])
+        if not batches or used + nbytes > scratch:
+            batches.append([])
+            used = 0
+        piece = PackedPiece(source, device, address, nbytes, used, target, forms[number])
+        batches[-1].append(piece)
+        used = _aligned(used + nbytes)
     return found
 
 
-def _piece(
-    tensors: TensorTable,
-    number: int,
-    axis: int,
-    source: int,
-    device: int,
-    address: int,
-    nbytes: int,
-    count: int,
-    offered: list[int],
-    start: list[int],
-    shape: list[int],
-    target: int,
-    strides: list[int],
-) -> PackedPiece:
-    inner = range(axis + 1, len(shape))
-    return PackedPiece(
-        source=source,
-        remote_device=device,
-        remote_address=address,
-        nbytes=nbytes,
-        scratch_offset=0,
-        dtype=tensors.tensors[number].dtype,
-        shape=(count, *offered[axis + 1 :]),
-        wanted=(slice(0, count), *(slice(start[a], start[a] + shape[a]) for a in inner)),
-        target=target,
-        target_strides=tuple(strides[axis:]),
-    )
-
-
-def _batches(pieces: Sequence[PackedPiece], scratch: int) -> tuple[tuple[PackedPiece, ...], ...]:
-    batches: list[tuple[PackedPiece, ...]] = []
-    batch: list[PackedPiece] = []
-    used = 0
-    for piece in pieces:
-        if used + piece.nbytes > scratch and batch:
-            batches.append(tuple(batch))
-            batch, used = [], 0
-        batch.append(piece._replace(scratch_offset=used))
-        used = _aligned(used + piece.nbytes)
-    if batch:
-        batches.append(tuple(batch))
-    return tuple(batches)
+def _forms(
+    tensors: TensorTable, number: Column, axis: Column, taken: Column, shape: Sequence[Column]
+) -> tuple[list[PieceForm], list[int]]:
+    """The different forms of pieces, and which of them each piece has."""
+    codes = {dtype: code for code, dtype in enumerate({t.dtype for t in tensors.tensors})}
+    dtypes = list(codes)
+    code = np.fromiter((codes[t.dtype] for t in tensors.tensors), np.int64, len(tensors.tensors))
+    table = np.column_stack([code[number], axis, taken, *shape])
+    known: dict[bytes, int] = {}
+    keys = table.view(f"V{table.shape[1] * table.itemsize}")[:, 0].tolist()
+    form = [known.setdefault(key, len(known)) for key in keys]
+    forms: list[PieceForm] = []
+    for kind, first, count, *numbers in (np.frombuffer(key, np.int64).tolist() for key in known):
+        axes = range(first, tensors.axes)
+        offered, start, wanted, strides = (
+            [numbers[column * tensors.axes + a] for a in axes] for column in range(4)
+        )
+        inner = zip(start[1:], wanted[1:], strict=True)
+        forms.append(
+            PieceForm(
+                dtype=dtypes[kind],
+                shape=(count, *offered[1:]),
+                wanted=(slice(0, count), *(slice(a, a + size) for a, size in inner)),
+                target_strides=tuple(strides),
+            )
+        )
+    return forms, form
 
 
 def _aligned(nbytes: int) -> int:

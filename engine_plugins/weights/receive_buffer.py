@@ -72,8 +72,10 @@ class ReceiveBuffer:
 
     def spread(self, index: int, piece: PackedPiece) -> None:
         """Put what is wanted of a step's packed rows from the scratch area into its place."""
-        rows = self._memory.tensor(self.ring_bytes + piece.scratch_offset, piece.shape, piece.dtype)
-        wanted = rows[piece.wanted]
+        rows = self._memory.tensor(
+            self.ring_bytes + piece.scratch_offset, piece.form.shape, piece.form.dtype
+        )
+        wanted = rows[piece.form.wanted]
         self._target(index, piece, wanted.shape).copy_(wanted)
 
     def close(self) -> None:
@@ -95,10 +97,11 @@ class ReceiveBuffer:
         return self._arena
 
     def _target(self, index: int, piece: PackedPiece, shape: Sequence[int]) -> torch.Tensor:
+        strides, dtype = piece.form.target_strides, piece.form.dtype
         if self._live is not None and self._plan.steps[index].direct:
-            return self._live.strided(piece.target, shape, piece.target_strides, piece.dtype)
+            return self._live.strided(piece.target, shape, strides, dtype)
         at = self.windows[index].offset_bytes + piece.target
-        return self._memory.strided(at, shape, piece.target_strides, piece.dtype)
+        return self._memory.strided(at, shape, strides, dtype)
 
 
 def _check_memory(wanted_bytes: int) -> None:

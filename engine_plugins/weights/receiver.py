@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from engine_plugins.errors import ConflictError, UnknownIdError
+from engine_plugins.weights.collector import collector_paused
 from engine_plugins.weights.connection import (
     Connection,
     ConnectResult,
@@ -110,18 +111,19 @@ class WeightReceiver:
         """
         self._refuse_while_running()
         planning = time.perf_counter()
-        found = functools.partial(self._cache.finding, manifests)
-        tensors = found("tensors", lambda: logical_tensors(manifests))
-        trace = self._model.trace(tensors)
-        self._look_again()
-        steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
-        connected = Connection(
-            direction=direction,
-            manifests=manifests,
-            steps=steps,
-            needed=found("needed", lambda: needed_boxes(trace, tensors)),
-        )
-        plan = self._plan(connected, direct=self._direct_landing)
+        with collector_paused():
+            found = functools.partial(self._cache.finding, manifests)
+            tensors = found("tensors", lambda: logical_tensors(manifests))
+            trace = self._model.trace(tensors)
+            self._look_again()
+            steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
+            connected = Connection(
+                direction=direction,
+                manifests=manifests,
+                steps=steps,
+                needed=found("needed", lambda: needed_boxes(trace, tensors)),
+            )
+            plan = self._plan(connected, direct=self._direct_landing)
         connecting = time.perf_counter()
         prepared = self._prepare(plan_id, connected, plan, staged=False)
         self._connected[plan_id] = connected

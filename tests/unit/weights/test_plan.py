@@ -61,10 +61,10 @@ def carry_out(plan: FetchPlan, needed: Needed | None = None) -> dict[str, torch.
                 used[at : at + piece.nbytes] += 1
             for piece in batch:
                 block = scratch[piece.scratch_offset :][: piece.nbytes]
-                wanted = block.view(piece.dtype).view(piece.shape)[piece.wanted]
-                item = piece.dtype.itemsize
-                place = (*wanted.shape, item), (*piece.target_strides, 1), piece.target
-                view = buffer.as_strided(*place).view(piece.dtype)[..., 0]
+                wanted = block.view(piece.form.dtype).view(piece.form.shape)[piece.form.wanted]
+                item = piece.form.dtype.itemsize
+                place = (*wanted.shape, item), (*piece.form.target_strides, 1), piece.target
+                view = buffer.as_strided(*place).view(piece.form.dtype)[..., 0]
                 view.copy_(wanted)
                 times_written.as_strided(*place).add_(1)
             assert int(used.max()) == 1
