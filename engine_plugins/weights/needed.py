@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -28,6 +29,7 @@ def needed_boxes(
     return {name: _disjoint(found) for name, found in boxes.items()}
 
 
+@functools.lru_cache(maxsize=4096)
 def _box_around(view: SourceView, shape: tuple[int, ...]) -> Interval | None:
     """The smallest box that holds a view of a contiguous tensor, or None if it wraps around rows.
 
@@ -54,6 +56,9 @@ def _box_around(view: SourceView, shape: tuple[int, ...]) -> Interval | None:
 
 def _disjoint(boxes: Iterable[Interval]) -> tuple[Interval, ...]:
     """Boxes that overlap become the one box around them."""
+    boxes = tuple(boxes)
+    if len(boxes) == 1 and 0 not in boxes[0][1]:
+        return boxes
     apart: list[Interval] = []
     for box in sorted(boxes):
         joined = box
