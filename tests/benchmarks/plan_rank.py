@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
+from engine_plugins.weights.collector import collector_paused
 from engine_plugins.weights.coverage import engine_steps
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest, encode_manifest
@@ -74,7 +75,9 @@ def _measured(
     rank: PlayedRank, tensors: list[LogicalTensor], asked: argparse.Namespace
 ) -> dict[str, Any]:
     ranks, tp, ep = asked.trainer
-    trace, trace_s = _median(lambda: rank.trace(tensors), max(asked.runs // 2, 1))
+    with collector_paused():  # as a receiver does
+        trace, trace_s = _median(lambda: rank.trace(tensors), max(asked.runs // 2, 1))
+        _, bare_s = _median(lambda: _load_alone(rank, tensors), max(asked.runs // 2, 1))
     offers = _offers(tensors, asked.trainer)
     bodies = [encode_manifest(offer) for offer in offers]
     decoder = msgspec.msgpack.Decoder(SourceManifest)
@@ -85,7 +88,8 @@ def _measured(
     def plan(manifests: list[SourceManifest]) -> FetchPlan:
         return build_plan(manifests, coalesced(steps), needed)
 
-    made, plan_s = _median(lambda: plan(offers), asked.runs)
+    with collector_paused():
+        made, plan_s = _median(lambda: plan(offers), asked.runs)
     tracemalloc.start()
     plan(offers)
     peak = tracemalloc.get_traced_memory()[1]
@@ -95,6 +99,7 @@ def _measured(
         "tensors": len(tensors),
         "trainer": f"{ranks} (TP{tp} EP{ep})",
         "trace_s": trace_s,
+        "bare_s": bare_s,
         "agree_s": agree_s + decode_s,
         "group_s": group_s,
         "plan_s": plan_s,
@@ -104,6 +109,21 @@ def _measured(
         "operations": sum(step.operations for step in made.steps),
         "manifest_bytes": max(map(len, bodies)),
     }
+
+
+def _load_alone(rank: PlayedRank, tensors: list[LogicalTensor]) -> None:
+    """The same model built and the same placeholders loaded, with nobody looking."""
+    module = sys.modules[type(rank.rules).__module__]
+    watched = module.trace_loader
+
+    def alone(parameters: Any, load: Callable[[Any], object], tensors: list[LogicalTensor]) -> None:
+        load((t.name, torch.empty(t.shape, dtype=t.dtype, device="meta")) for t in tensors)
+
+    module.trace_loader = alone  # type: ignore[attr-defined]
+    try:
+        rank.trace(tensors)
+    finally:
+        module.trace_loader = watched  # type: ignore[attr-defined]
 
 
 def _wanted(rank: PlayedRank, trace: LoaderTrace, tensors: list[LogicalTensor]) -> Any:
