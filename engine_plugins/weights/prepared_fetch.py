@@ -14,7 +14,7 @@ from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.plan import FetchPlan, PackedPiece, Step, Window
 from engine_plugins.weights.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer, Transport
-from engine_plugins.weights.transport.meeting import meet
+from engine_plugins.weights.transport.meeting import Greetings, meet
 from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
 
@@ -68,8 +68,10 @@ class PreparedFetch:
         """Straight into place, by the first of the steps that they are for."""
         self._packed: list[list[list[PreparedTransfer]]] = []
         """By way of the scratch area: of every step, batch by batch."""
-        self.greet()
+        for manifest in manifests:
+            meet(transport, manifest)
         self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
+        self._greetings = Greetings(manifests, transport) if plan.direct_bytes else None
         try:
             for steps in self._always_together():
                 self._reads[steps.start] = self._joined(steps)
@@ -94,14 +96,18 @@ class PreparedFetch:
         self.bytes_done = 0
         self.wire_s = 0.0
 
-    def greet(self) -> None:
+    def greet(
+        self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
+    ) -> None:
         """Read a few bytes of every source, so that one that is gone is found here.
 
         Raises:
             TransportError: a source gives nothing.
         """
-        for manifest in self._sources:
-            meet(self._transport, manifest)
+        if self._greetings is not None:
+            reads = self._greetings.reads
+            self._run(range(1), reads, stall_timeout_s, deadline, cancelled)
+            self.reset_counters()
 
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
         """Views of a fetched step's whole tensors, by HF name; not of a direct step."""
@@ -152,11 +158,15 @@ class PreparedFetch:
         """Release the reads, then the arena."""
         self._release_reads()
         self._buffer.close()
+        if self._greetings is not None:
+            self._greetings.close()
 
     def quarantine(self) -> None:
         """Give up the arena without freeing it: a read that timed out may still write to it."""
         self.usable = False
         self._buffer.quarantine()
+        if self._greetings is not None:
+            self._greetings.quarantine()
 
     def _run(
         self,

@@ -89,7 +89,9 @@ class PreparedPush:
         self.bytes_done = 0
         self.wire_s = 0.0
 
-    def greet(self) -> None:
+    def greet(
+        self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
+    ) -> None:
         """Nothing to ask: the sources come to us."""
 
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:

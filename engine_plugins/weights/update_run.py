@@ -39,7 +39,9 @@ class PreparedPlan(Protocol):
     @property
     def windows(self) -> Sequence[Window]: ...
     def reset_counters(self) -> None: ...
-    def greet(self) -> None: ...
+    def greet(
+        self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
+    ) -> None: ...
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]: ...
     def steps_with_room(self, index: int, installed: int) -> range: ...
     def run_steps(
@@ -191,8 +193,11 @@ class UpdateRun:
             self._fail(EnginePluginError(f"{type(error).__name__}: {error}"))
 
     def _pull_steps(self) -> None:
-        if any(step.direct for step in self.prepared.plan.steps):
-            self.prepared.greet()  # while the old weights are whole
+        self.prepared.greet(  # while the old weights are whole
+            stall_timeout_s=self._stall_timeout_s,
+            deadline=self._deadline,
+            cancelled=lambda: self._stopped,
+        )
         while self._ready < self.total:
             if not self._wait_for_room(self._ready):
                 return

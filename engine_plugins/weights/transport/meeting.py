@@ -8,17 +8,20 @@ peer that is stopped is found here, by name, and not in the middle of an update.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
 from engine_plugins.errors import TransferTimeoutError
 from engine_plugins.weights.arena import Arena
 from engine_plugins.weights.manifest import SourceManifest, numbers
-from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.transport.base import PreparedTransfer, Transport
+from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
 
-__all__ = ["Greeting", "meet", "meet_agent"]
+__all__ = ["Greeting", "Greetings", "meet", "meet_agent"]
 
 logger = logging.getLogger(__name__)
 
@@ -35,16 +38,12 @@ def meet(transport: Transport, manifest: SourceManifest) -> None:
         PeerLostError: the peer is dead.
         TransferTimeoutError: it is there, but gives nothing.
     """
-    regions = manifest.regions
-    greeting = None
-    if regions.addresses:
-        greeting = Greeting(
-            address=int(numbers(regions.addresses)[0]),
-            nbytes=int(numbers(regions.nbytes)[0]),
-            device=int(numbers(regions.devices)[0]),
-        )
     meet_agent(
-        transport, manifest.agent, manifest.agent_metadata, greeting=greeting, who=manifest.source
+        transport,
+        manifest.agent,
+        manifest.agent_metadata,
+        greeting=Greeting.of(manifest),
+        who=manifest.source,
     )
 
 
@@ -55,6 +54,57 @@ class Greeting:
     address: int
     nbytes: int
     device: int
+
+    @classmethod
+    def of(cls, manifest: SourceManifest) -> Self | None:
+        """The first memory that a source has registered, if there is any."""
+        regions = manifest.regions
+        if not regions.addresses:
+            return None
+        return cls(
+            address=int(numbers(regions.addresses)[0]),
+            nbytes=int(numbers(regions.nbytes)[0]),
+            device=int(numbers(regions.devices)[0]),
+        )
+
+    def prepared(self, transport: Transport, agent: str, into: int) -> PreparedTransfer:
+        """A read of its first bytes to an address of ours in host memory."""
+        row = [into, self.address, min(GREETING_BYTES, self.nbytes)]
+        return transport.prepare_read(
+            agent, np.array([row], dtype=np.uint64), local_device=HOST, remote_device=self.device
+        )
+
+
+class Greetings:
+    """Reads of a few bytes of every source that was met, prepared to be asked again and again.
+
+    Args:
+        manifests: of the sources.
+        transport: does the reads.
+    """
+
+    def __init__(self, manifests: Sequence[SourceManifest], transport: Transport) -> None:
+        self._buffer = Arena(GREETING_BYTES * max(len(manifests), 1), transport)
+        self.reads: list[PreparedTransfer] = []
+        try:
+            for number, manifest in enumerate(manifests):
+                greeting = Greeting.of(manifest)
+                if greeting is not None:
+                    into = self._buffer.address + number * GREETING_BYTES
+                    self.reads.append(greeting.prepared(transport, manifest.agent, into))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Release the reads and their buffer."""
+        for read in self.reads:
+            read.release()
+        self._buffer.close()
+
+    def quarantine(self) -> None:
+        """Give up the buffer without freeing it: a read that timed out may still write to it."""
+        self._buffer.quarantine()
 
 
 def meet_agent(
@@ -92,14 +142,8 @@ def meet_agent(
 def _answers(transport: Transport, agent: str, greeting: Greeting, patience_s: float) -> bool:
     """Read the start of the peer's memory into a buffer that may be lost."""
     buffer = Arena(GREETING_BYTES, transport)
-    row = [buffer.address, greeting.address, min(GREETING_BYTES, greeting.nbytes)]
     try:
-        read = transport.prepare_read(
-            agent,
-            np.array([row], dtype=np.uint64),
-            local_device=-1,
-            remote_device=greeting.device,
-        )
+        read = greeting.prepared(transport, agent, buffer.address)
         run_transfers([read], deadline_s=patience_s)
     except TransferTimeoutError:
         buffer.quarantine()
