@@ -60,6 +60,7 @@ class PreparedFetch:
         self.touched = False
         """Whether bytes have been fetched into the arena, which makes it resident."""
         self.reads_may_be_active = False
+        self.landings_may_be_active = False
         self.bytes_total = sum(step.bytes_to_move for step in plan.steps)
         self.reset_counters()
         self._sources = manifests
@@ -146,7 +147,11 @@ class PreparedFetch:
                 to be posted again: `usable` is false.
         """
         reads = [read for index in steps for read in self._reads.get(index, ())]
-        self._run(steps, reads, stall_timeout_s, deadline, cancelled)
+        try:
+            self._run(steps, reads, stall_timeout_s, deadline, cancelled)
+        except TransferTimeoutError:
+            self.landings_may_be_active = self.plan.steps[steps.start].direct
+            raise
         for index in steps:
             batches = zip(self.plan.steps[index].packed, self._packed[index], strict=True)
             for batch, reads in batches:

@@ -51,7 +51,7 @@ class PreparedPush:
         self.plan = plan
         self.usable = True
         self.touched = False
-        self.reads_may_be_active = False
+        self.reads_may_be_active = self.landings_may_be_active = False
         self.bytes_total = sum(step.bytes_to_move for step in plan.steps)
         self.reset_counters()
         self._sources = manifests

@@ -269,7 +269,9 @@ class WeightReceiver:
         # First of all: whatever becomes of the engine, this memory must not be used again.
         if still_landing or run.lost_track_of_buffer:
             self._quarantine()
-            self._lost = self._lost or (run.wrote and run.prepared.plan.direct_bytes > 0)
+        written_to = run.wrote and run.prepared.plan.direct_bytes > 0
+        if run.lost_track_of_live or (still_landing and written_to):
+            self._lost = True
         if run.wrote:
             self._installer.abandon()
         return Aborted(wrote=run.wrote, lost=self._lost)

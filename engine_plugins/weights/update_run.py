@@ -30,6 +30,8 @@ class PreparedPlan(Protocol):
     """Whether bytes have come into the arena, which makes it resident."""
     reads_may_be_active: bool
     """Whether bytes may still come in, at any time."""
+    landings_may_be_active: bool
+    """Whether they may come into live parameters."""
     bytes_done: int
     bytes_total: int
     wire_s: float
@@ -87,6 +89,7 @@ class UpdateRun:
         staged_bytes: of them, what was copied from the arena without the loader.
         wrote: see `PullStatus`.
         lost_track_of_buffer: bytes may still come in, at any time.
+        lost_track_of_live: bytes may still come into live parameters.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class UpdateRun:
         self.staged_bytes = 0
         self.wrote = False
         self.total = len(prepared.plan.steps)
-        self.lost_track_of_buffer = False
+        self.lost_track_of_buffer = self.lost_track_of_live = False
         self._deadline = deadline
         self._stall_timeout_s = stall_timeout_s
         self._tp_rank = tp_rank
@@ -227,4 +230,5 @@ class UpdateRun:
         with self._news:
             self._error = error
             self.lost_track_of_buffer = self.prepared.reads_may_be_active
+            self.lost_track_of_live = self.prepared.landings_may_be_active
             self._news.notify_all()

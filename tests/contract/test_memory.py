@@ -35,7 +35,7 @@ def test_peak_and_buffers_stay_within_their_bounds(served: Served) -> None:
             largest = plan.ranks[0].largest_step_bytes
             bound = served.engine.peak_modules * largest + (32 << 20)
             assert plan.ranks[0].arena_bytes < 2 * largest
-            if served.engine.feeds_peers and version > 1:
+            if served.lands_directly and version > 1:
                 _landed_without_a_copy(update, whole)
             else:
                 assert whole > bound, "the model is too small to show anything"
@@ -49,7 +49,7 @@ def test_a_push_into_live_parameters_needs_no_memory_either(served: Served) -> N
         whole = sum(parameter.nbytes for parameter in model.parameters())
         reports = [_step(served, model, sender, version) for version in (4, 5, 6)]
         (update,) = reports[-1].engines.values()
-        if served.engine.feeds_peers:
+        if served.lands_directly:
             _landed_without_a_copy(update, whole)
         else:
             assert update.peak_extra_bytes > update.loader_bytes > 0

@@ -51,12 +51,12 @@ def test_tokens_are_those_of_what_was_written(served: Served) -> None:
             (told,) = report.engines.values()
             assert told.bytes_moved >= told.bytes_needed > 0
             assert told.direct_bytes + told.staged_bytes + told.loader_bytes == told.bytes_needed
-            if served.engine.feeds_peers:
+            if served.lands_directly:
                 assert told.loader_bytes in (0, told.bytes_needed), "once, to prove the map"
             (plan,) = report.plans.values()
             assert (plan.direction, plan.direct_bytes) == ("push", told.direct_bytes)
             direct.append(told.direct_bytes == told.bytes_needed)
-        assert direct[-1] == served.engine.feeds_peers
+        assert direct[-1] == served.lands_directly
 
 
 @pytest.mark.parametrize(

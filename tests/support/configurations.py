@@ -22,8 +22,15 @@ __all__ = [
 OLD, NEW = LiveModel(kind="qwen3_live", version=0), LiveModel(kind="qwen3_live", version=1)
 
 DENSE = Configuration(name="dense", model=OLD, tcp=True, token_file=True, keyed=True)
+# Trainers are stopped here in the middle of an install, which live parameters would not survive.
 DENSE_TP2 = Configuration(
-    name="dense-tp2", model=OLD, tensor_parallel=2, api_servers=2, tcp=True, watched=True
+    name="dense-tp2",
+    model=OLD,
+    tensor_parallel=2,
+    api_servers=2,
+    tcp=True,
+    watched=True,
+    direct_landing=False,
 )
 TIED, TIED_TP2, MOE, MOE_TP2 = (
     Configuration(

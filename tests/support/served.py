@@ -37,6 +37,7 @@ class Configuration:
         token_file: whether the admin tokens are in a file, and only there.
         keyed: whether the engine's own keys are set as well.
         watched: whether a test can hold and fail its installs.
+        direct_landing: whether weights may land in live parameters.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Configuration:
     token_file: bool = False
     keyed: bool = False
     watched: bool = False
+    direct_landing: bool = True
 
 
 class Served:
@@ -73,6 +75,11 @@ class Served:
                 **(engine.watched if configuration.watched else {}),
             )
         )
+
+    @property
+    def lands_directly(self) -> bool:
+        """Whether from the second update on all bytes land in live parameters."""
+        return self.engine.feeds_peers and self.configuration.direct_landing
 
     def write_tokens(self, *scopes: str, more: str = "") -> None:
         """Replace the token file: the suite's token with some scopes, and further lines."""
@@ -125,6 +132,7 @@ class Served:
         }
         return {
             **(TCP if chosen.tcp else {}),
+            "ENGINE_PLUGINS_DIRECT_LANDING": str(chosen.direct_landing),
             **(tokens if chosen.token_file else {}),
             **({STEPPING_FOLDER: str(self.steps.folder)} if chosen.watched else {}),
         }
