@@ -21,7 +21,7 @@ demo: $(if $(filter vllm sglang,$(ENGINE)),setup-$(ENGINE),no-such-engine) ## tr
 	.venv/$(ENGINE)/bin/python examples/live_update_demo.py --engine $(ENGINE) $(ARGS)
 
 test: setup ## all tests, on both engines (ARGS="-k name" narrows them)
-	$(SGLANG_PYTHON) -m pytest tests $(ARGS) $(OR_NONE_HERE)
+	$(SGLANG_PYTHON) -m pytest tests $(or $(ARGS),-m "not core") $(OR_NONE_HERE)
 	$(VLLM_PYTHON) -m pytest tests $(ARGS) $(OR_NONE_HERE)
 
 check: lint ## the quick loop: lint, types, import contracts, unit tests

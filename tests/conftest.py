@@ -11,7 +11,7 @@ from hypothesis import settings
 
 SGLANG_SHIMS = Path(__file__).parent / "support" / "sglang_shims"
 
-# `make test` runs the tests in the environment of each engine.
+# `make test` runs the tests in the environment of each engine, those marked `core` in vLLM's only.
 TESTS_OF_AN_ENGINE = {
     "vllm": ["integration/test_vllm_*", "unit/vllm_ext"],
     "sglang": ["integration/test_sglang_*", "unit/sglang_ext"],

@@ -22,6 +22,8 @@ from engine_plugins.weights.transport.transfers import MAX_IN_FLIGHT, run_transf
 from tests.support.nixl_peer import pattern
 from tests.support.wires import WIRES, Flow, NixlWire, Peer, Wire
 
+pytestmark = pytest.mark.core
+
 KIB = 1 << 10
 ALL_WIRES = sorted(WIRES)
 DIRECTIONS: list[Direction] = ["read", "write"]

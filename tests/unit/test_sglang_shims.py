@@ -13,6 +13,8 @@ import torch
 
 from tests.support.sglang_shims import sgl_kernel
 
+pytestmark = pytest.mark.loader
+
 SHIMS = Path(__file__).resolve().parents[1] / "support" / "sglang_shims"
 
 

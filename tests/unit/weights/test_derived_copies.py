@@ -15,6 +15,8 @@ from tests.support.loader_maps import PlayedEngine, played_engine, receiving, sa
 from tests.support.megatron_fixtures import megatron_cases
 from tests.support.source_ranks import offered_tensors
 
+pytestmark = pytest.mark.loader
+
 DERIVED = ("W_UK_T", "W_UV", "w_kc", "w_vc")
 """Copies that latent attention keeps of its up-projection, in either engine."""
 

@@ -24,6 +24,8 @@ from tests.support.loader_maps import (
 )
 from tests.support.megatron_fixtures import MegatronCase, fixture_folders, megatron_cases
 
+pytestmark = pytest.mark.loader
+
 CASES = [
     case
     for folder in fixture_folders()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from engine_plugins.weights.coverage import engine_steps
 from engine_plugins.weights.loader_trace import LogicalTensor
 from engine_plugins.weights.manifest import SourceManifest
@@ -17,6 +19,8 @@ from engine_plugins.weights.plan import Step, build_plan, logical_tensors
 from tests.support.loader_maps import PlayedRank, played_engine
 from tests.support.qwen3_30b import CONFIG, EXPERTS, LAYERS, rank_of
 from tests.support.source_ranks import offered_boxes
+
+pytestmark = pytest.mark.loader
 
 HIDDEN, FFN, HEAD_DIM, HEADS, GROUPS, VOCABULARY = (
     int(str(CONFIG[key]))

@@ -31,6 +31,8 @@ from tests.support.loader_maps import (
 )
 from tests.support.megatron_fixtures import MegatronCase, fixture_folders, megatron_cases
 
+pytestmark = pytest.mark.loader
+
 CASES = [case for folder in fixture_folders() for case in megatron_cases(folder)]
 
 COMPUTED = {"fused_qkv_a_proj_with_mqa"}
