@@ -23,6 +23,7 @@ __all__ = [
     "LoadableModel",
     "hf_tensors",
     "needed_bytes",
+    "pack_norms",
     "traced",
 ]
 
@@ -160,6 +161,17 @@ def traced(model: LoadableModel, tensors: Sequence[LogicalTensor]) -> LoaderTrac
     with torch.device("meta"):
         twin = model.twin()
     return trace_loader(dict(twin.named_parameters()), twin.load_weights, tensors)
+
+
+def pack_norms(model: LoadableModel) -> None:
+    """Have a model serve from other values of the same shape than its loader copied."""
+    load = model.load_weights
+
+    def packing(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        load(weights)
+        dict(model.named_parameters())["norm.weight"].data.neg_()
+
+    model.load_weights = packing  # type: ignore[method-assign]
 
 
 class InMemoryInstaller:

@@ -10,7 +10,7 @@ import pytest
 from engine_plugins.admin.state import Fence, moved
 from engine_plugins.weights.manifest import decode_manifest
 from tests.support.admin_server import AdminServer
-from tests.support.in_memory_model import hf_tensors
+from tests.support.in_memory_model import hf_tensors, pack_norms
 from tests.support.problems import problem
 from tests.support.source_ranks import offered_tensors
 
@@ -42,14 +42,16 @@ async def test_an_engine_offers_what_an_update_has_installed(make_server: MakeSe
 
 
 async def test_a_rank_that_cannot_is_named(make_server: MakeServer) -> None:
-    """Here none can, since nothing was compared where bytes never land directly."""
-    server = make_server(direct_landing=False)
+    """With the module whose live parameter is not as its loader copies it."""
+    server = make_server()
+    (rank,) = server.engine.ranks
+    pack_norms(rank.installer.model)
     with offered_tensors(hf_tensors(seed=1)) as trainer:
         async with server.running():
             plan = await server.plan(trainer.manifest)
             await server.post("/weights/update", plan_id=plan, version=3)
             refused = await server.get("/weights/manifest")
-    assert "embed: its live parameters" in problem(refused, 409, "illegal_state")
+    assert "norm: norm.weight holds other values" in problem(refused, 409, "illegal_state")
 
 
 async def test_a_fenced_engine_offers_nothing(make_server: MakeServer) -> None:

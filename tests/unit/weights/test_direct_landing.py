@@ -11,7 +11,7 @@ import torch
 from engine_plugins.errors import ConflictError, PeerLostError, TransferTimeoutError, UnknownIdError
 from engine_plugins.weights.destinations import Destination
 from engine_plugins.weights.transport.transfers import run_transfers
-from tests.support.in_memory_model import InMemoryModel, hf_tensors
+from tests.support.in_memory_model import InMemoryModel, hf_tensors, pack_norms
 from tests.support.in_memory_rank import InMemoryRank
 from tests.support.source_ranks import SourceRank, offered_tensors
 
@@ -109,13 +109,7 @@ def test_a_live_parameter_that_holds_other_values_goes_through_the_loader(
     rank: InMemoryRank, trainer: SourceRank
 ) -> None:
     """Same name, same shape, another layout: only its values tell."""
-    load = rank.model.load_weights
-
-    def packing(weights: object) -> None:
-        load(weights)  # type: ignore[arg-type]
-        rank.model.get_parameter("norm.weight").data.neg_()
-
-    rank.installer.model.load_weights = packing  # type: ignore[method-assign]
+    pack_norms(rank.installer.model)
     proven(rank, trainer)
     result = rank.receiver.connect("plan", [trainer.manifest])
     norm = rank.model.get_parameter("norm.weight").nbytes
