@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from sglang.srt.managers.scheduler_components.weight_updater import _WeightUpdateSession
+from sglang.srt.model_executor.model_runner_components import weight_updater
 
 from engine_plugins.errors import ConflictError, UnsupportedError, WeightMismatchError
 from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
@@ -61,10 +62,18 @@ class SglangWeightInstaller:
                 "this engine decodes speculatively, and the draft model's weights are not updated",
                 remedy="serve without speculative decoding",
             )
+        self._refuse_derived_caches()
         with loader_model(self._runner) as model:
             return trace_loader(
                 dict(model.named_parameters()), cast(LoadWeights, model.load_weights), tensors
             )
+
+    def _refuse_derived_caches(self) -> None:
+        """SGLang's own routes ask this before they write; its loader does not."""
+        ask = getattr(weight_updater, "_unsupported_derived_weight_cache_error", None)
+        reason = None if ask is None else ask(self._runner.model)
+        if reason is not None:
+            raise UnsupportedError(f"SGLang cannot update this model while it serves: {reason}")
 
     def live_parameters(self) -> Mapping[str, torch.Tensor]:
         """The parameters that serve; SGLang loads into them."""

@@ -120,7 +120,10 @@ class SglangRank:
     @property
     def rules(self) -> SglangWeightInstaller:
         runner = SimpleNamespace(
-            model_config=self.config, load_config=LoadConfig(load_format="dummy"), device="cpu"
+            model=None,
+            model_config=self.config,
+            load_config=LoadConfig(load_format="dummy"),
+            device="cpu",
         )
         worker = SimpleNamespace(model_runner=runner)
         return SglangWeightInstaller(
