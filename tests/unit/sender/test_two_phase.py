@@ -40,18 +40,6 @@ def engines(servers: list[FakeEngine]) -> list[FakeEngine]:
     return servers
 
 
-@pytest.fixture
-def transport() -> Iterator[InMemoryTransport]:
-    agent = InMemoryTransport("trainer")
-    yield agent
-    agent.close()
-
-
-@pytest.fixture
-def model() -> torch.nn.Module:
-    return torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6, bias=False))
-
-
 def sender_of(
     model: torch.nn.Module, engines: list[FakeEngine], transport: InMemoryTransport, **more: Any
 ) -> WeightSender:
