@@ -20,9 +20,9 @@ from engine_plugins.weights.transport.transfers import run_transfers
 
 __all__ = ["PreparedFetch"]
 
-BATCH_BYTES = 64 << 20
+BATCH_BYTES = 256 << 20
 """The most that is fetched in one go; a step that is larger goes alone."""
-MOST_DESCRIPTORS = 512
+MOST_DESCRIPTORS = 128
 """Of one transfer: NIXL looks at all that are under way each time it is asked."""
 SLOWEST_BYTES_PER_S = 100e6
 """A fetch may take the stall time and, on top, as long as it takes at this rate."""

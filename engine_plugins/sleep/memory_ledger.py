@@ -1,0 +1,102 @@
+"""What is mapped and what is released, kept on our side.
+
+A memory saver ends the whole process on a wrong state, and reports nothing. So every call to one
+goes through a ledger that refuses first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from engine_plugins.errors import ConflictError, UnsupportedError
+from engine_plugins.sleep.memory_backend import MEMORY_TAGS, MemoryBackend, MemoryTag
+
+__all__ = ["MemoryLedger"]
+
+
+class MemoryLedger:
+    """Releases and restores the memory of one engine rank, each tag once.
+
+    Args:
+        backend: what gives the memory back.
+    """
+
+    def __init__(self, backend: MemoryBackend) -> None:
+        self._backend = backend
+        self._released: dict[MemoryTag, bool] = {}
+        """By tag, whether its contents return."""
+        self._broken: dict[MemoryTag, str] = {}
+        """Tags of which a call failed half way: nothing more is known of them."""
+
+    @property
+    def tags(self) -> tuple[MemoryTag, ...]:
+        """What can be released here, in the order in which it is mapped again."""
+        return tuple(tag for tag in MEMORY_TAGS if tag in self._backend.tags)
+
+    @property
+    def released(self) -> tuple[MemoryTag, ...]:
+        """What is released now."""
+        return tuple(tag for tag in MEMORY_TAGS if tag in self._released)
+
+    def release(self, tags: Sequence[MemoryTag], *, keep: bool) -> None:
+        """Give back the memory of every tag; a wrong one among them is found before any.
+
+        Raises:
+            ConflictError: a tag is released already, or a call on it failed before.
+            UnsupportedError: a tag that this engine cannot release.
+        """
+        for tag in tags:
+            if tag not in self._backend.tags:
+                raise UnsupportedError(
+                    f"this engine cannot release {tag!r}; it can: {', '.join(self.tags) or 'none'}",
+                    remedy="leave it out of the tags, or leave the tags out",
+                )
+            self._require_known(tag)
+            if tag in self._released:
+                raise ConflictError(f"{tag} is released already", remedy="POST /admin/v1/wake")
+        for tag in reversed(MEMORY_TAGS):
+            if tag in tags:
+                contents = keep and tag == "weights"
+                self._attempt(tag, partial(self._backend.release, tag, keep=contents))
+                self._released[tag] = contents
+
+    def restore(self, tags: Sequence[MemoryTag]) -> list[MemoryTag]:
+        """Map the memory of every tag again; returns those that hold nothing of use.
+
+        Raises:
+            ConflictError: a tag is not released, or a call on it failed before.
+        """
+        for tag in tags:
+            self._require_known(tag)
+            if tag not in self._released:
+                raise ConflictError(f"{tag} is not released", remedy="GET /admin/v1/memory")
+        empty = []
+        for tag in MEMORY_TAGS:
+            if tag in tags:
+                self._attempt(tag, partial(self._backend.restore, tag))
+                if not self._released.pop(tag):
+                    empty.append(tag)
+        return empty
+
+    def unreleased(self) -> dict[str, int]:
+        """Bytes of the released tags that stayed resident, by the reason why."""
+        found: dict[str, int] = {}
+        for tag in self.released:
+            for why, nbytes in self._backend.unreleased(tag).items():
+                found[why] = found.get(why, 0) + nbytes
+        return found
+
+    def _require_known(self, tag: MemoryTag) -> None:
+        if tag in self._broken:
+            raise ConflictError(
+                f"what became of {tag} is not known: {self._broken[tag]}",
+                remedy="restart the engine",
+            )
+
+    def _attempt(self, tag: MemoryTag, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._broken[tag] = f"{type(error).__name__}: {error}"
+            raise
