@@ -21,7 +21,9 @@ __all__ = [
     "PeerError",
     "PeerLostError",
     "PlanError",
+    "ResidualMemoryError",
     "SettingsError",
+    "SleepRefusedError",
     "SourceError",
     "StaleVersionError",
     "TransferTimeoutError",
@@ -201,3 +203,15 @@ class AdminAnswerError(EnginePluginError):
         self.code = code
         self.state = state
         self.detail = detail
+
+
+class SleepRefusedError(EnginePluginError):
+    """Memory cannot be released or mapped; nothing has been."""
+
+    code = "sleep_refused"
+
+
+class ResidualMemoryError(EnginePluginError):
+    """An engine sleeps, and more of its memory is resident than may be."""
+
+    code = "residual_memory"

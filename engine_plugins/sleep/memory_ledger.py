@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from engine_plugins.errors import ConflictError, UnsupportedError
+from engine_plugins.errors import ConflictError, SleepRefusedError, UnsupportedError
 from engine_plugins.sleep.memory_backend import MEMORY_TAGS, MemoryBackend, MemoryTag
 
 __all__ = ["MemoryLedger"]
@@ -97,6 +97,8 @@ class MemoryLedger:
     def _attempt(self, tag: MemoryTag, call: Callable[[], None]) -> None:
         try:
             call()
+        except SleepRefusedError:
+            raise  # before anything happened
         except Exception as error:
             self._broken[tag] = f"{type(error).__name__}: {error}"
             raise
