@@ -28,6 +28,8 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.PeerLostError: 503,
     errors.PauseTimeoutError: 504,
     errors.TransferTimeoutError: 504,
+    errors.ResidualMemoryError: 507,
+    errors.SleepRefusedError: 507,
 }
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from engine_plugins.admin.engine_control import InFlightKV, PauseMode
 from engine_plugins.admin.state import StateName
+from engine_plugins.sleep.memory_backend import MemoryTag
 
 __all__ = [
     "AbortBody",
@@ -21,9 +22,11 @@ __all__ = [
     "PauseBody",
     "ProgressView",
     "RequestsView",
+    "SleepBody",
     "SourceAccepted",
     "StateView",
     "UpdateBody",
+    "WakeBody",
     "WeightsView",
     "WorkerView",
 ]
@@ -102,6 +105,29 @@ class AbortBody(CommitBody):
     )
 
 
+class SleepBody(_Body):
+    """How deep to sleep, and what to release."""
+
+    level: Literal[1, 2] = Field(
+        default=1, description="1: weights come back at wake; 2: an update has to bring new ones"
+    )
+    tags: list[MemoryTag] | None = Field(
+        default=None, min_length=1, description="null: everything that the engine can release"
+    )
+    pause: PauseMode = Field(
+        default="keep", description="what becomes of requests: held ones recompute their KV"
+    )
+    timeout_s: float = Field(default=30.0, gt=0, description="of the pause")
+
+
+class WakeBody(_Body):
+    """What to map again."""
+
+    tags: list[MemoryTag] | None = Field(
+        default=None, min_length=1, description="null: everything that is released"
+    )
+
+
 class SourceAccepted(BaseModel):
     """A manifest that this server now holds."""
 
@@ -167,6 +193,18 @@ class ProgressView(BaseModel):
     bytes_total: int
 
 
+class SleepView(BaseModel):
+    """A sleep that has not ended."""
+
+    level: int
+    released: list[MemoryTag]
+    since: float
+    resume: bool
+    weights_lost: bool
+    verdict: str | None
+    reason: str | None
+
+
 class RequestsView(BaseModel):
     """Requests in the engine; null where it is too busy to say at once."""
 
@@ -182,7 +220,7 @@ class StateView(BaseModel):
     since: float
     pause: PauseView | None
     weights: InstalledView
-    sleep: None = None
+    sleep: SleepView | None = None
     fence: FenceView | None
     update: ProgressView | None
     requests: RequestsView

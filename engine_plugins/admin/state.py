@@ -9,11 +9,13 @@ import msgspec
 
 from engine_plugins.admin.engine_control import PauseMode
 from engine_plugins.errors import ConflictError
+from engine_plugins.sleep.memory_backend import MemoryTag
 
 __all__ = [
     "EngineState",
     "Fence",
     "Pause",
+    "Sleep",
     "StateName",
     "UpdateProgress",
     "WeightsInstalled",
@@ -72,6 +74,23 @@ class UpdateProgress(msgspec.Struct, frozen=True, kw_only=True):
     bytes_total: int
 
 
+class Sleep(msgspec.Struct, frozen=True, kw_only=True):
+    """A sleep that has not ended."""
+
+    level: int
+    """1: weights come back at wake. 2: they are gone, and an update has to bring others."""
+    released: list[MemoryTag]
+    """What is out of memory now."""
+    since: float
+    resume: bool
+    """Whether the engine served before, and will again when it is awake."""
+    weights_lost: bool = False
+    """The weights hold nothing of use until an update completes."""
+    verdict: str | None = None
+    """Of the residual-memory check: pass, fail or unknown; None while it is under way."""
+    reason: str | None = None
+
+
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """What every process of the server knows."""
 
@@ -81,6 +100,7 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     weights: WeightsInstalled = WeightsInstalled()
     fence: Fence | None = None
     update: UpdateProgress | None = None
+    sleep: Sleep | None = None
     kv_generation: str | None = None
     """Mark of the weights that new KV is computed with; None until the first update."""
     holding: bool = False
@@ -105,6 +125,9 @@ def require(state: EngineState, *allowed: StateName, doing: str) -> None:
     if state.update is not None and state.update.phase == "prepared":
         why = f" (version {state.update.version} is prepared as {state.update.request_id!r})"
         remedy = "POST /admin/v1/weights/commit or /weights/abort with that request_id"
+    elif state.state == "asleep" and state.sleep is not None and not state.sleep.released:
+        why = " (its memory is mapped again, but the weights were discarded)"
+        remedy = "complete a weight update: POST /admin/v1/weights/update"
     else:
         remedy = fence.remedy if fence is not None and fence.for_good else _WAY_OUT[state.state]
     raise ConflictError(f"cannot {doing} while {state.state}{why}", remedy=remedy)

@@ -56,6 +56,8 @@ class HostMemory:
         self._folder = folder
         self._released: dict[MemoryTag, _Released] = {}
 
+    together = False
+
     @property
     def tags(self) -> frozenset[MemoryTag]:
         """What can be released here."""

@@ -22,6 +22,11 @@ class MemoryBackend(Protocol):
         """What can be released here."""
         ...
 
+    @property
+    def together(self) -> bool:
+        """Whether all of them can only be released at once (they may be restored one by one)."""
+        ...
+
     def release(self, tag: MemoryTag, *, keep: bool) -> None:
         """Give the memory back to the device; `keep` has its contents return with it."""
         ...

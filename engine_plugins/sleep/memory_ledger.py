@@ -39,13 +39,8 @@ class MemoryLedger:
         """What is released now."""
         return tuple(tag for tag in MEMORY_TAGS if tag in self._released)
 
-    def release(self, tags: Sequence[MemoryTag], *, keep: bool) -> None:
-        """Give back the memory of every tag; a wrong one among them is found before any.
-
-        Raises:
-            ConflictError: a tag is released already, or a call on it failed before.
-            UnsupportedError: a tag that this engine cannot release.
-        """
+    def require_mapped(self, tags: Sequence[MemoryTag]) -> None:
+        """Refuse what `release` would refuse, and change nothing."""
         for tag in tags:
             if tag not in self._backend.tags:
                 raise UnsupportedError(
@@ -55,6 +50,27 @@ class MemoryLedger:
             self._require_known(tag)
             if tag in self._released:
                 raise ConflictError(f"{tag} is released already", remedy="POST /admin/v1/wake")
+        if self._backend.together and set(tags) != set(self.tags):
+            raise UnsupportedError(
+                f"this engine releases {' and '.join(self.tags)} only together",
+                remedy="leave the tags out",
+            )
+
+    def require_released(self, tags: Sequence[MemoryTag]) -> None:
+        """Refuse what `restore` would refuse, and change nothing."""
+        for tag in tags:
+            self._require_known(tag)
+            if tag not in self._released:
+                raise ConflictError(f"{tag} is not released", remedy="GET /admin/v1/memory")
+
+    def release(self, tags: Sequence[MemoryTag], *, keep: bool) -> None:
+        """Give back the memory of every tag; a wrong one among them is found before any.
+
+        Raises:
+            ConflictError: a tag is released already, or a call on it failed before.
+            UnsupportedError: a tag that this engine cannot release, or not alone.
+        """
+        self.require_mapped(tags)
         for tag in reversed(MEMORY_TAGS):
             if tag in tags:
                 contents = keep and tag == "weights"
@@ -67,10 +83,7 @@ class MemoryLedger:
         Raises:
             ConflictError: a tag is not released, or a call on it failed before.
         """
-        for tag in tags:
-            self._require_known(tag)
-            if tag not in self._released:
-                raise ConflictError(f"{tag} is not released", remedy="GET /admin/v1/memory")
+        self.require_released(tags)
         empty = []
         for tag in MEMORY_TAGS:
             if tag in tags:

@@ -57,6 +57,12 @@ class EngineModel:
         self._traced = (tensors, trace, self._landing_of(trace, tensors))
         return True
 
+    def forget_values(self) -> None:
+        """Take the live parameters to hold nothing that was ever compared."""
+        if self._traced is not None:
+            (tensors, trace, _), self._traced = self._traced, None
+            self._traced = (tensors, trace, self._landing_of(trace, tensors))
+
     def peer_boxes(self) -> list[SourceBox]:
         """What the live parameters hold of the HF tensors.
 

@@ -276,16 +276,27 @@ class WeightReceiver:
             self._installer.abandon()
         return Aborted(wrote=run.wrote, lost=self._lost)
 
+    def let_go(self, *, lost: bool) -> None:
+        """Give back the receive buffer, and hold on to no live parameter: its memory may go.
+
+        Plans stay, but for pushes, whose trainers were told of memory.
+
+        Args:
+            lost: the parameters' values will not come back.
+
+        Raises:
+            ConflictError: in the middle of an update.
+        """
+        self._refuse_while_running()
+        self._deregister()
+        if lost:
+            self._model.forget_values()
+            self._forget_plans()
+
     def close(self) -> None:
         """Release the arena, the live parameters and the agent."""
         self.abort()
-        self._release()
-        if self._peers is not None:
-            self._peers.close()
-            self._peers = None
-        if self._live is not None and not self._lost:
-            self._live[1].close()
-            self._live = None
+        self._deregister()
         if self._transport is not None:
             self._transport.close()
             self._transport = None
@@ -324,10 +335,22 @@ class WeightReceiver:
         moved = self._model.look_again()
         if moved:
             self._release()
-            self._cache.clear()
-            for connected in self._connected.values():
-                connected.plans.clear()
+            self._forget_plans()
         return moved
+
+    def _forget_plans(self) -> None:
+        self._cache.clear()
+        for connected in self._connected.values():
+            connected.plans.clear()
+
+    def _deregister(self) -> None:
+        self._release()
+        if self._peers is not None:
+            self._peers.close()
+            self._peers = None
+        if self._live is not None and not self._lost:
+            self._live[1].close()
+            self._live = None
 
     def _push_of(self, plan_id: str) -> PreparedPlan:
         """The memory that the trainers were told of; nothing else will do."""
