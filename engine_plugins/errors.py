@@ -15,6 +15,7 @@ __all__ = [
     "EngineCallError",
     "EnginePluginError",
     "EngineUnreachableError",
+    "HookModeError",
     "ManifestError",
     "NotConfiguredError",
     "PauseTimeoutError",
@@ -57,6 +58,12 @@ class SettingsError(EnginePluginError):
     """A setting has a value that cannot be used."""
 
     code = "bad_setting"
+
+
+class HookModeError(SettingsError, RuntimeError):
+    """The memory saver's hook mode, or the allocator's settings, would end this process."""
+
+    code = "bad_hook_mode"
 
 
 class NotConfiguredError(EnginePluginError):
@@ -212,6 +219,14 @@ class SleepRefusedError(EnginePluginError):
 
 
 class ResidualMemoryError(EnginePluginError):
-    """An engine sleeps, and more of its memory is resident than may be."""
+    """An engine sleeps, and more of its memory is resident than may be.
+
+    Attributes:
+        memory: the whole report, as GET /memory gives it.
+    """
 
     code = "residual_memory"
+
+    def __init__(self, message: str, *, remedy: str = "", memory: object = None) -> None:
+        super().__init__(message, remedy=remedy)
+        self.memory = memory

@@ -15,13 +15,15 @@ from typing import Any
 
 from engine_plugins.errors import SettingsError
 
-__all__ = ["PREFIX", "SOURCE_POLICIES", "Settings"]
+__all__ = ["HOOK_MODES", "PREFIX", "SOURCE_POLICIES", "Settings"]
 
 PREFIX = "ENGINE_PLUGINS_"
 
 _SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 SOURCE_POLICIES = ("balanced", "nearest", "same_rank")
 """How a rank chooses among trainer ranks that hold the same."""
+HOOK_MODES = ("preload", "torch")
+"""How torch_memory_saver gets hold of allocations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,10 @@ class Settings:
             gives far less starts with a warning. `None` expects nothing.
         net_devices: what UCX may use (`mlx5_0:1,mlx5_1:1`), or `inherit` for `UCX_NET_DEVICES` as
             it is. `None` chooses the RDMA ports nearest to each rank's GPU.
+        sleep: whether the engine is to give its memory back between uses; its memory saver is then
+            forced on.
+        memory_saver_hook_mode: one of `HOOK_MODES`; `None` chooses by the GPU.
+        allow_preload_on_blackwell: takes hook mode preload where it is known to crash.
     """
 
     admin_token: str | None = field(default=None, repr=False)
@@ -58,6 +64,9 @@ class Settings:
     source_policy: str = "balanced"
     expected_link_gbps: float | None = None
     net_devices: str | None = None
+    sleep: bool = False
+    memory_saver_hook_mode: str | None = None
+    allow_preload_on_blackwell: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
@@ -74,6 +83,11 @@ class Settings:
             )
         if self.expected_link_gbps is not None and not 0 < self.expected_link_gbps < math.inf:
             raise SettingsError(f"{PREFIX}EXPECTED_LINK_GBPS must be positive GB/s")
+        if self.memory_saver_hook_mode not in (None, *HOOK_MODES):
+            raise SettingsError(
+                f"{PREFIX}MEMORY_SAVER_HOOK_MODE must be one of {', '.join(HOOK_MODES)}, "
+                f"not {self.memory_saver_hook_mode!r}"
+            )
 
     @classmethod
     def load(

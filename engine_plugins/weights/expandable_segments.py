@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["WHY_NOT", "asked_for", "expandable_ranges", "says_expandable"]
+__all__ = ["WHY_NOT", "asked_for", "expandable_ranges", "named_in", "says_expandable"]
 
 WHY_NOT = (
     "a network card takes memory of expandable segments at registration and cannot walk its "
@@ -31,11 +31,17 @@ def asked_for(environ: Mapping[str, str] = os.environ) -> str | None:
     (`torch.cuda.memory._set_allocator_settings`). A torch that cannot be asked is taken to follow
     either of its two environment variables.
     """
-    named = next((name for name in _NAMES if says_expandable(environ.get(name, ""))), None)
+    named = named_in(environ)
     live = _live()
     if live is False or (live is None and named is None):
         return None
-    return "a setting made at run time" if named is None else f"{named}={environ[named]}"
+    return named or "a setting made at run time"
+
+
+def named_in(environ: Mapping[str, str]) -> str | None:
+    """The variable that asks for them, with its value, whatever the allocator makes of it."""
+    name = next((name for name in _NAMES if says_expandable(environ.get(name, ""))), None)
+    return name and f"{name}={environ[name]}"
 
 
 def says_expandable(settings: str) -> bool:

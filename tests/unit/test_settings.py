@@ -26,6 +26,9 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         "ENGINE_PLUGINS_SOURCE_POLICY": "nearest",
         "ENGINE_PLUGINS_EXPECTED_LINK_GBPS": "45",
         "ENGINE_PLUGINS_NET_DEVICES": "mlx5_0:1",
+        "ENGINE_PLUGINS_SLEEP": "true",
+        "ENGINE_PLUGINS_MEMORY_SAVER_HOOK_MODE": "torch",
+        "ENGINE_PLUGINS_ALLOW_PRELOAD_ON_BLACKWELL": "1",
         "PATH": "/bin",
     }
     settings = Settings.load(environ=environ)
@@ -41,6 +44,9 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         source_policy="nearest",
         expected_link_gbps=45.0,
         net_devices="mlx5_0:1",
+        sleep=True,
+        memory_saver_hook_mode="torch",
+        allow_preload_on_blackwell=True,
     )
     assert len(environ) - 1 == len(fields(Settings)), "a new setting belongs in this test"
     for field in fields(Settings):
@@ -103,6 +109,9 @@ def test_a_setting_that_does_not_exist_is_told_with_those_that_do() -> None:
         ("source_policy", "closest"),
         ("source_policy", None),
         ("expected_link_gbps", "0"),
+        ("sleep", "deep"),
+        ("memory_saver_hook_mode", "ptrace"),
+        ("allow_preload_on_blackwell", "maybe"),
         ("expected_link_gbps", "fast"),
         ("expected_link_gbps", "nan"),
         ("admin_token", 5),

@@ -21,6 +21,7 @@ STATUS = {
     "EngineCallError": 500,
     "EnginePluginError": 500,
     "EngineUnreachableError": 500,
+    "HookModeError": 503,
     "ManifestError": 422,
     "NotConfiguredError": 503,
     "PauseTimeoutError": 504,
