@@ -6,6 +6,7 @@ The wire is tcp, where a stopped trainer really stalls a read.
 from __future__ import annotations
 
 import signal
+import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,25 +26,25 @@ def test_everything_else_is_answered_at_once(
     served.restore(OLD)
     plan, version = trainer.connect(server.admin), served.next_version()
     trainer.signal(signal.SIGSTOP)
-    began = time.monotonic()
     pull = background.submit(served.update, plan, version)
-    until(lambda: server.state()["state"] == "updating", within_s=5, otherwise=server.state)
-    took: list[float] = []
-    while time.monotonic() - began < pull_s:
-        asked = time.monotonic()
-        state = server.state()
-        took.append(time.monotonic() - asked)
-        assert (state["state"], state["update"]["phase"]) == ("updating", "pull")
+    until(lambda: server.state()["state"] == "updating", otherwise=server.state)
+    began, took, answers = time.monotonic(), list[float](), 0
+    while time.monotonic() - began < pull_s or answers < 3:
+        for _ in range(4):
+            asked = time.monotonic()
+            state = server.state()
+            took.append(time.monotonic() - asked)
+            assert (state["state"], state["update"]["phase"]) == ("updating", "pull")
         second = problem(served.update(plan, version + 1), 409, "illegal_state")
         assert f"the update to version {version} is under way" in second
         for route in ("/pause", "/resume", "/flush"):
             problem(server.admin.post(route), 409, "illegal_state")
         assert server.greedy(OLD.prompts()[0]) == OLD.expected()[0], "the old weights serve on"
+        answers += 1
     trainer.signal(signal.SIGCONT)
     done = pull.result(30)
     assert done.status_code == 200, done.text
     assert done.json()["seconds"] > pull_s - 1
     assert NEW.wrong_answers(server.greedy) == []
     # A machine that stands still for a moment delays a call or two, a blocked server all.
-    assert len(took) >= pull_s
-    assert sorted(took)[len(took) * 9 // 10] < 0.1, took
+    assert statistics.median(took) < 0.1, took
