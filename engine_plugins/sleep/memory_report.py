@@ -43,7 +43,6 @@ Reason = Literal[
     # A source could not be asked.
     "no_dmem",
     "cgroup_shared",
-    "cgroup_root",
     "nvml_missing",
     "nvml_symbol_missing",
     "nvml_error",
@@ -56,7 +55,9 @@ Reason = Literal[
     "nvidia_smi_failed",
     "allocator_only",
     "whole_gpu_only",
-    "no_device",
+    "counts_file_pages",
+    "probe_failed",
+    "no_source",
     # It answered, and the answer is not the rank's memory.
     "not_available",
     "zero_bytes",
@@ -65,7 +66,6 @@ Reason = Literal[
     "foreign_pids",
     "other_namespace",
     "no_bus_id",
-    "below_allocator",
     # The process is not the one that was meant.
     "process_gone",
     "pid_reused",

@@ -30,5 +30,10 @@ def process_memory(pid: int | None = None) -> Rung:
         rss = psutil.Process(pid).memory_info().rss
     except (OSError, psutil.NoSuchProcess) as error:
         return Rung(source="process", reason="process_gone", detail=f"{pid}: {error}")
-    detail = "the kernel counts pages of files as well"
-    return Rung(source="process", resident_bytes=rss, quality="upper_bound", detail=detail)
+    return Rung(
+        source="process",
+        resident_bytes=rss,
+        quality="upper_bound",
+        reason="counts_file_pages",
+        detail="this kernel does not tell pages of files from others",
+    )
