@@ -74,8 +74,7 @@ def _placed(copy: TracedCopy, shapes: Mapping[str, Numbers]) -> DestinationBox |
         return f"{names} is cast from {copy.source_dtype} to {copy.parameter_dtype}"
     if copy.read is None or not copy.pure:
         return f"the loader computes {copy.parameter} from {names}"
-    view = (copy.read.offset, copy.read.shape, copy.read.strides)
-    box = _box_of(shapes[names], *view, copy.strides)
+    box = _box_of(shapes[names], *copy.read, copy.strides)
     if box is None:
         return f"the loader reads {names} in steps that are no box"
     start, shape, strides = box

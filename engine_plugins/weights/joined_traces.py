@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import replace
 
 from engine_plugins.weights.loader_trace import LoaderTrace
 
@@ -23,7 +22,7 @@ def with_draft(target: LoaderTrace, draft: LoaderTrace, own: Container[str]) -> 
             is filled by the target's loader alone.
     """
     copies = tuple(
-        replace(copy, parameter=DRAFT + copy.parameter)
+        copy._replace(parameter=DRAFT + copy.parameter)
         for copy in draft.copies
         if copy.parameter in own
     )

@@ -9,16 +9,16 @@ covered, which names reach nothing, and where a dtype would be cast.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
 import torch
 
 from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.alike_layers import AlikeLayers
 from engine_plugins.weights.loader_watch import (
     SourceView,
     TracedCopy,
@@ -36,8 +36,6 @@ __all__ = [
     "TracedCopy",
     "trace_loader",
 ]
-
-_LAYER = re.compile(r"\d+")
 
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
 
@@ -113,6 +111,11 @@ def trace_loader(
 ) -> LoaderTrace:
     """Record what `load_weights` does with `tensors`.
 
+    Of layers that differ by their number alone three are shown to it, and what it does with the
+    others follows, if it treats the three alike. What it does otherwise with a layer in between is
+    not seen here; the first update compares values, and such a module is not landed in directly
+    (`landing.py`).
+
     Args:
         parameters: the engine model's parameters by name, on the meta device, with the
             engine's own loaders attached. Aliases may appear once.
@@ -122,28 +125,57 @@ def trace_loader(
     Raises:
         WeightMismatchError: the loader refused a tensor; the text names it.
     """
-    quick = _quick_trace(parameters, load_weights, tensors)
-    return quick or _load(parameters, load_weights, tensors, following)[0]
+    alike = AlikeLayers(
+        [(tensor.name, (tensor.shape, tensor.dtype)) for tensor in tensors],
+        {
+            name: (ParameterLayout.of(each), _loadable_numel(each))
+            for name, each in parameters.items()
+        },
+    )
+    for attempt in (_samples_followed, _all_intercepted):
+        try:
+            trace = attempt(parameters, load_weights, tensors, alike)
+        except WeightMismatchError:
+            continue  # the whole run says which tensor it was
+        if trace is not None and trace.covered_numel() == trace.parameter_numel:
+            return trace
+    return _load(parameters, load_weights, tensors, following)[0]
 
 
-def _quick_trace(
+def _samples_followed(
     parameters: Mapping[str, torch.Tensor],
     load_weights: LoadWeights,
     tensors: Sequence[LogicalTensor],
+    alike: AlikeLayers,
+) -> LoaderTrace | None:
+    """Follow the loader through three layers of each kind, and write the others from those.
+
+    None where all layers would have to be shown, or the three are not treated alike.
+    """
+    if len(alike.samples) == len(tensors):
+        return None
+    samples = [tensors[place] for place in alike.samples]
+    trace, _ = _load(parameters, load_weights, samples, following)
+    copies = alike.completed(trace.copies)
+    return None if copies is None else replace(trace, copies=tuple(copies))
+
+
+def _all_intercepted(
+    parameters: Mapping[str, torch.Tensor],
+    load_weights: LoadWeights,
+    tensors: Sequence[LogicalTensor],
+    alike: AlikeLayers,
 ) -> LoaderTrace | None:
     """Follow the loader through one layer of each kind, then through all by its copies alone.
 
-    None where that does not show everything: the loader computes, copies in a way of its own,
-    refuses a tensor, or leaves a parameter uncovered.
+    None where that does not show everything: the loader computes, or copies in a way of its own.
     """
-    try:
-        _, as_published = _load(parameters, load_weights, _one_layer_of_each(tensors), following)
-        if not as_published:
-            return None
-        trace, as_published = _load(parameters, load_weights, tensors, intercepting)
-    except WeightMismatchError:
+    first = [tensors[place] for place in alike.first]
+    _, as_published = _load(parameters, load_weights, first, following)
+    if not as_published:
         return None
-    return trace if as_published and trace.covered_numel() == trace.parameter_numel else None
+    trace, as_published = _load(parameters, load_weights, tensors, intercepting)
+    return trace if as_published else None
 
 
 def _load(
@@ -164,15 +196,6 @@ def _load(
     layouts = {name: ParameterLayout.of(tensor) for name, tensor in parameters.items()}
     trace = LoaderTrace(copies=tuple(copies.copies), parameter_numel=numel, layouts=layouts)
     return trace, copies.as_published
-
-
-def _one_layer_of_each(tensors: Sequence[LogicalTensor]) -> list[LogicalTensor]:
-    """The first tensors of their name but for the layer's number, shape and dtype."""
-    first: dict[tuple[object, ...], LogicalTensor] = {}
-    for tensor in tensors:
-        kind = (_LAYER.sub("#", tensor.name, count=1), tensor.shape, tensor.dtype)
-        first.setdefault(kind, tensor)
-    return list(first.values())
 
 
 def _loadable_numel(parameter: torch.Tensor) -> int:

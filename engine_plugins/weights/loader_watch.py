@@ -10,8 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,8 +22,7 @@ _COPY = torch.ops.aten.copy_.default
 _FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SourceView:
+class SourceView(NamedTuple):
     """The elements of one whole tensor that a copy read: a strided view of it, in elements."""
 
     offset: int
@@ -32,8 +30,7 @@ class SourceView:
     strides: tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TracedCopy:
+class TracedCopy(NamedTuple):
     """One copy that the loader made into one of the engine's parameters.
 
     `sources` has one name for a pure copy, more where the loader computed something first, and
@@ -48,10 +45,10 @@ class TracedCopy:
     strides: tuple[int, ...]
     source_dtype: torch.dtype
     parameter_dtype: torch.dtype
-    read: SourceView | None = None
-    """What of its one source the copy read; None where values were computed first."""
     pure: bool
     """False where the loader changed the values (a cast, arithmetic) before or in the copy."""
+    read: SourceView | None = None
+    """What of its one source the copy read; None where values were computed first."""
 
 
 class WatchedCopies:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -124,7 +124,7 @@ def test_a_missing_tensor_without_a_likeness_is_named_by_the_engines_parameter()
 def test_a_short_tensor_that_the_loader_fills_up_is_named() -> None:
     """SGLang does so on the CPU; what is padded in every layer alike, it pads by design."""
     copies = [_copy(f"layers.{layer}.w", f"model.layers.{layer}.k", 0) for layer in range(3)]
-    pads = [replace(_copy(f"layers.{layer}.w", "", 1), sources=()) for layer in range(3)]
+    pads = [_copy(f"layers.{layer}.w", "", 1)._replace(sources=()) for layer in range(3)]
     numel = {f"layers.{layer}.w": 2 for layer in range(3)}
     all_alike = LoaderTrace(copies=(*copies, *pads), parameter_numel=numel)
     assert engine_steps(all_alike, _tensors("model.layers.{}.k", 3), Rules())[1] == []
