@@ -134,5 +134,5 @@ def _figures(listed: Iterable[GpuProcess], rank: ProcessTree) -> dict[int, int |
         sight = rank.sight(each.pid)
         if sight != "foreign":
             nbytes = each.used_bytes if sight == "here" else None
-            figures[each.pid] = max((figures.get(each.pid), nbytes), key=lambda n: n or 0)
+            figures[each.pid] = max(figures.get(each.pid, nbytes), nbytes, key=lambda n: n or 0)
     return figures

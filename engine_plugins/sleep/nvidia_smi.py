@@ -28,8 +28,9 @@ def smi_processes(device: GpuDevice) -> GpuListing:
             logger.warning(
                 "this nvidia-smi knows no gpu_bus_id: memory is told by process, not by GPU"
             )
-            listed = [_process(*line) for line in _ask("pid,used_memory")]
-            return GpuListing(source="nvidia_smi", processes=listed, per_gpu=False)
+            return GpuListing(
+                source="nvidia_smi", processes=_added(_ask("pid,used_memory")), per_gpu=False
+            )
         listed = [
             _process(pid, used)
             for place, pid, used in lines
@@ -50,6 +51,15 @@ def _ask(fields: str) -> list[list[str]]:
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=_TIMEOUT_S)
     lines = [line for line in done.stdout.splitlines() if line.strip()]
     return [[cell.strip() for cell in line.split(",")] for line in lines]
+
+
+def _added(lines: list[list[str]]) -> list[GpuProcess]:
+    """One entry for each process, which has a line for each of its GPUs."""
+    total: dict[int, int | None] = {}
+    for each in (_process(*line) for line in lines):
+        before, here = total.get(each.pid, 0), each.used_bytes
+        total[each.pid] = None if before is None or here is None else before + here
+    return [GpuProcess(pid=pid, used_bytes=used) for pid, used in total.items()]
 
 
 def _process(pid: str, used: str) -> GpuProcess:

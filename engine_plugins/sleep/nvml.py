@@ -42,8 +42,7 @@ class Nvml:
             if self._is_mig(handle):
                 detail = f"{device.uuid} is cut into MIG instances"
                 return GpuListing(source="nvml", reason="mig", detail=detail)
-            found = list(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-            found += self._mps_processes(handle)
+            found = [*_listed("Compute", handle), *self._mps_processes(handle)]
         except pynvml.NVMLError as error:
             reason = _REASONS.get(error.value, "nvml_error")
             return GpuListing(source="nvml", reason=reason, detail=f"NVML: {error}")
@@ -99,8 +98,19 @@ class Nvml:
 
     def _mps_processes(self, handle: Any) -> list[Any]:
         try:
-            return list(pynvml.nvmlDeviceGetMPSComputeRunningProcesses(handle))
+            return _listed("MPSCompute", handle)
         except pynvml.NVMLError as error:
             if error.value in _ABSENT:
                 return []
             raise
+
+
+def _listed(kind: str, handle: Any) -> list[Any]:
+    """By the newest function that the driver has: the bindings' own choice is not for old ones."""
+    name = f"nvmlDeviceGet{kind}RunningProcesses"
+    try:
+        return list(getattr(pynvml, f"{name}_v3")(handle))
+    except pynvml.NVMLError as error:
+        if error.value != pynvml.NVML_ERROR_FUNCTION_NOT_FOUND:
+            raise
+    return list(getattr(pynvml, f"{name}_v2")(handle))

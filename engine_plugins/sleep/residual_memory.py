@@ -22,7 +22,7 @@ from engine_plugins.sleep.memory_report import (
     Verdict,
 )
 
-__all__ = ["assess"]
+__all__ = ["assess", "device_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def assess(
     """
     by_device: dict[str, list[RankMemoryRow]] = {}
     for row in rows:
-        by_device.setdefault(_device_of(row), []).append(row)
+        by_device.setdefault(device_of(row), []).append(row)
     limits = _Limits(threshold_bytes, over_baseline_bytes, policy)
     devices = [_judge(device, of_it, limits) for device, of_it in by_device.items()]
     worst = min(devices, key=_badness, default=None)
@@ -236,7 +236,8 @@ def _sum(figures: Iterable[tuple[str, int]]) -> int:
     return own + sum(groups.values())
 
 
-def _device_of(row: RankMemoryRow) -> str:
+def device_of(row: RankMemoryRow) -> str:
+    """The device that a row counts towards; host memory is each worker's own."""
     return row.device.uuid if row.device is not None else f"cpu:{row.tp_rank}"
 
 
