@@ -76,7 +76,7 @@ def test_entry_points_name_modules_that_the_wheel_holds(wheel: zipfile.ZipFile) 
 def test_wheel_metadata_names_version_extras_and_license(wheel: zipfile.ZipFile) -> None:
     lines = metadata(wheel, "METADATA").splitlines()
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra: ")}
-    assert extras == {"vllm", "sglang", "nixl", "dev"}
+    assert extras == {"vllm", "sglang", "nixl", "memory-saver", "dev"}
     assert "License-Expression: Apache-2.0" in lines
     assert "Requires-Python: >=3.11" in lines
     assert "Apache License" in metadata(wheel, "licenses/LICENSE")
