@@ -123,16 +123,17 @@ def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> l
 def _coverage_problems(trace: LoaderTrace) -> list[str]:
     problems: list[str] = []
     givers = _givers(trace.copies)
-    for parameter, filled in trace.covered_numel().items():
+    for parameter, (filled, copied) in trace.filling().items():
         wanted = trace.parameter_numel[parameter]
-        if filled == wanted:
+        if filled == copied == wanted:
             continue
         missing = _missing_names(parameter, givers)
         if missing:
             problems.append(f"{', '.join(missing)} missing (needed by {parameter})")
         elif filled or not _KV_SCALE.search(parameter):
             given = ", ".join(givers.get(parameter, ())) or "no tensor"
-            problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}")
+            twice = f", {copied - filled} of them by two copies" if copied > filled else ""
+            problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}{twice}")
     return problems
 
 

@@ -26,8 +26,10 @@ from engine_plugins.weights.loader_watch import (
     following,
     intercepting,
 )
+from engine_plugins.weights.strided_cover import Place, distinct_numel
 
 __all__ = [
+    "Filling",
     "LoadWeights",
     "LoaderTrace",
     "LogicalTensor",
@@ -70,6 +72,15 @@ class ParameterLayout(NamedTuple):
         )
 
 
+class Filling(NamedTuple):
+    """What copies fill of a parameter, in elements."""
+
+    covered: int
+    """Elements that any copy fills."""
+    copied: int
+    """Elements of all copies together: more where two overlap."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoaderTrace:
     """Every copy of one run of the loader, on one engine rank."""
@@ -84,16 +95,23 @@ class LoaderTrace:
         """HF names that reached a parameter of this rank."""
         return {name for copy in self.copies for name in copy.sources}
 
-    def covered_numel(self) -> dict[str, int]:
-        """Elements of each parameter that the copies fill; equal copies count once."""
-        seen: set[tuple[str, int, tuple[int, ...], tuple[int, ...]]] = set()
-        covered = dict.fromkeys(self.parameter_numel, 0)
+    def filling(self) -> dict[str, Filling]:
+        """How full the copies make each parameter; equal copies count once."""
+        places: dict[str, dict[Place, None]] = {name: {} for name in self.parameter_numel}
         for copy in self.copies:
-            place = (copy.parameter, copy.offset, copy.shape, copy.strides)
-            if place not in seen:
-                seen.add(place)
-                covered[copy.parameter] += prod(copy.shape)
-        return covered
+            place = Place(copy.offset, copy.shape, copy.strides)
+            places[copy.parameter][place] = None
+        known: dict[tuple[Place, ...], Filling] = {}  # most layers are filled alike
+        return {name: _filling(tuple(each), known) for name, each in places.items()}
+
+    def covered_numel(self) -> dict[str, int]:
+        """Elements of each parameter that the copies fill, each element once."""
+        return {name: filling.covered for name, filling in self.filling().items()}
+
+    def fills_exactly(self) -> bool:
+        """Whether the copies fill every element of every parameter, and none by two copies."""
+        wanted = {name: Filling(numel, numel) for name, numel in self.parameter_numel.items()}
+        return self.filling() == wanted
 
     def modules(self) -> dict[str, list[str]]:
         """HF names by the engine module whose parameters they fill, in the loader's order."""
@@ -137,7 +155,7 @@ def trace_loader(
             trace = attempt(parameters, load_weights, tensors, alike)
         except WeightMismatchError:
             continue  # the whole run says which tensor it was
-        if trace is not None and trace.covered_numel() == trace.parameter_numel:
+        if trace is not None and trace.fills_exactly():
             return trace
     return _load(parameters, load_weights, tensors, following)[0]
 
@@ -196,6 +214,13 @@ def _load(
     layouts = {name: ParameterLayout.of(tensor) for name, tensor in parameters.items()}
     trace = LoaderTrace(copies=tuple(copies.copies), parameter_numel=numel, layouts=layouts)
     return trace, copies.as_published
+
+
+def _filling(places: tuple[Place, ...], known: dict[tuple[Place, ...], Filling]) -> Filling:
+    if places not in known:
+        copied = sum(prod(place.shape) for place in places)
+        known[places] = Filling(distinct_numel(places), copied)
+    return known[places]
 
 
 def _loadable_numel(parameter: torch.Tensor) -> int:

@@ -121,6 +121,17 @@ def test_a_missing_tensor_without_a_likeness_is_named_by_the_engines_parameter()
         steps_of(offer(model__norm__weight=None))
 
 
+def test_an_overlap_that_makes_up_for_a_gap_is_named() -> None:
+    """A loader that puts b over a half of a: as many elements as there are, and two are empty."""
+    copies = (
+        _copy("m.w", "a", 0)._replace(shape=(4,), strides=(1,)),
+        _copy("m.w", "b", 2)._replace(shape=(4,), strides=(1,)),
+    )
+    trace = LoaderTrace(copies=copies, parameter_numel={"m.w": 8})
+    with pytest.raises(WeightMismatchError, match=r"a, b fill 6, 2 of them by two copies"):
+        engine_steps(trace, [], Rules())
+
+
 def test_a_short_tensor_that_the_loader_fills_up_is_named() -> None:
     """SGLang does so on the CPU; what is padded in every layer alike, it pads by design."""
     copies = [_copy(f"layers.{layer}.w", f"model.layers.{layer}.k", 0) for layer in range(3)]

@@ -180,6 +180,33 @@ def test_what_is_not_filled_shows_as_uncovered() -> None:
     assert trace.parameter_numel == {"m.w": 16, "m.bias": 4}
 
 
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda whole: whole[3:7],
+        lambda whole: whole[:, 1:3].t(),
+        lambda whole: whole.flatten()[14:30].view(4, 4),
+    ],
+)
+def test_an_overlap_does_not_make_up_for_a_gap(
+    second: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    """As many elements are copied as the parameter has, some twice and some never."""
+
+    def load(parameters: dict[str, torch.Tensor], weights: Weights) -> None:
+        whole = parameters["m.w"]
+        for name, weight in weights:
+            (whole[:4] if name == "a" else second(whole)).copy_(weight)
+
+    whole = torch.arange(32.0).view(8, 4)
+    b = tensor("b", *second(whole).shape)
+    trace = traced({"m.w": (8, 4)}, load, tensor("a", 4, 4), b)
+    filled = set(whole[:4].flatten().tolist()) | set(second(whole).flatten().tolist())
+    assert trace.covered_numel() == {"m.w": len(filled)}
+    assert trace.filling() == {"m.w": (len(filled), 32)}
+    assert not trace.fills_exactly()
+
+
 def test_an_engine_may_say_that_a_checkpoint_fills_less_than_a_parameter_has() -> None:
     """Kernel padding that is neither loaded nor filled is noted on the parameter itself."""
     parameter = nn.Parameter(torch.empty(10, device="meta"))
