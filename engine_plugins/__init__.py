@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from engine_plugins.trainer_sender import WeightSender as WeightSender
     from engine_plugins.weights.megatron_rank import MegatronChunk as MegatronChunk
     from engine_plugins.weights.megatron_rank import MegatronRank as MegatronRank
+    from engine_plugins.worker_environment import forwarded_environment as forwarded_environment
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ _HOMES = {
     "MegatronRank": "engine_plugins.weights.megatron_rank",
     "SenderReport": "engine_plugins.sender.report",
     "WeightSender": "engine_plugins.trainer_sender",
+    "forwarded_environment": "engine_plugins.worker_environment",
 }
 """What a trainer imports; loaded when asked for, since engines import this package too."""
 
@@ -33,6 +35,7 @@ __all__ = [
     "SenderReport",
     "WeightSender",
     "__version__",
+    "forwarded_environment",
 ]
 
 
