@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,6 +17,9 @@ WINDOW_S = 0.15
 """Samples so far apart must agree: from one poll to the next, slow change looks like none."""
 TOLERANCE_BYTES = 64 << 20
 TOLERANCE_SHARE = 0.02
+DRIFT_BYTES = 16 << 20
+"""Change all one way, by more than this over the window, is movement within the tolerance as well:
+of 100 GiB the tolerance is 2, which a driver may take all that time to give back."""
 
 
 def settled(
@@ -27,8 +31,9 @@ def settled(
 ) -> Settled:
     """Probe until all samples of `WINDOW_S` lie within max(64 MiB, 2 %), or the deadline passes.
 
-    Samples without a figure agree if they have one reason. Time that probes take counts, so the
-    answer comes within a window and two polls of memory being stable.
+    They must not go steadily one way either. Samples without a figure agree if they have one
+    reason. Time that probes take counts, so the answer comes within a window and two polls of
+    memory being stable.
     """
     began = monotonic()
     taken: deque[tuple[float, MemorySample]] = deque()
@@ -52,4 +57,11 @@ def _agree(samples: list[MemorySample]) -> bool:
     if not figures:
         return len({each.reason for each in samples}) == 1
     tolerance = max(TOLERANCE_BYTES, TOLERANCE_SHARE * max(figures))
-    return len(figures) == len(samples) and max(figures) - min(figures) <= tolerance
+    near = len(figures) == len(samples) and max(figures) - min(figures) <= tolerance
+    return near and not _drifts(figures)
+
+
+def _drifts(figures: list[int]) -> bool:
+    steps = [later - earlier for earlier, later in itertools.pairwise(figures)]
+    one_way = all(step > 0 for step in steps) or all(step < 0 for step in steps)
+    return len(steps) > 1 and one_way and abs(figures[-1] - figures[0]) > DRIFT_BYTES
