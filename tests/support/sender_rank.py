@@ -1,16 +1,18 @@
-"""One trainer rank of a gloo group, as a process: runs a script of updates, says how each ended.
+"""Trainer ranks of a gloo group, a process each: run a script of updates, say how each ended.
 
-    python -m tests.support.sender_rank RANK WORLD_SIZE RENDEZVOUS_FILE URL[,URL] STEP...
+    python -m tests.support.sender_rank WORLD_SIZE RENDEZVOUS_FILE URL[,URL] STEP...
 
 Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise ValueError), `gone:RANK:N` (they raise
 SourceError), `swap:RANK:N` (they move first), `versions` (each rank asks for another),
-`die:RANK:N` (that rank ends instead). Prints one JSON line per step. With `FAN_OUT` in the
-environment the engines feed each other.
+`die:RANK:N` (that rank ends instead). Prints one JSON line per rank and step. With `FAN_OUT` in the
+environment the engines feed each other. The ranks are forks of one process, which imports torch
+once; it ends as badly as they do.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import time
@@ -26,6 +28,7 @@ from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN
 
+DIED = 3
 FAILURES = {
     "bad": ValueError("the optimizer lost this shard"),
     "gone": SourceError("w: its memory is gone"),
@@ -53,7 +56,7 @@ def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
     version = int(numbers[-1]) if numbers else 1000 + trainer.rank
     chosen = len(numbers) == 2 and int(numbers[0]) == trainer.rank
     if kind == "die" and chosen:
-        os._exit(3)
+        os._exit(DIED)
     if kind == "swap" and chosen:
         trainer.data = torch.randn(4, 8)
     trainer.failure = FAILURES.get(kind) if chosen else None
@@ -65,22 +68,38 @@ def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
     return {"rank": trainer.rank, "step": step, "s": time.monotonic() - started, **said}
 
 
-def main() -> None:
-    rank, world_size = int(sys.argv[1]), int(sys.argv[2])
+def run_rank(rank: int, world_size: int, rendezvous: str, urls: str, steps: list[str]) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{sys.argv[3]}", rank=rank, world_size=world_size
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
     )
     trainer = Trainer(rank, world_size)
     transport = InMemoryTransport(f"trainer-{rank}")
     with WeightSender(
         trainer.boxes,
-        engines=sys.argv[4].split(","),
+        engines=urls.split(","),
         token=TOKEN,
         transport=transport,
         fan_out=int(os.environ["FAN_OUT"]) if "FAN_OUT" in os.environ else None,
     ) as sender:
-        for step in sys.argv[5:]:
-            print(json.dumps(run(sender, trainer, step)), flush=True)
+        for step in steps:
+            sys.stdout.write(json.dumps(run(sender, trainer, step)) + "\n")
+            sys.stdout.flush()
+
+
+def main() -> None:
+    world_size, rendezvous, urls, *steps = sys.argv[1:]
+    forks = multiprocessing.get_context("fork")
+    ranks = [
+        forks.Process(
+            target=run_rank, args=(rank, int(world_size), rendezvous, urls, steps), daemon=True
+        )
+        for rank in range(int(world_size))
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
+    sys.exit(any(rank.exitcode not in (0, DIED) for rank in ranks))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -30,8 +27,7 @@ from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
-
-PROJECT = Path(__file__).parents[2]
+from tests.support.process_group import output_of_ranks
 
 
 @pytest.fixture(scope="module")
@@ -329,39 +325,15 @@ def test_progress_is_drawn_where_asked_for(
     assert "v2 http://127.0.0.1" in capsys.readouterr().err
 
 
-def start_ranks(
+def two_ranks(
     tmp_path: Path, engines: list[FakeEngine], *steps: str, **environment: str
-) -> list[subprocess.Popen[str]]:
+) -> list[dict[str, dict[str, Any]]]:
+    """What each of two trainer ranks said, by step."""
     urls = ",".join(engine.url for engine in engines)
-    environment = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "tests.support.sender_rank"]
-    return [
-        subprocess.Popen(
-            [*command, str(rank), "2", str(tmp_path / "rendezvous"), urls, *steps],
-            cwd=PROJECT,
-            env=os.environ | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-
-
-def ended(ranks: list[subprocess.Popen[str]]) -> list[dict[str, dict[str, Any]]]:
-    """Wait for the ranks; give what each said, by step."""
-    deadline = time.monotonic() + 60
-    told = []
-    try:
-        for rank in ranks:
-            out, err = rank.communicate(timeout=deadline - time.monotonic())
-            lines = [json.loads(line) for line in out.splitlines()]
-            told.append({line["step"]: line for line in lines})
-            assert rank.returncode in (0, 3), err
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return told
+    arguments = ("2", str(tmp_path / "rendezvous"), urls, *steps)
+    said = output_of_ranks("tests.support.sender_rank", *arguments, **environment)
+    lines = [json.loads(line) for line in said.splitlines()]
+    return [{line["step"]: line for line in lines if line["rank"] == rank} for rank in range(2)]
 
 
 def test_two_ranks_feed_one_engine_that_feeds_the_other(
@@ -374,7 +346,7 @@ def test_two_ranks_feed_one_engine_that_feeds_the_other(
     root.weights = {"w": torch.zeros(8, 8)}
     refused = {"/weights/update": Refused(409, "illegal_state", "this engine is fenced")}
     leaf.after_update = lambda: root.refuse.update(refused)
-    first, second = ended(start_ranks(tmp_path, engines, "update:1", "update:2", FAN_OUT="1"))
+    first, second = two_ranks(tmp_path, engines, "update:1", "update:2", FAN_OUT="1")
     for step in ("update:1", "update:2"):
         for key in ("report", "kind", "error"):
             assert first[step].get(key) == second[step].get(key), step
@@ -401,7 +373,7 @@ def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEng
         "swap:1:5",
         "die:1:6",
     )
-    first, second = ended(start_ranks(tmp_path, engines, *steps))
+    first, second = two_ranks(tmp_path, engines, *steps)
     for step in steps[:-1]:
         for key in ("report", "kind", "error"):
             assert first[step].get(key) == second[step].get(key), step

@@ -13,6 +13,7 @@ import pytest
 from engine_plugins.admin.state import Fence, moved
 from engine_plugins.admin.update_record import UpdateRecords
 from engine_plugins.errors import TransportError
+from engine_plugins.weights.transport import transfers
 from engine_plugins.weights.worker_service import AbortAnswer
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors
@@ -313,9 +314,10 @@ async def test_bytes_that_may_still_land_in_live_weights_fence_for_good(
 
 @pytest.mark.parametrize("touched", [False, True])
 async def test_an_update_whose_process_died_is_given_up_by_the_next_call(
-    make_server: MakeServer, trainer: SourceRank, touched: bool
+    make_server: MakeServer, trainer: SourceRank, monkeypatch: pytest.MonkeyPatch, touched: bool
 ) -> None:
     """The kernel has freed its lock. Back to the old weights, or a fence if any was written."""
+    monkeypatch.setattr(transfers, "DRAIN_S", 0.1)
     async with two_processes(make_server, trainer) as (server, other, plan_id):
         trainer.transport.bytes_per_s = 0
         task = asyncio.create_task(prepare(server, plan_id))

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.dtensor_rank import CASES, WORLD_SIZE
+from tests.support.process_group import output_of_ranks
 
 PROJECT = Path(__file__).parents[3]
 
@@ -21,20 +19,7 @@ PROJECT = Path(__file__).parents[3]
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str | None]]:
     """What each process found wrong, by case."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = subprocess.Popen(
-        [sys.executable, "-m", "tests.support.dtensor_rank", str(folder)],
-        cwd=PROJECT,
-        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-    try:
-        _, errors = ranks.communicate(timeout=240)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(ranks.pid, signal.SIGKILL)
-    assert ranks.returncode == 0, errors
+    output_of_ranks("tests.support.dtensor_rank", str(folder))
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 

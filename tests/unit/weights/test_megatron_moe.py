@@ -67,7 +67,7 @@ def layouts(draw: st.DrawFn) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(layouts())
 def test_any_layout_rebuilds_the_hf_tensors(
     layout: tuple[dict[str, Any], dict[str, Any]],
