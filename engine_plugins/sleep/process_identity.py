@@ -17,6 +17,7 @@ __all__ = [
     "local_pid",
     "own_namespace",
     "presence",
+    "start_ticks",
 ]
 
 HOST_NAMESPACE = 0xEFFFFFFC
@@ -51,10 +52,10 @@ def identify(pid: int | None = None) -> ProcessIdentity:
     """
     folder = _PROC / str(os.getpid() if pid is None else pid)
     try:
-        ticks = _start_ticks(folder)
+        ticks = _start_ticks(folder.name)
         namespace = (folder / "ns" / "pid").stat().st_ino
         chain = _namespace_pids(folder)
-        same = _start_ticks(folder) == ticks
+        same = _start_ticks(folder.name) == ticks
     except (FileNotFoundError, ProcessLookupError):
         raise ProcessLookupError(f"there is no process {folder.name}") from None
     if not same:
@@ -78,9 +79,8 @@ def presence(identity: ProcessIdentity) -> Presence:
     if identity.boot_id != _boot_id():
         return "gone"
     if identity.pid_namespace == own_namespace():
-        try:
-            ticks = _start_ticks(_PROC / str(identity.pid))
-        except (FileNotFoundError, ProcessLookupError):
+        ticks = start_ticks(identity.pid)
+        if ticks is None:
             return "gone"
         return "here" if ticks == identity.start_ticks else "reused"
     return "here" if local_pid(identity) is not None else "out_of_sight"
@@ -98,10 +98,18 @@ def local_pid(identity: ProcessIdentity) -> int | None:
     return next((int(each.name) for each in _PROC.glob("[0-9]*") if _is(each, identity)), None)
 
 
+def start_ticks(pid: int) -> int | None:
+    """Clock ticks from boot to the start of a process seen here; `None` if there is none."""
+    try:
+        return _start_ticks(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
 def _is(folder: Path, identity: ProcessIdentity) -> bool:
     try:
         return (
-            _start_ticks(folder) == identity.start_ticks
+            _start_ticks(folder.name) == identity.start_ticks
             and _namespace_pids(folder)[-1] == identity.pid
             and (folder / "ns" / "pid").stat().st_ino == identity.pid_namespace
         )
@@ -109,9 +117,12 @@ def _is(folder: Path, identity: ProcessIdentity) -> bool:
         return False
 
 
-def _start_ticks(folder: Path) -> int:
+def _start_ticks(pid: int | str) -> int:
+    # Without pathlib, which costs more than the read: a probe asks this of every process on a GPU.
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        stat = file.read()
     # The name in parentheses may hold spaces and parentheses; field 22 is counted behind it.
-    return int((folder / "stat").read_text().rpartition(")")[2].split()[19])
+    return int(stat.rpartition(b")")[2].split()[19])
 
 
 def _namespace_pids(folder: Path) -> list[int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import psutil
 
-from engine_plugins.sleep.process_identity import ProcessIdentity, identify, local_pid, presence
+from engine_plugins.sleep.process_identity import ProcessIdentity, local_pid, start_ticks
 
 __all__ = ["ProcessTree", "Sight"]
 
@@ -27,12 +27,12 @@ class ProcessTree:
     def __init__(self, root: ProcessIdentity) -> None:
         self.root = root
         self._root_pid: int | None = None
-        self._known: dict[int, ProcessIdentity] = {}
-        """Processes besides the root, by pid as seen here."""
+        self._known: dict[int, _Known] = {}
+        """Processes besides the root, by pid as seen here: who hangs where is looked up once."""
 
     def root_pid(self) -> int | None:
         """The root's pid as seen here, `None` if it is not."""
-        if self._root_pid is None or not _has_pid(self.root, self._root_pid):
+        if self._root_pid is None or start_ticks(self._root_pid) != self.root.start_ticks:
             self._root_pid = local_pid(self.root)
         return self._root_pid
 
@@ -45,34 +45,29 @@ class ProcessTree:
         pid = local_pid(process)
         if pid is None:
             raise ProcessLookupError(f"process {process.pid} is not seen here")
-        self._known[pid] = process
+        self._known[pid] = _Known(process.start_ticks, "here")
 
     def sight(self, pid: int) -> Sight:
         """Whether the process of this pid, as seen here, is of the tree."""
         root = self.root_pid()
         if pid == root:
             return "here"
-        if pid in self._known:
-            state = presence(self._known[pid])
-            if state != "reused":
-                return "here" if state == "here" else "gone"
-            del self._known[pid]
-        try:
-            if root not in [parent.pid for parent in psutil.Process(pid).parents()]:
-                return "foreign"
-            self._known[pid] = identify(pid)
-        except (psutil.Error, ProcessLookupError, PermissionError, ValueError):
-            return "foreign"
-        return "here"
+        known, ticks = self._known.get(pid), start_ticks(pid)
+        if ticks is None:
+            return "gone" if known is not None and known.sight == "here" else "foreign"
+        if known is None or known.start_ticks != ticks:
+            known = self._known[pid] = _Known(ticks, _hangs_below(root, pid))
+        return known.sight
 
 
-def _has_pid(process: ProcessIdentity, pid: int) -> bool:
+class _Known(NamedTuple):
+    start_ticks: int
+    sight: Sight
+
+
+def _hangs_below(root: int | None, pid: int) -> Sight:
     try:
-        found = identify(pid)
-    except (ProcessLookupError, PermissionError):
-        return False
-    return (found.start_ticks, found.pid_namespace, found.pid) == (
-        process.start_ticks,
-        process.pid_namespace,
-        process.pid,
-    )
+        parents = [parent.pid for parent in psutil.Process(pid).parents()]
+    except (psutil.Error, ValueError):
+        return "foreign"
+    return "here" if root in parents else "foreign"

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.benchmarks.event_loop import event_loop
+from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.peaks import peaks
 from tests.benchmarks.plan_scale import plan_scale
 from tests.benchmarks.row_cost import row_cost
@@ -35,7 +36,9 @@ def main() -> None:
     """Run the benchmarks that were asked for, all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", choices=[*BESIDE_OTHERS, "rows", "plan", "phases", "peaks"], help="default: all"
+        "--only",
+        choices=[*BESIDE_OTHERS, "rows", "probe", "plan", "phases", "peaks"],
+        help="default: all",
     )
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
     chosen = parser.parse_args()
@@ -55,6 +58,8 @@ def main() -> None:
             subprocess.run(command, cwd=ROOT, check=True)
     if chosen.only in (None, "rows"):
         console.print(row_cost(pairs=pairs))
+    if chosen.only in (None, "probe"):
+        console.print(memory_probe(runs=pairs))
     if chosen.only in (None, "plan"):
         wide = Console(width=180)
         wide.print(plan_scale(SGLANG_PYTHON, runs=pairs))
