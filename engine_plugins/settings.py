@@ -15,13 +15,15 @@ from typing import Any
 
 from engine_plugins.errors import SettingsError
 
-__all__ = ["HOOK_MODES", "PREFIX", "SOURCE_POLICIES", "Settings"]
+__all__ = ["HOOK_MODES", "PREFIX", "RESIDUAL_POLICIES", "SOURCE_POLICIES", "Settings"]
 
 PREFIX = "ENGINE_PLUGINS_"
 
 _SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 SOURCE_POLICIES = ("balanced", "nearest", "same_rank")
 """How a rank chooses among trainer ranks that hold the same."""
+RESIDUAL_POLICIES = ("enforce", "guard", "observe")
+"""A memory that is not known fails, is judged by its upper bound, or nothing ever fails."""
 HOOK_MODES = ("preload", "torch")
 """How torch_memory_saver gets hold of allocations."""
 
@@ -51,6 +53,13 @@ class Settings:
             forced on.
         memory_saver_hook_mode: one of `HOOK_MODES`; `None` chooses by the GPU.
         allow_preload_on_blackwell: takes hook mode preload where it is known to crash.
+        sleep_dir: where weights wait during a sleep of level 1 on the CPU platform; by default the
+            system's folder for temporary files.
+        residual_policy: what becomes of a sleep whose memory is not seen to be free, one of
+            `RESIDUAL_POLICIES`.
+        max_residual_gpu_mem_gib: GiB of a GPU that a sleeping engine may hold, ranks on one GPU
+            together.
+        residual_over_baseline_gib: GiB that it may hold over what it held before it loaded weights.
     """
 
     admin_token: str | None = field(default=None, repr=False)
@@ -68,6 +77,11 @@ class Settings:
     memory_saver_hook_mode: str | None = None
     allow_preload_on_blackwell: bool = False
 
+    sleep_dir: Path | None = None
+    residual_policy: str = "guard"
+    max_residual_gpu_mem_gib: float = 3.0
+    residual_over_baseline_gib: float = 1.0
+
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
             if getattr(self, name) < 1:
@@ -83,6 +97,14 @@ class Settings:
             )
         if self.expected_link_gbps is not None and not 0 < self.expected_link_gbps < math.inf:
             raise SettingsError(f"{PREFIX}EXPECTED_LINK_GBPS must be positive GB/s")
+        if self.residual_policy not in RESIDUAL_POLICIES:
+            raise SettingsError(
+                f"{PREFIX}RESIDUAL_POLICY must be one of {', '.join(RESIDUAL_POLICIES)}, "
+                f"not {self.residual_policy!r}"
+            )
+        for name in ("max_residual_gpu_mem_gib", "residual_over_baseline_gib"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise SettingsError(f"{PREFIX}{name.upper()} must be GiB, and not negative")
         if self.memory_saver_hook_mode not in (None, *HOOK_MODES):
             raise SettingsError(
                 f"{PREFIX}MEMORY_SAVER_HOOK_MODE must be one of {', '.join(HOOK_MODES)}, "

@@ -35,7 +35,14 @@ def register() -> None:
 
 
 def _hook_first_process() -> None:
-    from sglang_ext import admin_mount
+    from sglang_ext import admin_mount, memory_saver
+
+    install(
+        "sglang.srt.utils.torch_memory_saver_adapter"
+        "._TorchMemorySaverAdapterReal.configure_subprocess",
+        HookType.AROUND,
+        memory_saver.preload_where_wanted,
+    )
 
     install(
         "sglang.srt.server_args.prepare_server_args",
@@ -71,7 +78,13 @@ def _hook_api_process() -> None:
 
 
 def _hook_scheduler() -> None:
-    from sglang_ext import core_hooks, scheduler_extension
+    from sglang_ext import core_hooks, memory_baseline, memory_saver, scheduler_extension
+
+    install(
+        "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
+        HookType.BEFORE,
+        memory_baseline.before_load_model,
+    )
 
     install(
         "sglang.srt.managers.scheduler.Scheduler.init_request_dispatcher",
@@ -83,3 +96,4 @@ def _hook_scheduler() -> None:
         HookType.BEFORE,
         core_hooks.mark_new_request,
     )
+    memory_saver.take_hook_mode()

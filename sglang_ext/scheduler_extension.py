@@ -12,11 +12,14 @@ from typing import Any
 import torch.distributed
 from sglang.utils import TypeBasedDispatcher
 
+from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.errors import EngineCallError, EnginePluginError
 from engine_plugins.settings import Settings
-from engine_plugins.weights.worker_service import WorkerService, make_worker_service, refuse
+from engine_plugins.weights.worker_service import WorkerService, refuse
 from sglang_ext.core_hooks import SchedulerHooks
+from sglang_ext.engine_memory import memory_backend, tagged_tensors
 from sglang_ext.hooks import missing
+from sglang_ext.memory_baseline import memory_of
 from sglang_ext.messages import EngineAnswer, EngineCall, register_messages
 from sglang_ext.roll_call import report_present
 from sglang_ext.versions import SGLANG
@@ -73,11 +76,15 @@ class SchedulerExtension:
             "sglang.srt.model_executor.model_runner_components.weight_updater",
             "sglang.srt.model_loader.loader",
         )
-        return make_worker_service(
+        settings = Settings.load()
+        tensors = tagged_tensors(self._scheduler)
+        return make_rank_service(
             SglangWeightInstaller(self._scheduler),
-            tp_rank=torch.distributed.get_rank(self._group),
+            memory_of(self._scheduler.tp_worker.model_runner),
             tp_size=torch.distributed.get_world_size(self._group),
-            settings=Settings.load(),
+            settings=settings,
+            backend=memory_backend(self._scheduler, tensors, settings),
+            tensors=tensors,
             calls=SchedulerHooks(self._scheduler).calls,
         )
 

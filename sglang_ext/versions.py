@@ -16,6 +16,9 @@ SGLANG = EngineRelease(
         "sglang.srt.plugins.hook_registry": ("HookRegistry._patched",),
         "sglang.srt.server_args": ("prepare_server_args",),
         "sglang.srt.entrypoints.http_server": ("_setup_and_run_http_server", "app"),
+        "sglang.srt.utils.torch_memory_saver_adapter": (
+            "_TorchMemorySaverAdapterReal.configure_subprocess",
+        ),
         "sglang.srt.utils.auth": ("add_api_key_middleware", "AuthLevel.ADMIN_FORCE"),
         "sglang.srt.managers.io_struct": ("hook_custom_types", "BaseReq"),
         "sglang.srt.managers.tokenizer_manager": (
@@ -43,6 +46,7 @@ SGLANG = EngineRelease(
             "WeightUpdater.begin_weight_update",
             "WeightUpdater.end_weight_update",
         ),
+        "sglang.srt.model_executor.model_runner": ("ModelRunner.load_model",),
         "sglang.srt.model_loader.loader": ("_initialize_model", "_get_quantization_config"),
         "sglang.srt.layers.rotary_embedding.factory": ("_ROPE_DICT",),
     },

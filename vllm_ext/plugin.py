@@ -18,10 +18,18 @@ def register() -> None:
     """Entry point of group `vllm.general_plugins`; safe to call more than once."""
     _speak_through_vllm()
     ensure_runtime_dir()
+    if "vllm.engine.arg_utils" in sys.modules:
+        from vllm_ext.engine_arguments import hook_engine_arguments
+
+        hook_engine_arguments()
     if "vllm.v1.engine.core" in sys.modules:
         from vllm_ext.core_hooks import hook_engine_core
 
         hook_engine_core()
+    if "vllm.v1.worker.worker_base" in sys.modules:
+        from vllm_ext.memory_baseline import hook_load_model
+
+        hook_load_model()
     if "vllm.entrypoints.launchers.app" in sys.modules:
         from vllm_ext.admin_mount import hook_app
         from vllm_ext.admission_hook import hook_admission

@@ -14,10 +14,12 @@ VLLM = EngineRelease(
     probed=("0.32",),
     hooks={
         "vllm.entrypoints.launchers.app": ("attach_endpoint_plugins",),
+        "vllm.engine.arg_utils": ("EngineArgs.create_engine_config",),
         "vllm.v1.engine.core": (
             "EngineCore.preprocess_add_request",
             "EngineCore.reset_prefix_cache",
         ),
+        "vllm.v1.worker.gpu_worker": ("Worker.load_model", "Worker.get_draft_model"),
         "vllm.v1.engine.async_llm": ("AsyncLLM.check_admission", "AsyncLLM.pause_generation"),
         "vllm.model_executor.model_loader.reload.layerwise": (
             "initialize_layerwise_reload",

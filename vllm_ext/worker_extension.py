@@ -10,10 +10,13 @@ from typing import Any
 
 from vllm.config import set_current_vllm_config
 
+from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import Settings
-from engine_plugins.weights.worker_service import WorkerService, make_worker_service, refuse
+from engine_plugins.weights.worker_service import WorkerService, refuse
 from vllm_ext.draft_model import draft_of
+from vllm_ext.engine_memory import memory_backend, tagged_tensors
+from vllm_ext.memory_baseline import memory_of
 from vllm_ext.versions import VLLM
 from vllm_ext.weight_installer import VllmWeightInstaller
 
@@ -46,8 +49,13 @@ def _make_service(worker: Any) -> WorkerService:
     VLLM.check("vllm.model_executor.model_loader.reload.layerwise")
     config = worker.vllm_config
     settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
-    tp_size = int(config.parallel_config.tensor_parallel_size)
-    tp_rank = int(worker.rank) % tp_size
     runner = worker.model_runner
-    installer = VllmWeightInstaller(config, runner.get_model(), draft_of(runner, config))
-    return make_worker_service(installer, tp_rank=tp_rank, tp_size=tp_size, settings=settings)
+    tensors = tagged_tensors(worker)
+    return make_rank_service(
+        VllmWeightInstaller(config, runner.get_model(), draft_of(runner, config)),
+        memory_of(worker),
+        tp_size=int(config.parallel_config.tensor_parallel_size),
+        settings=settings,
+        backend=memory_backend(worker, tensors, settings),
+        tensors=tensors,
+    )

@@ -15,7 +15,7 @@ from engine_plugins.admin.last_resort import LastResort, internal_problem
 from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.update_answers import StoredFailure
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EnginePluginError, ResidualMemoryError
 from engine_plugins.settings import Settings
 
 __all__ = ["PREFIX", "create_admin_app"]
@@ -66,7 +66,8 @@ def _answer_errors(app: FastAPI, service: AdminService) -> None:
                 remedy=error.remedy,
                 state=service.state_name,
             )
-        return problem_from(error, state=service.state_name)
+        more = {"memory": error.memory} if isinstance(error, ResidualMemoryError) else {}
+        return problem_from(error, state=service.state_name, **more)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:

@@ -17,9 +17,12 @@ from engine_plugins.admin.schemas import (
     FlushBody,
     Flushed,
     PauseBody,
+    SleepAnswer,
+    SleepBody,
     SourceAccepted,
     StateView,
     UpdateBody,
+    WakeBody,
     WeightsView,
 )
 from engine_plugins.admin.service import AdminService
@@ -34,6 +37,9 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
     ("POST", "/pause"): "control",
     ("POST", "/resume"): "control",
     ("POST", "/flush"): "control",
+    ("POST", "/sleep"): "control",
+    ("POST", "/wake"): "control",
+    ("GET", "/memory"): "read",
     ("POST", SOURCES_PATH): "weights",
     ("POST", "/weights/connect"): "weights",
     ("GET", "/weights/manifest"): "weights",
@@ -45,7 +51,7 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
 }
 """The scope that each route needs."""
 
-_PAUSE, _FLUSH = PauseBody(), FlushBody()
+_PAUSE, _FLUSH, _SLEEP, _WAKE = PauseBody(), FlushBody(), SleepBody(), WakeBody()
 _WHOLE_GZIP = "send one whole gzip stream, or the manifest plain without Content-Encoding"
 
 _MANIFEST_BODY = {
@@ -82,6 +88,21 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
     async def flush(body: FlushBody = _FLUSH) -> Flushed:
         """Empty caches; works while paused."""
         return Flushed(flushed=await service.flush(body))
+
+    @router.post("/sleep")
+    async def sleep(body: SleepBody = _SLEEP) -> SleepAnswer:
+        """Give memory back, and say what is still resident; 507 where that is too much."""
+        return await service.sleep(body)
+
+    @router.post("/wake")
+    async def wake(body: WakeBody = _WAKE) -> StateView:
+        """Map memory again, and serve once all is here."""
+        return await service.wake(body)
+
+    @router.get("/memory")
+    async def memory() -> Response:
+        """What is resident of every rank, where the figure comes from and how good it is."""
+        return _json(await service.memory())
 
     @router.post(SOURCES_PATH, openapi_extra=_MANIFEST_BODY)
     async def sources(request: Request) -> SourceAccepted:

@@ -22,6 +22,7 @@ __all__ = [
     "PauseBody",
     "ProgressView",
     "RequestsView",
+    "SleepAnswer",
     "SleepBody",
     "SourceAccepted",
     "StateView",
@@ -225,6 +226,12 @@ class StateView(BaseModel):
     update: ProgressView | None
     requests: RequestsView
     workers: list[WorkerView]
+
+
+class SleepAnswer(StateView):
+    """The engine asleep, and what is still resident of it."""
+
+    memory: dict[str, object] = Field(description="as GET /memory")
 
 
 class WeightsView(BaseModel):

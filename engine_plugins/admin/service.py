@@ -23,14 +23,18 @@ from engine_plugins.admin.schemas import (
     FlushBody,
     PauseBody,
     RequestsView,
+    SleepAnswer,
+    SleepBody,
     StateView,
     UpdateBody,
+    WakeBody,
     WeightsView,
     WorkerView,
 )
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.sleeping import Sleeping, memory_answer, residual_memory
 from engine_plugins.admin.sources import Sources
-from engine_plugins.admin.state import EngineState, Pause, moved, require
+from engine_plugins.admin.state import EngineState, Pause, moved, require, require_weights_mapped
 from engine_plugins.admin.updates import Updates
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.admin_answers import EngineOffer
@@ -40,6 +44,7 @@ from engine_plugins.errors import (
     WeightMismatchError,
 )
 from engine_plugins.settings import Settings
+from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.weights.model_facts import compare_facts
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescription
@@ -66,6 +71,7 @@ class AdminService:
         self._sources = Sources(shared, max_entries=settings.max_manifest_entries)
         self._background = Background()
         self._updates = Updates(control, shared, settings, self._background)
+        self._sleeping = Sleeping(control, shared, settings)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
 
@@ -128,6 +134,37 @@ class AdminService:
                 self._shared.change(lambda now: moved(now, "serving", pause=None))
         return await self.state()
 
+    async def sleep(self, body: SleepBody) -> SleepAnswer:
+        """Release memory, measure what is left, and say whether it may be.
+
+        Raises:
+            ResidualMemoryError: the engine sleeps, and more is resident than may be.
+            EnginePluginError: see `Sleeping.sleep`.
+        """
+        report = await self._background.to_the_end(self._sleep(body))
+        memory = memory_answer(report, self._sleeping.leaks())
+        if report.refused:
+            raise residual_memory(report, memory)
+        state = await self.state()
+        return SleepAnswer(**state.model_dump(), memory=memory)
+
+    async def _sleep(self, body: SleepBody) -> ResidualReport:
+        async with self._operation("sleep"):
+            return await self._sleeping.sleep(body)
+
+    async def wake(self, body: WakeBody) -> StateView:
+        """Map memory again; see `Sleeping.wake`."""
+        await self._background.to_the_end(self._wake(body))
+        return await self.state()
+
+    async def _wake(self, body: WakeBody) -> None:
+        async with self._operation("wake"):
+            await self._sleeping.wake(body)
+
+    async def memory(self) -> dict[str, object]:
+        """What is resident of every rank, now."""
+        return memory_answer(await self._sleeping.memory(), self._sleeping.leaks())
+
     async def flush(self, body: FlushBody) -> list[str]:
         """Empty caches, whatever the engine is doing short of an update."""
         async with self._operation("flush"):
@@ -144,7 +181,9 @@ class AdminService:
     async def connect(self, body: ConnectBody) -> PlanSummary:
         """Plan an update from sources, on every rank, and meet the peers."""
         async with self._operation("connect"):
-            require(self._shared.read(), "serving", "paused", "fenced", doing="connect")
+            state = self._shared.read()
+            require(state, "serving", "paused", "fenced", "asleep", doing="connect")
+            require_weights_mapped(state, doing="connect")
             facts = self._control.info.model_facts
             manifests = await asyncio.to_thread(self._sources.paths, body.source_ids, facts)
             compare_facts(body.model, facts, who="the connect call")

@@ -35,7 +35,7 @@ _SLOT_BYTES = (PAGE_BYTES - 64) // 2
 def create_runtime_dir(path: Path) -> None:
     """Lay out an empty runtime directory, readable by this user alone."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in ("sources", "plans", "used", "underway", "answers", "ranks"):
+    for name in ("sources", "plans", "used", "underway", "answers", "ranks", "sleep"):
         (path / name).mkdir(mode=0o700, exist_ok=True)
     page = path / "state.page"
     if not page.exists():

@@ -22,6 +22,7 @@ __all__ = [
     "moved",
     "refusal",
     "require",
+    "require_weights_mapped",
 ]
 
 StateName = Literal["serving", "paused", "updating", "asleep", "fenced"]
@@ -131,6 +132,19 @@ def require(state: EngineState, *allowed: StateName, doing: str) -> None:
     else:
         remedy = fence.remedy if fence is not None and fence.for_good else _WAY_OUT[state.state]
     raise ConflictError(f"cannot {doing} while {state.state}{why}", remedy=remedy)
+
+
+def require_weights_mapped(state: EngineState, *, doing: str) -> None:
+    """Refuse what needs the weights' memory while that is released.
+
+    Raises:
+        ConflictError: it is.
+    """
+    if state.sleep is not None and "weights" in state.sleep.released:
+        raise ConflictError(
+            f"cannot {doing} while asleep: the weights' memory is released",
+            remedy='POST /admin/v1/wake with tags ["weights"] first',
+        )
 
 
 def refusal(state: EngineState) -> str | None:

@@ -258,16 +258,20 @@ class UpdateTransaction:
     async def _publish(self) -> None:
         """The new version, on all processes at once; then serve, where that was asked."""
         await self._control.publish_version(self._body.version)
+        sleep = self._shared.read().sleep
+        if sleep is not None:
+            sleep = msgspec.structs.replace(sleep, weights_lost=False)
+        asleep = sleep is not None and bool(sleep.released)
         resume = self._body.resume
         if resume is None:
-            resume = self._record.before.pause is None
+            resume = self._record.before.pause is None if sleep is None else sleep.resume
         weights = WeightsInstalled(
             version=self._body.version,
             request_id=self._body.request_id,
             installed_at=time.time(),
         )
         self._shared.change(lambda state: msgspec.structs.replace(state, weights=weights))
-        if resume:
+        if resume and not asleep:
             self._show("resume", None)
             with self._timed("resume_s"):
                 await self._control.resume()
@@ -276,9 +280,10 @@ class UpdateTransaction:
         self._shared.change(
             lambda state: moved(
                 state,
-                "serving" if resume else "paused",
+                "asleep" if asleep else "serving" if resume else "paused",
                 update=None,
                 fence=None,
+                sleep=msgspec.structs.replace(sleep, resume=resume) if sleep and asleep else None,
                 pause=None if resume else self._record.before.pause or left_paused,
             )
         )

@@ -16,7 +16,7 @@ from engine_plugins.admin.background import Background
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.schemas import AbortBody, UpdateBody
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.admin.state import EngineState, require
+from engine_plugins.admin.state import EngineState, require, require_weights_mapped
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.update_transaction import UpdateTransaction
@@ -217,7 +217,8 @@ class Updates:
         await self.recover()
         plan = self._plan(body.plan_id)
         state = self._shared.read()
-        require(state, "serving", "paused", "fenced", doing=doing)
+        require(state, "serving", "paused", "fenced", "asleep", doing=doing)
+        require_weights_mapped(state, doing=doing)
         _refuse_stale(state, body)
         return plan
 

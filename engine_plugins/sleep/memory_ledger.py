@@ -39,6 +39,11 @@ class MemoryLedger:
         """What is released now."""
         return tuple(tag for tag in MEMORY_TAGS if tag in self._released)
 
+    @property
+    def broken(self) -> tuple[MemoryTag, ...]:
+        """Tags of which nobody knows whether they are mapped, nor what they hold."""
+        return tuple(self._broken)
+
     def require_mapped(self, tags: Sequence[MemoryTag]) -> None:
         """Refuse what `release` would refuse, and change nothing."""
         for tag in tags:

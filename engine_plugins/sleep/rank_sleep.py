@@ -3,70 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from engine_plugins.errors import UnsupportedError
-from engine_plugins.sleep.memory_backend import MemoryTag
+from engine_plugins.sleep.memory_backend import MEMORY_TAGS, MemoryTag
 from engine_plugins.sleep.memory_ledger import MemoryLedger
+from engine_plugins.sleep.memory_report import RankMemoryRow
+from engine_plugins.sleep.rank_memory import RankMemory
 
-__all__ = ["LedgerView", "RankSleep"]
+__all__ = ["LedgerView", "RankSleep", "WeightHolder"]
+
+
+class WeightHolder(Protocol):
+    """What holds on to a rank's live weights besides the engine (`weights.receiver`)."""
+
+    def let_go(self, *, lost: bool) -> None:
+        """Hold on to nothing: the weights' memory goes, and `lost` says their values too."""
+        ...
 
 
 class LedgerView(msgspec.Struct, frozen=True, kw_only=True):
-    """What of a rank can be released, and what is."""
+    """What is released of a rank."""
 
     tp_rank: int
-    tags: list[MemoryTag]
     released: list[MemoryTag]
-    unreleased: dict[str, int]
-    """Bytes of the released tags that stayed resident, by the reason why."""
+    broken: list[MemoryTag]
+    """Tags of which a call failed half way: only a restart helps."""
 
 
 class RankSleep:
-    """Answers the admin side's sleep calls with one rank's ledger.
+    """Answers the admin side's sleep calls for one rank.
 
     Args:
-        ledger: of this rank's memory; None where the engine has nothing to release it with.
-        tp_rank: this rank, as errors will name it.
-        before_release: lets go of what holds on to memory that is about to go (registrations,
-            receive buffers); told whether the weights are among it, and whether they will be lost.
-        why_not: says why there is no ledger.
+        ledger: of this rank's memory; None where the engine was started with nothing to release it
+            with.
+        memory: measures this rank.
+        weights: lets go of the weights before they are released.
+        sizes: bytes of each tag that lie in memory while it is mapped.
     """
 
     def __init__(
         self,
         ledger: MemoryLedger | None,
+        memory: RankMemory,
+        weights: WeightHolder,
         *,
-        tp_rank: int,
-        before_release: Callable[[bool, bool], None],
-        why_not: str = "",
+        sizes: Callable[[MemoryTag], int] = lambda tag: 0,
     ) -> None:
         self._ledger = ledger
-        self._tp_rank = tp_rank
-        self._before_release = before_release
-        self._why_not = why_not
+        self._memory = memory
+        self._weights = weights
+        self._sizes = sizes
 
     @property
     def calls(self) -> Mapping[str, Callable[..., Any]]:
         """By the names that the admin side uses."""
         return {
-            "ledger": self._view,
             "may_release": self._may_release,
             "release": self._release,
-            "may_restore": self._may_restore,
             "restore": self._restore,
+            "ledger": self._view,
+            "memory": self._measure,
         }
-
-    def _view(self) -> LedgerView:
-        ledger = self._ledger
-        return LedgerView(
-            tp_rank=self._tp_rank,
-            tags=[] if ledger is None else list(ledger.tags),
-            released=[] if ledger is None else list(ledger.released),
-            unreleased={} if ledger is None else ledger.unreleased(),
-        )
 
     def _may_release(self, tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:
         """The tags that a sleep would release: all, where none are named."""
@@ -75,27 +75,50 @@ class RankSleep:
         ledger.require_mapped(chosen)
         return list(chosen)
 
-    def _release(self, tags: Sequence[MemoryTag], keep: bool) -> LedgerView:
+    def _release(self, tags: Sequence[MemoryTag], keep: bool) -> RankMemoryRow:
+        """Release the tags; the row is of when memory had come to rest."""
         ledger = self._required()
         ledger.require_mapped(tags)
-        weights = "weights" in tags
-        self._before_release(weights, weights and not keep)
+        # What an update left behind stays with no sleeper, and no device may read what goes.
+        self._weights.let_go(lost="weights" in tags and not keep)
         ledger.release(tags, keep=keep)
-        return self._view()
-
-    def _may_restore(self, tags: Sequence[MemoryTag]) -> None:
-        self._required().require_released(tags)
+        return self._row(settle=True)
 
     def _restore(self, tags: Sequence[MemoryTag]) -> LedgerView:
-        """Map the tags again, those among them that are released."""
+        """Map those of the tags that are released."""
         ledger = self._required()
         ledger.restore([tag for tag in tags if tag in ledger.released])
         return self._view()
 
+    def _view(self) -> LedgerView:
+        ledger = self._ledger
+        return LedgerView(
+            tp_rank=self._memory.tp_rank,
+            released=[] if ledger is None else list(ledger.released),
+            broken=[] if ledger is None else list(ledger.broken),
+        )
+
+    def _measure(self) -> RankMemoryRow:
+        return self._row(settle=False)
+
+    def _row(self, *, settle: bool) -> RankMemoryRow:
+        memory = self._memory
+        mapped = {tag: self._sizes(tag) for tag in MEMORY_TAGS if tag not in self._released}
+        kept = {} if self._ledger is None else self._ledger.unreleased()
+        return memory.row(
+            memory.settled() if settle else memory.sample(),
+            kept_bytes=sum(mapped.values()) + sum(kept.values()),
+            components={**{tag: size for tag, size in mapped.items() if size}, **kept},
+        )
+
+    @property
+    def _released(self) -> Sequence[MemoryTag]:
+        return () if self._ledger is None else self._ledger.released
+
     def _required(self) -> MemoryLedger:
         if self._ledger is None:
             raise UnsupportedError(
-                f"rank {self._tp_rank} cannot release memory: {self._why_not}",
+                f"rank {self._memory.tp_rank} has nothing to release its memory with",
                 remedy="start the engine with ENGINE_PLUGINS_SLEEP=true",
             )
         return self._ledger

@@ -8,7 +8,6 @@ in some engines, to be taken for those of the next call.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,17 +17,12 @@ import msgspec
 
 from engine_plugins import errors
 from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
-from engine_plugins.settings import Settings
 from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.destinations import Destination
 from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
-from engine_plugins.weights.source_choice import Reader
-from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.update_run import PullStatus
-from engine_plugins.weights.weight_installer import WeightInstaller
 
 __all__ = [
     "AbortAnswer",
@@ -38,7 +32,6 @@ __all__ = [
     "WorkerDescription",
     "WorkerService",
     "encode_call",
-    "make_worker_service",
     "raised",
     "read_answer",
     "refuse",
@@ -134,33 +127,6 @@ def raised(failure: Failure) -> EnginePluginError:
 def refuse(error: EnginePluginError) -> bytes:
     """The answer to a call that met an error before it reached a service."""
     return msgspec.msgpack.encode(_Answer(failure=_failure(error)))
-
-
-def make_worker_service(
-    installer: WeightInstaller,
-    *,
-    tp_rank: int,
-    tp_size: int,
-    settings: Settings,
-    calls: Mapping[str, Callable[..., Any]] | None = None,
-) -> WorkerService:
-    """The service of one engine rank over NIXL, whose agent is made when a plan first needs it."""
-    reader = Reader(
-        policy=settings.source_policy,
-        host=socket.gethostname(),
-        tp_rank=tp_rank,
-        tp_size=tp_size,
-    )
-    receiver = WeightReceiver(
-        installer,
-        lambda: _nixl_transport(tp_rank, settings.net_devices),
-        tp_rank=tp_rank,
-        stall_timeout_s=settings.stall_timeout_s,
-        direct_landing=settings.direct_landing,
-        reader=reader,
-        expected_link_gbps=settings.expected_link_gbps,
-    )
-    return WorkerService(receiver, tp_rank=tp_rank, calls=calls)
 
 
 class WorkerService:
@@ -273,11 +239,3 @@ class WorkerService:
 
 def _failure(error: EnginePluginError) -> Failure:
     return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)
-
-
-def _nixl_transport(tp_rank: int, net_devices: str | None) -> Transport:
-    from engine_plugins.weights.transport.nixl import NixlTransport
-
-    prepare_network(current_gpu(), net_devices=net_devices)
-    name = f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"
-    return NixlTransport(name)

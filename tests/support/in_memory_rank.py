@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine_plugins.errors import EnginePluginError
+from engine_plugins.sleep.memory_ledger import MemoryLedger
+from engine_plugins.sleep.rank_memory import RankMemory
+from engine_plugins.sleep.rank_sleep import RankSleep
 from engine_plugins.weights.connection import ConnectResult, Direction
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.plan import Step
@@ -17,6 +20,7 @@ from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.update_run import PreparedPlan, PullStatus
 from engine_plugins.weights.worker_service import WorkerService
 from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel
+from tests.support.in_memory_regions import InMemoryRegions
 
 __all__ = ["InMemoryRank"]
 
@@ -92,7 +96,10 @@ class InMemoryRank:
             stall_timeout_s=stall_timeout_s,
             direct_landing=direct_landing,
         )
-        self.service = WorkerService(self.receiver, tp_rank=tp_rank)
+        self.regions = InMemoryRegions()
+        self.sleep_ledger = MemoryLedger(self.regions)
+        sleep = RankSleep(self.sleep_ledger, RankMemory(tp_rank, None), self.receiver)
+        self.service = WorkerService(self.receiver, tp_rank=tp_rank, calls=sleep.calls)
 
     def _transport(self) -> InMemoryTransport:
         self.transports.append(InMemoryTransport(f"engine-{next(_serial)}"))

@@ -30,9 +30,11 @@ from engine_plugins.admin.runtime_dir import ensure_runtime_dir, shared_state
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import refusal
+from engine_plugins.engine_rank import TaggedTensors, make_rank_service
 from engine_plugins.settings import Settings
+from engine_plugins.sleep.host_memory import HostMemory
+from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.weights.model_facts import model_facts
-from engine_plugins.weights.worker_service import make_worker_service
 from tests.support import generating_engine
 from tests.support.engine_server import (
     EngineServer,
@@ -45,11 +47,13 @@ from tests.support.engine_server import (
 from tests.support.forked_process import ForkedProcess
 from tests.support.generating_engine import TICK_S, GeneratingEngine
 from tests.support.hf_forward import HfForward
-from tests.support.in_memory_model import InMemoryInstaller
+from tests.support.in_memory_model import InMemoryInstaller, LoadableModel
 from tests.support.sharded_model import ShardedModel, gathered
 from tests.support.stepping import watch_installs
 
 __all__ = ["InMemoryServer", "in_memory_server"]
+
+CACHE_BYTES = 16 << 20
 
 
 class InMemoryServer(EngineServer):
@@ -100,6 +104,9 @@ class ServedEngine(GeneratingEngine):
     """One process that holds every rank's share of a model and generates with the whole of it."""
 
     def __init__(self, folder: Path, tensor_parallel: int, shared: SharedState) -> None:
+        memories = [RankMemory(tp_rank, None) for tp_rank in range(tensor_parallel)]
+        for memory in memories:
+            memory.take_baseline()
         checkpoint = load_file(folder / "model.safetensors")
         self._forward = HfForward(folder)
         self._folder = folder
@@ -118,14 +125,17 @@ class ServedEngine(GeneratingEngine):
         self._installers = [InMemoryInstaller(model) for model in self._models]
         self._take_weights()
         services = []
-        for tp_rank, installer in enumerate(self._installers):
-            watch_installs(installer, tp_rank)
+        for memory, installer in zip(memories, self._installers, strict=True):
+            watch_installs(installer, memory.tp_rank)
+            tensors = _tensors(installer.model)
             services.append(
-                make_worker_service(
+                make_rank_service(
                     installer,
-                    tp_rank=tp_rank,
+                    memory,
                     tp_size=tensor_parallel,
                     settings=Settings.load(),
+                    backend=HostMemory(tensors),
+                    tensors=tensors,
                 )
             )
         super().__init__(services, generation=lambda: shared.read().kv_generation)
@@ -155,6 +165,15 @@ class ServedEngine(GeneratingEngine):
     def _take_weights(self) -> None:
         """Generate with what the ranks hold now."""
         self._forward.load(gathered(self._models, self._names))
+
+
+def _tensors(model: LoadableModel) -> TaggedTensors:
+    """A rank's parameters, and pages that stand for its KV cache."""
+    cache = torch.ones(CACHE_BYTES, dtype=torch.uint8)
+    return {
+        "weights": lambda: (parameter for _, parameter in model.named_parameters()),
+        "kv_cache": lambda: [cache],
+    }
 
 
 class _Api:

@@ -112,6 +112,7 @@ class Served:
         left = self.server.state()["update"]
         if left is not None:
             self.server.admin.post("/weights/abort", json={"request_id": left["request_id"]})
+        self.server.admin.post("/wake")
         self.server.admin.post("/resume")
         prompt, expected = model.prompts()[0], model.expected()[0]
         serves = self.server.state()["state"] == "serving"

@@ -29,6 +29,10 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         "ENGINE_PLUGINS_SLEEP": "true",
         "ENGINE_PLUGINS_MEMORY_SAVER_HOOK_MODE": "torch",
         "ENGINE_PLUGINS_ALLOW_PRELOAD_ON_BLACKWELL": "1",
+        "ENGINE_PLUGINS_SLEEP_DIR": "/var/sleep",
+        "ENGINE_PLUGINS_RESIDUAL_POLICY": "observe",
+        "ENGINE_PLUGINS_MAX_RESIDUAL_GPU_MEM_GIB": "2.5",
+        "ENGINE_PLUGINS_RESIDUAL_OVER_BASELINE_GIB": "0.5",
         "PATH": "/bin",
     }
     settings = Settings.load(environ=environ)
@@ -47,6 +51,10 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         sleep=True,
         memory_saver_hook_mode="torch",
         allow_preload_on_blackwell=True,
+        sleep_dir=Path("/var/sleep"),
+        residual_policy="observe",
+        max_residual_gpu_mem_gib=2.5,
+        residual_over_baseline_gib=0.5,
     )
     assert len(environ) - 1 == len(fields(Settings)), "a new setting belongs in this test"
     for field in fields(Settings):

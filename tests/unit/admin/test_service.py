@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from engine_plugins.admin import service as service_module
-from engine_plugins.admin.state import Fence, UpdateProgress, moved
+from engine_plugins.admin.state import Fence, Sleep, UpdateProgress, moved
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.manifest import SourceManifest
 from tests.support.admin_server import AdminServer
@@ -237,6 +237,7 @@ UPDATE = {"plan_id": "p", "version": 9}
 
 
 MOVES: list[tuple[str, dict[str, Any]]] = [("/resume", {}), ("/pause", {}), ("/flush", {})]
+ASLEEP = Sleep(level=1, released=["weights"], since=0.0, resume=True)
 CONNECT: tuple[str, dict[str, Any]] = ("/weights/connect", {"source_ids": ["x"]})
 
 
@@ -255,7 +256,12 @@ async def test_an_illegal_move_is_409_with_the_state_and_the_way_out(
     server = make_server()
     async with server.running():
         server.shared.change(
-            lambda now: moved(now, state, fence=FENCE if state == "fenced" else None)
+            lambda now: moved(
+                now,
+                state,
+                fence=FENCE if state == "fenced" else None,
+                sleep=ASLEEP if state == "asleep" else None,
+            )
         )
         calls = list(server.engine.calls)
         for path, body in moves:

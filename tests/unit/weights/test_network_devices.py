@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine_plugins import trainer_sender
+from engine_plugins import engine_rank, trainer_sender
 from engine_plugins.errors import SettingsError, TransportError, UnsupportedError
-from engine_plugins.weights import worker_service
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from tests.support.sysfs import ACTIVE, DOWN, Machine
 
@@ -157,7 +156,7 @@ def test_a_process_that_computes_on_the_cpu_has_no_gpu() -> None:
 def test_both_ends_ask_before_they_make_an_agent(monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker with its engine's setting, a trainer with its environment's."""
     with pytest.raises(SettingsError, match="nosuch0:1"):
-        worker_service._nixl_transport(0, "nosuch0:1")
+        engine_rank._nixl_transport(0, "nosuch0:1")
     monkeypatch.setenv("ENGINE_PLUGINS_NET_DEVICES", "nosuch1:1")
     with pytest.raises(SettingsError, match="nosuch1:1"):
         trainer_sender._nixl()

@@ -1,0 +1,85 @@
+"""One engine rank put together: its receiver over NIXL, its sleep, and the calls of an engine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from engine_plugins.settings import Settings
+from engine_plugins.sleep.memory_backend import MemoryBackend, MemoryTag
+from engine_plugins.sleep.memory_ledger import MemoryLedger
+from engine_plugins.sleep.rank_memory import RankMemory
+from engine_plugins.sleep.rank_sleep import RankSleep
+from engine_plugins.weights.network_devices import current_gpu, prepare_network
+from engine_plugins.weights.receiver import WeightReceiver
+from engine_plugins.weights.source_choice import Reader
+from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.weight_installer import WeightInstaller
+from engine_plugins.weights.worker_service import WorkerService
+
+__all__ = ["TaggedTensors", "make_rank_service"]
+
+TaggedTensors = Mapping[MemoryTag, Callable[[], Iterable[torch.Tensor]]]
+"""What lies in an engine rank's memory, by tag; asked anew each time."""
+
+
+def make_rank_service(
+    installer: WeightInstaller,
+    memory: RankMemory,
+    *,
+    tp_size: int,
+    settings: Settings,
+    backend: MemoryBackend | None,
+    tensors: TaggedTensors,
+    calls: Mapping[str, Callable[..., Any]] | None = None,
+) -> WorkerService:
+    """The service of one engine rank; its NIXL agent is made when a plan first needs it.
+
+    Args:
+        installer: the engine's side of loading.
+        memory: measures this rank, and names it.
+        tp_size: how many ranks share the model.
+        settings: of this server.
+        backend: releases this rank's memory; None where nothing can.
+        tensors: what lies in that memory, to say what a sleep leaves there.
+        calls: further calls of an engine, by name; what they return must be plain data.
+    """
+    tp_rank = memory.tp_rank
+    receiver = WeightReceiver(
+        installer,
+        lambda: _nixl_transport(tp_rank, settings.net_devices),
+        tp_rank=tp_rank,
+        stall_timeout_s=settings.stall_timeout_s,
+        direct_landing=settings.direct_landing,
+        reader=Reader(
+            policy=settings.source_policy,
+            host=socket.gethostname(),
+            tp_rank=tp_rank,
+            tp_size=tp_size,
+        ),
+        expected_link_gbps=settings.expected_link_gbps,
+    )
+    ledger = None if backend is None else MemoryLedger(backend)
+    sleep = RankSleep(ledger, memory, receiver, sizes=lambda tag: _size(tensors.get(tag)))
+    return WorkerService(receiver, tp_rank=tp_rank, calls={**sleep.calls, **(calls or {})})
+
+
+def _size(tensors: Callable[[], Iterable[torch.Tensor]] | None) -> int:
+    """Bytes of all storages, each once."""
+    if tensors is None:
+        return 0
+    storages = (tensor.untyped_storage() for tensor in tensors())
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def _nixl_transport(tp_rank: int, net_devices: str | None) -> Transport:
+    from engine_plugins.weights.transport.nixl import NixlTransport
+
+    prepare_network(current_gpu(), net_devices=net_devices)
+    name = f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"
+    return NixlTransport(name)

@@ -1,0 +1,225 @@
+"""Sleep and wake, for real on engines without a GPU: what the kernel says is resident decides."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, SIZED, on
+from tests.support.engine_server import EngineServer
+from tests.support.problems import problem
+from tests.support.served import Served
+from tests.support.streams import Stream
+from tests.support.trainer_process import TrainerProcess
+from tests.support.waiting import until
+
+PROMPT = OLD.prompts()[0]
+
+
+@pytest.fixture
+def awake(served: Served) -> Served:
+    """The old weights serve."""
+    served.restore(OLD)
+    return served
+
+
+def sleep(server: EngineServer, **body: Any) -> dict[str, Any]:
+    """Put a server to sleep; the answer."""
+    answer = server.admin.post("/sleep", json=body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def wake(server: EngineServer, tags: Sequence[str] | None = None) -> dict[str, Any]:
+    """Wake a server, or some of its memory; the answer."""
+    answer = server.admin.post("/wake", json={"tags": tags})
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def resident(server: EngineServer) -> int:
+    """Bytes of the workers' memory, as the kernel counts them."""
+    until(lambda: bool(server.state()["workers"]), otherwise=server.state)
+    workers = [worker["pid"] for worker in server.state()["workers"]]
+    return sum(psutil.Process(pid).memory_info().rss for pid in workers)
+
+
+def components(answer: dict[str, Any], name: str) -> int:
+    """Bytes of one part of what the ranks hold."""
+    return sum(row["components"].get(name, 0) for row in answer["memory"]["rows"])
+
+
+@on(DENSE, DENSE_TP2)
+def test_requests_are_held_over_a_sleep_and_answered_after_it(awake: Served) -> None:
+    """Those in the engine and those that come meanwhile; the weights are those of before."""
+    server = awake.server
+    before = server.state()["weights"]
+    running = Stream(server, PROMPT, 100)
+    running.wait_for(10)
+    asleep = sleep(server)
+    assert (asleep["state"], asleep["weights"]) == ("asleep", before)
+    assert asleep["sleep"]["released"] == ["weights", "kv_cache"]
+    assert asleep["sleep"]["verdict"] == asleep["memory"]["verdict"] == "pass"
+    arriving = Stream(server, PROMPT, 16)
+    risen = wake(server)
+    assert (risen["state"], risen["sleep"], risen["weights"]) == ("serving", None, before)
+    assert arriving.result() == OLD.expected()[0]
+    assert running.result()[:16] == OLD.expected()[0]
+    assert running.finish_reason == "length"
+    assert OLD.wrong_answers(server.greedy) == []
+
+
+@on(SIZED)
+def test_memory_leaves_the_workers_and_comes_back(served: Served) -> None:
+    """At least 90 % of the cache and of the weights that the answer says are released."""
+    server = served.server
+    said = server.greedy([1, 2, 3])
+    mapped = server.admin.get("/memory").json()["rows"]
+    cache = sum(row["components"]["kv_cache"] for row in mapped)
+    weights = sum(row["components"]["weights"] for row in mapped)
+    before = resident(server)
+    sleep(server, tags=["weights"])
+    assert before - resident(server) > 0.9 * weights
+    asleep = sleep(server, tags=["kv_cache"])
+    assert before - resident(server) > 0.9 * (weights + cache)
+    assert components(asleep, "weights") == components(asleep, "kv_cache") == 0
+    assert wake(server)["state"] == "serving"
+    assert server.greedy([1, 2, 3]) == said
+
+
+@on(DENSE)
+def test_weights_that_were_discarded_have_to_come_from_an_update(awake: Served) -> None:
+    """Level 2: no version, no resume, no serving until an update completes."""
+    server = awake.server
+    asleep = sleep(server, level=2)
+    assert asleep["weights"]["version"] is None
+    held = Stream(server, PROMPT, 16)
+    mapped = wake(server)
+    assert mapped["state"] == "asleep"
+    assert (mapped["sleep"]["released"], mapped["sleep"]["weights_lost"]) == ([], True)
+    refused = server.admin.post("/resume")
+    assert "weights were discarded" in problem(refused, 409, "illegal_state")
+    assert "/weights/update" in refused.json()["remedy"]
+    assert problem(server.admin.post("/wake"), 409, "illegal_state")
+    report = awake.install(NEW)
+    assert (report["outcome"], server.state()["state"]) == ("installed", "serving")
+    assert held.result() == NEW.expected()[0]
+    assert NEW.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+def test_weights_can_be_brought_up_to_date_before_the_cache_is_mapped(awake: Served) -> None:
+    """Wake by tags: an update needs the weights' memory and nothing else."""
+    server = awake.server
+    sleep(server, level=2)
+    plan = awake.offer(NEW)
+    refused = awake.update("plan-that-nobody-made")
+    assert refused.status_code in (404, 409)
+    connect = plan.connect()
+    assert "weights' memory is released" in problem(connect, 409, "illegal_state")
+    assert wake(server, ["weights"])["sleep"]["released"] == ["kv_cache"]
+    report = awake.install(NEW)
+    state = server.state()
+    assert (state["state"], state["weights"]["version"]) == ("asleep", report["version"])
+    assert state["sleep"]["weights_lost"] is False
+    assert wake(server)["state"] == "serving"
+    assert NEW.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+def test_an_update_of_weights_that_sleep_kept(awake: Served) -> None:
+    """Level 1, then the same: the engine ends up with the new weights, and lands bytes again."""
+    server = awake.server
+    awake.install(NEW)
+    awake.install(OLD)
+    sleep(server)
+    wake(server, ["weights"])
+    report = awake.install(NEW)
+    wake(server)
+    assert NEW.wrong_answers(server.greedy) == []
+    direct = sum(rank["direct_bytes"] for rank in report["ranks"])
+    assert not awake.lands_directly or direct == report["bytes_needed"]
+
+
+@on(DENSE)
+def test_what_is_illegal_is_refused_with_the_way_out(awake: Served) -> None:
+    """Double sleep, unmatched wake, anything else while asleep: 409, and nothing has changed."""
+    server = awake.server
+    assert "/sleep" not in problem(server.admin.post("/wake"), 409, "illegal_state")
+    assert problem(server.admin.post("/sleep", json={"tags": ["gold"]}), 400, "malformed_request")
+    assert problem(server.admin.post("/sleep", json={"tags": []}), 400, "malformed_request")
+    graphs = server.admin.post("/sleep", json={"tags": ["cuda_graph"]})
+    assert "cannot release 'cuda_graph'" in problem(graphs, 422, "unsupported")
+    assert server.state()["state"] == "serving"
+    sleep(server, tags=["kv_cache"])
+    again = server.admin.post("/sleep")
+    assert "sleeps already" in problem(again, 409, "illegal_state")
+    twice = server.admin.post("/sleep", json={"tags": ["kv_cache"]})
+    assert "released already" in problem(twice, 409, "illegal_state")
+    unmatched = server.admin.post("/wake", json={"tags": ["weights"]})
+    assert "cannot wake weights" in problem(unmatched, 409, "illegal_state")
+    for route in ("/pause", "/resume", "/flush"):
+        refused = server.admin.post(route)
+        assert "asleep" in problem(refused, 409, "illegal_state")
+        assert "/wake" in refused.json()["remedy"]
+    state = server.state()
+    assert (state["state"], state["sleep"]["released"]) == ("asleep", ["kv_cache"])
+    assert wake(server)["state"] == "serving"
+    assert OLD.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+def test_an_engine_that_was_paused_is_paused_after_its_sleep(awake: Served) -> None:
+    """Whoever paused it resumes it."""
+    server = awake.server
+    server.admin.post("/pause", json={"mode": "keep"}).raise_for_status()
+    sleep(server)
+    risen = wake(server)
+    assert (risen["state"], risen["pause"]["mode"]) == ("paused", "keep")
+    assert server.admin.post("/resume").json()["state"] == "serving"
+    assert OLD.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+def test_nobody_sleeps_while_an_update_is_under_way(
+    awake: Served, trainer: TrainerProcess, background: ThreadPoolExecutor
+) -> None:
+    """409 that names the version, and the update completes."""
+    server = awake.server
+    plan, version = trainer.connect(server.admin), awake.next_version()
+    trainer.signal(signal.SIGSTOP)
+    pull = background.submit(awake.update, plan, version)
+    until(lambda: server.state()["state"] == "updating", within_s=5, otherwise=server.state)
+    refused = server.admin.post("/sleep")
+    trainer.signal(signal.SIGCONT)
+    assert f"version {version} is under way" in problem(refused, 409, "illegal_state")
+    assert pull.result(30).status_code == 200
+    assert NEW.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+def test_memory_says_where_its_figures_come_from(awake: Served) -> None:
+    """Per rank: process, source, quality and parts; the same while asleep."""
+    server = awake.server
+    for _ in range(2):
+        report = server.admin.get("/memory").json()
+        for row, worker in zip(report["rows"], server.state()["workers"], strict=True):
+            assert (row["tp_rank"], row["process"]["pid"]) == (worker["tp_rank"], worker["pid"])
+            assert (row["sample"]["source"], row["sample"]["quality"]) == ("process", "exact")
+            own = _memory_of_its_own(worker["pid"])
+            assert abs(row["sample"]["resident_bytes"] - own) < 16 << 20
+        server.admin.post("/sleep")
+
+
+def _memory_of_its_own(pid: int) -> int:
+    """Resident bytes that no file backs, as the kernel counts them."""
+    lines = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
+    return sum(int(lines[name].split()[0]) << 10 for name in ("RssAnon", "RssShmem"))

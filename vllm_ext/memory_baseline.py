@@ -1,0 +1,46 @@
+"""What a vLLM worker holds before it loads weights: the figure that a sleep is compared with.
+
+vLLM calls nothing of ours at that moment, so its `load_model` is wrapped. It is the one method that
+both workers, of the CPU and of GPUs, have from the same class.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.v1.worker.gpu_worker import Worker
+
+from engine_plugins.sleep.gpu_device import rank_memory
+from engine_plugins.sleep.rank_memory import RankMemory
+from vllm_ext.versions import VLLM
+
+__all__ = ["hook_load_model", "memory_of"]
+
+_MEMORY = "_engine_plugins_memory"
+
+
+def hook_load_model() -> None:
+    """Measure every worker of this process before it loads."""
+    VLLM.check("vllm.v1.worker.gpu_worker")
+    load_model = Worker.load_model
+    if hasattr(load_model, _MEMORY):
+        return
+
+    @functools.wraps(load_model)
+    def measured(self: Any, *args: Any, **kwargs: Any) -> None:
+        memory_of(self).take_baseline()
+        load_model(self, *args, **kwargs)
+
+    setattr(measured, _MEMORY, True)
+    Worker.load_model = measured
+
+
+def memory_of(worker: Any) -> RankMemory:
+    """The measure of a worker; without a baseline where it had loaded before it was asked."""
+    memory: RankMemory | None = getattr(worker, _MEMORY, None)
+    if memory is None:
+        tp_rank = int(worker.rank) % int(worker.vllm_config.parallel_config.tensor_parallel_size)
+        memory = rank_memory(tp_rank, worker.device)
+        setattr(worker, _MEMORY, memory)
+    return memory
