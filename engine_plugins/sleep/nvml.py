@@ -44,8 +44,7 @@ class Nvml:
                 return GpuListing(source="nvml", reason="mig", detail=detail)
             found = [*_listed("Compute", handle), *self._mps_processes(handle)]
         except pynvml.NVMLError as error:
-            reason = _REASONS.get(error.value, "nvml_error")
-            return GpuListing(source="nvml", reason=reason, detail=f"NVML: {error}")
+            return GpuListing(source="nvml", reason=self._why(error), detail=f"NVML: {error}")
         listed = [GpuProcess(pid=each.pid, used_bytes=each.usedGpuMemory) for each in found]
         return GpuListing(source="nvml", processes=listed)
 
@@ -63,8 +62,7 @@ class Nvml:
                     raise
                 used = pynvml.nvmlDeviceGetMemoryInfo(handle).used
         except pynvml.NVMLError as error:
-            reason = _REASONS.get(error.value, "nvml_error")
-            return Rung(source="whole_gpu", reason=reason, detail=f"NVML: {error}")
+            return Rung(source="whole_gpu", reason=self._why(error), detail=f"NVML: {error}")
         if not used:
             return Rung(source="whole_gpu", reason="zero_bytes", detail="0 bytes, which cannot be")
         return Rung(
@@ -86,6 +84,11 @@ class Nvml:
             if error.value != pynvml.NVML_ERROR_NOT_FOUND or not device.pci_address:
                 raise
         return pynvml.nvmlDeviceGetHandleByPciBusId(device.pci_address)
+
+    def _why(self, error: Any) -> Reason:
+        if error.value == pynvml.NVML_ERROR_UNINITIALIZED:
+            self._opened_by = None  # others in this process closed more often than they opened
+        return _REASONS.get(error.value, "nvml_error")
 
     def _is_mig(self, handle: Any) -> bool:
         try:

@@ -10,6 +10,7 @@
 #include <string.h>
 
 #define SUCCESS 0
+#define UNINITIALIZED 1
 #define INVALID_ARGUMENT 2
 #define NOT_FOUND 6
 #define INSUFFICIENT_SIZE 7
@@ -34,6 +35,8 @@ typedef struct {
     u64 total, reserved, free, used;
 } MemoryV2;
 
+static int opened;
+
 /* Calls `take` with each line of the script; returns the code that a function is to fail with. */
 static int each_line(const char *function, void (*take)(const char *line, void *to), void *to) {
     FILE *script = getenv("FAKE_NVML") ? fopen(getenv("FAKE_NVML"), "r") : NULL;
@@ -41,6 +44,8 @@ static int each_line(const char *function, void (*take)(const char *line, void *
     int code, failure = SUCCESS;
     if (!script)
         return DRIVER_NOT_LOADED;
+    if (!opened)
+        failure = UNINITIALIZED;
     while (fgets(line, sizeof line, script)) {
         if (sscanf(line, "fail %79s %d", name, &code) == 2 && !strcmp(name, function))
             failure = code;
@@ -84,10 +89,16 @@ static Gpu gpu_of(void *handle) {
 
 int nvmlInitWithFlags(unsigned flags) {
     (void)flags;
+    opened++;
     return each_line("nvmlInitWithFlags", NULL, NULL);
 }
 
-int nvmlShutdown(void) { return SUCCESS; }
+int nvmlShutdown(void) {
+    if (!opened)
+        return UNINITIALIZED;
+    opened--;
+    return SUCCESS;
+}
 
 const char *nvmlErrorString(int code) {
     static char text[40];

@@ -6,6 +6,7 @@ pid namespaces are real. Above all, what is not known is never read as 0.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import msgspec
+import pynvml
 import pytest
 
 from engine_plugins.sleep.gpu_processes import PidProof
@@ -215,6 +217,18 @@ def the_whole_gpu_is_said_to_hold_nothing(scene: Scene) -> MemorySample:
 def the_driver_is_not_loaded(scene: Scene) -> MemorySample:
     scene.fail("nvmlInitWithFlags", 9)
     return scene.memory().sample()
+
+
+def others_closed_nvml(scene: Scene) -> MemorySample:
+    """In this process; the next probe but one opens it again."""
+    scene.process(ME, 2 * GIB)
+    memory = scene.memory()
+    memory.sample()
+    with contextlib.suppress(pynvml.NVMLError):
+        while True:
+            pynvml.nvmlShutdown()
+    assert memory.sample().reason == "nvml_error"
+    return memory.sample()
 
 
 # Bounds from the engine's side.
@@ -445,6 +459,7 @@ IN_THE_DRIVERS_NAMESPACE = [
     bounded(listing_fails_otherwise, "nvml_error"),
     unknown(the_whole_gpu_is_said_to_hold_nothing, "no_match"),
     unknown(the_driver_is_not_loaded, "nvml_missing"),
+    exact(others_closed_nvml, 2 * GIB),
     partly(the_allocator_knows_a_part, GIB, "no_match", "allocator"),
     bounded(the_allocator_cannot_be_asked, "no_match"),
     exact(the_cgroup_is_the_engines, 3 * GIB, "cgroup"),
