@@ -19,6 +19,7 @@ from sglang.srt.environ import envs
 from engine_plugins.errors import EnginePluginError, SettingsError
 from engine_plugins.settings import PREFIX, Settings
 from sglang_ext.hooks import missing
+from sglang_ext.memory_saver import prepare_memory_saver
 from sglang_ext.versions import SGLANG
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,10 @@ def prepare_server_args(original: Callable[..., Any], argv: Sequence[str]) -> An
     _check_release()
     arguments = original(rest)
     refuse_unsupported(arguments)
+    try:
+        prepare_memory_saver(arguments)
+    except EnginePluginError as error:
+        refuse_to_start(f"{error.message}; {error.remedy}")
     return arguments
 
 

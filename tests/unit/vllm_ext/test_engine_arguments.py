@@ -1,0 +1,92 @@
+"""vLLM's arguments where sleep is configured, in vLLM's own function that makes them whole."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.platforms import current_platform
+from vllm.ray.ray_env import get_env_vars_to_copy
+
+from tests.support.megatron_hf import dense_config
+from tests.unit.vllm_ext.test_kv_scales import SERVED
+from vllm_ext.engine_arguments import hook_engine_arguments
+
+SLEEP, RAY_COPIES = "ENGINE_PLUGINS_SLEEP", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+
+
+@pytest.fixture(autouse=True)
+def _hooked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Hooked twice, as plugins are loaded more than once; as it was before, afterwards."""
+    monkeypatch.delenv(SLEEP, raising=False)
+    monkeypatch.setenv(RAY_COPIES, "MY_OWN")
+    original = EngineArgs.create_engine_config
+    hook_engine_arguments()
+    once = EngineArgs.create_engine_config
+    hook_engine_arguments()
+    assert EngineArgs.create_engine_config is once
+    yield
+    EngineArgs.create_engine_config = original
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> dict[str, Any]:
+    """A model that can be configured, without weights."""
+    served = {key: value for key, value in SERVED.items() if key != "quantization_config"}
+    (tmp_path / "config.json").write_text(json.dumps({**dense_config(), **served}))
+    return {"model": str(tmp_path), "skip_tokenizer_init": True, "max_model_len": 64}
+
+
+def test_on_the_cpu_sleep_mode_stays_off(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """VLLM refuses it there; the start goes well and the log says what does it."""
+    monkeypatch.setenv(SLEEP, "true")
+    ours = logging.getLogger("engine_plugins.sleep.time_sharing")
+    monkeypatch.setattr(ours, "propagate", False)  # whatever becomes of the loggers above it
+    monkeypatch.setattr(ours, "handlers", [caplog.handler])
+    with caplog.at_level(logging.INFO, logger=ours.name):
+        config = AsyncEngineArgs(**arguments).create_engine_config()
+    assert config.model_config.enable_sleep_mode is False
+    assert any("enable_sleep_mode stays off on the CPU" in said for said in caplog.messages)
+
+
+@pytest.mark.parametrize("by", ["environment", "additional_config"])
+def test_on_a_gpu_sleep_mode_is_on_before_anything_is_derived(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """Shown by vLLM's own answer: this machine has no platform that it could sleep on."""
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: False)
+    if by == "environment":
+        monkeypatch.setenv(SLEEP, "true")
+    else:
+        arguments["additional_config"] = {"engine_plugins": {"sleep": True}}
+    made = AsyncEngineArgs(**arguments)
+    with pytest.raises(ValueError, match="Sleep mode is not supported"):
+        made.create_engine_config()
+    assert made.enable_sleep_mode is True
+
+
+def test_without_sleep_arguments_stay_as_they_are(arguments: dict[str, Any]) -> None:
+    made = AsyncEngineArgs(**arguments)
+    before = dict(vars(made))
+    assert made.create_engine_config().model_config.enable_sleep_mode is False
+    assert made.enable_sleep_mode is before["enable_sleep_mode"] is False
+
+
+def test_workers_that_ray_starts_are_given_our_settings(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By vLLM's own list of what it copies, which the user may have begun."""
+    monkeypatch.setenv("ENGINE_PLUGINS_STALL_TIMEOUT_S", "7")
+    monkeypatch.setenv("ENGINE_PLUGINS_ADMIN_TOKEN", "s3cret")
+    monkeypatch.setenv("MY_OWN", "1")
+    AsyncEngineArgs(**arguments).create_engine_config()
+    copied = get_env_vars_to_copy()
+    assert {"MY_OWN", "ENGINE_PLUGINS_STALL_TIMEOUT_S"} <= copied
+    assert "ENGINE_PLUGINS_ADMIN_TOKEN" not in copied

@@ -1,0 +1,49 @@
+"""Where vLLM's engine arguments are made whole: sleep mode, and what its Ray workers are given.
+
+A patch of `EngineArgs.create_engine_config`, idempotent. vLLM has no plugin point for arguments;
+remove when it has.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from engine_plugins.settings import Settings
+from engine_plugins.sleep.time_sharing import force_memory_saver
+from engine_plugins.worker_environment import forwarded_environment
+from vllm_ext.versions import VLLM
+
+__all__ = ["hook_engine_arguments"]
+
+_HOOKED = "engine_plugins_hooked"
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+
+
+def hook_engine_arguments() -> None:
+    """Wrap the one function that every vLLM makes its configuration with."""
+    original = EngineArgs.create_engine_config
+    if hasattr(original, _HOOKED):
+        return
+    VLLM.check("vllm.engine.arg_utils")
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        settings = Settings.load((self.additional_config or {}).get("engine_plugins", {}))
+        on_cpu = current_platform.is_cpu()
+        force_memory_saver(self, "enable_sleep_mode", settings, on_cpu=on_cpu)
+        _hand_on_to_ray()
+        return original(self, *args, **kwargs)
+
+    setattr(create_engine_config, _HOOKED, True)
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def _hand_on_to_ray() -> None:
+    """VLLM copies some variables to workers that Ray starts; ours are added to the list."""
+    listed = {name for name in os.environ.get(_RAY_COPIES, "").split(",") if name}
+    os.environ[_RAY_COPIES] = ",".join(sorted(listed | forwarded_environment().keys()))
