@@ -11,16 +11,10 @@ from typing import Literal
 import msgspec
 
 from engine_plugins.sleep.memory_report import Reason, Rung
-from engine_plugins.sleep.process_identity import HOST_NAMESPACE, own_namespace, presence
+from engine_plugins.sleep.process_identity import HOST_NAMESPACE, own_namespace
 from engine_plugins.sleep.process_tree import ProcessTree
 
 __all__ = ["GpuListing", "GpuProcess", "PidProof", "attribute"]
-
-_WHY_ABSENT: dict[str, Reason] = {
-    "gone": "process_gone",
-    "reused": "pid_reused",
-    "out_of_sight": "other_namespace",
-}
 
 
 class GpuProcess(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,8 +88,7 @@ def attribute(listing: GpuListing, rank: ProcessTree, proof: PidProof) -> Rung:
     if listing.reason:
         return unknown(listing.reason, listing.detail)
     if rank.root_pid() is None:
-        state = presence(rank.root)
-        return unknown(_WHY_ABSENT[state], f"the worker, pid {rank.root.pid}, is {state}")
+        return unknown(*rank.absence())
     pids = {each.pid for each in listing.processes}
     reason, detail = proof.missing_for(pids)
     if reason:

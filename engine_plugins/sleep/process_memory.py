@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import psutil
@@ -14,13 +13,12 @@ __all__ = ["process_memory"]
 _KEPT_PAGES = ("RssAnon", "RssShmem")
 
 
-def process_memory(pid: int | None = None) -> Rung:
-    """Resident anonymous and shared memory of a process, by default this one's.
+def process_memory(pid: int) -> Rung:
+    """Resident anonymous and shared memory of a process, by its pid here.
 
     Pages of files are left out: they are the page cache's, and go when memory is wanted. A kernel
     that does not tell them apart gives an upper bound.
     """
-    pid = os.getpid() if pid is None else pid
     try:
         status = Path(f"/proc/{pid}/status").read_text()
         found = dict(line.split(":", 1) for line in status.splitlines() if line.startswith("Rss"))

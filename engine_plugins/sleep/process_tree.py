@@ -6,9 +6,18 @@ from typing import Literal, NamedTuple
 
 import psutil
 
-from engine_plugins.sleep.process_identity import ProcessIdentity, local_pid, start_ticks
+from engine_plugins.sleep.memory_report import Reason
+from engine_plugins.sleep.process_identity import (
+    Presence,
+    ProcessIdentity,
+    local_pid,
+    presence,
+    start_ticks,
+)
 
 __all__ = ["ProcessTree", "Sight"]
+
+_ABSENT: dict[Presence, Reason] = {"reused": "pid_reused", "out_of_sight": "other_namespace"}
 
 Sight = Literal["here", "gone", "foreign"]
 """`gone`: it was of the tree; a driver lists a process until its memory is back."""
@@ -35,6 +44,11 @@ class ProcessTree:
         if self._root_pid is None or start_ticks(self._root_pid) != self.root.start_ticks:
             self._root_pid = local_pid(self.root)
         return self._root_pid
+
+    def absence(self) -> tuple[Reason, str]:
+        """Why the root is not seen here."""
+        state = presence(self.root)
+        return _ABSENT.get(state, "process_gone"), f"the worker, pid {self.root.pid}, is {state}"
 
     def register(self, process: ProcessIdentity) -> None:
         """Count a process in, wherever it hangs in the tree.

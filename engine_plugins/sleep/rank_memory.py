@@ -122,7 +122,7 @@ class RankMemory:
     def _rungs(self) -> Iterator[Rung]:
         pid = self.processes.root_pid()
         if self.device is None:
-            yield process_memory(self.processes.root.pid if pid is None else pid)
+            yield self._host_memory(pid)
             return
         if pid is not None:
             yield cgroup_memory(pid, self.device, ours=self._is_ours, root=self._cgroups)
@@ -136,6 +136,12 @@ class RankMemory:
         yield whole
         if listing.reason in ("nvml_missing", "nvml_symbol_missing"):
             yield attribute(smi_processes(self.device), self.processes, self._proof)
+
+    def _host_memory(self, pid: int | None) -> Rung:
+        if pid is not None:
+            return process_memory(pid)
+        reason, detail = self.processes.absence()
+        return Rung(source="process", reason=reason, detail=detail)
 
     def _is_ours(self, pid: int) -> bool:
         trees = (self.processes, self._engine)

@@ -174,7 +174,9 @@ class Scene:
         (folder / "cgroup.procs").write_text("".join(f"{pid}\n" for pid in members))
         return root
 
-    def memory(self, device: GpuDevice = GPU_A, tp_rank: int = 0, **others: Any) -> RankMemory:
+    def memory(
+        self, device: GpuDevice | None = GPU_A, tp_rank: int = 0, **others: Any
+    ) -> RankMemory:
         """A rank on the device; without its word, cgroups have no account of GPUs."""
         others = {"cgroups": self.folder / "none", "proof": self.proof, **others}
         return RankMemory(tp_rank, device, **others)

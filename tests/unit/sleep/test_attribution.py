@@ -348,6 +348,15 @@ def another_process_has_the_workers_pid(scene: Scene) -> MemorySample:
     return scene.memory(worker=worker).sample()
 
 
+def another_process_has_the_workers_pid_on_the_cpu(scene: Scene) -> MemorySample:
+    pid = scene.child()
+    memory = scene.memory(None, worker=identify(pid))
+    assert memory.sample().source == "process"
+    scene.end(pid)
+    scene.child_with_pid(pid)
+    return memory.sample()
+
+
 def another_process_has_a_childs_pid(scene: Scene) -> MemorySample:
     scene.proof = PidProof(driver_namespace=own_namespace())
     worker, below, _ = scene.family()
@@ -482,6 +491,7 @@ IN_A_NAMESPACE_OF_ITS_OWN = [
     bounded(the_driver_translates_pids_and_says_zero, "zero_bytes"),
     bounded(the_worker_is_outside, "other_namespace"),
     bounded(another_process_has_the_workers_pid, "pid_reused"),
+    unknown(another_process_has_the_workers_pid_on_the_cpu, "pid_reused"),
     exact(another_process_has_a_childs_pid, 2 * GIB),
 ]
 WITH_AN_OLD_DRIVER = [

@@ -58,7 +58,7 @@ def test_shared_pages_count_and_pages_of_files_do_not() -> None:
 
 def test_it_is_what_others_see_of_the_process_but_files() -> None:
     seen = psutil.Process().memory_info()
-    figure = process_memory().resident_bytes
+    figure = process_memory(os.getpid()).resident_bytes
     assert figure is not None
     assert 0 < figure <= seen.rss + 16 * MIB
 
