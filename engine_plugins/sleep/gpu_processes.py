@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-from engine_plugins.sleep.memory_report import Reason, Rung
+from engine_plugins.sleep.memory_report import Quality, Reason, Rung
 from engine_plugins.sleep.process_identity import HOST_NAMESPACE, own_namespace
 from engine_plugins.sleep.process_tree import ProcessTree
 
@@ -81,43 +81,49 @@ class PidProof:
 
 def attribute(listing: GpuListing, rank: ProcessTree, proof: PidProof) -> Rung:
     """What the rank's processes hold on the GPU; unknown rather than 0 wherever it is not said."""
-
-    def unknown(reason: Reason, detail: str) -> Rung:
-        return Rung(source=listing.source, reason=reason, detail=detail)
-
+    worker = rank.root_pid()
+    why: tuple[Reason, str]
     if listing.reason:
-        return unknown(listing.reason, listing.detail)
-    if rank.root_pid() is None:
-        return unknown(*rank.absence())
-    pids = {each.pid for each in listing.processes}
-    reason, detail = proof.missing_for(pids)
-    if reason:
-        return unknown(reason, detail)
-    figures = _figures(listing.processes, rank)
-    if not figures:
-        return unknown("no_match", f"{len(pids)} processes on the GPU, none of them the rank's")
+        why = listing.reason, listing.detail
+    elif worker is None:
+        why = rank.absence()
+    else:
+        why = proof.missing_for({each.pid for each in listing.processes})
+    if why[0]:
+        return Rung(source=listing.source, reason=why[0], detail=why[1])
+    return _total(listing, _figures(listing.processes, rank), worker)
+
+
+def _total(listing: GpuListing, figures: dict[int, int | None], worker: int | None) -> Rung:
+    def rung(quality: Quality, reason: Reason = "", detail: str = "") -> Rung:
+        return Rung(
+            source=listing.source,
+            resident_bytes=sum(known) if known else None,
+            quality=quality,
+            reason=reason,
+            detail=detail,
+        )
+
     known = [nbytes for nbytes in figures.values() if nbytes]
+    lacking = sorted(pid for pid, nbytes in figures.items() if not nbytes)
+    if not figures:
+        others = len(listing.processes)
+        return rung(
+            "unknown", "no_match", f"{others} processes on the GPU, none of them the rank's"
+        )
     if not known and None in figures.values():
-        return unknown("not_available", f"no figure for {sorted(figures)}")
+        return rung("unknown", "not_available", f"no figure for {lacking}")
     if not known:
-        return unknown("zero_bytes", f"0 bytes for {sorted(figures)}, which cannot be")
-    total = Rung(source=listing.source, resident_bytes=sum(known), quality="exact")
-    if len(known) < len(figures):
-        lacking = sorted(pid for pid, nbytes in figures.items() if not nbytes)
-        return msgspec.structs.replace(
-            total,
-            quality="lower_bound",
-            reason="partly_unknown",
-            detail=f"no figure for {lacking}, one for {len(known)} more",
-        )
+        return rung("unknown", "zero_bytes", f"0 bytes for {lacking}, which cannot be")
+    if lacking:
+        return rung("lower_bound", "partly_unknown", f"no figure for {lacking}")
+    if worker not in figures:
+        detail = f"{sorted(figures)} are listed and the worker, {worker}, is not"
+        return rung("lower_bound", "partly_unknown", detail)
     if not listing.per_gpu:
-        return msgspec.structs.replace(
-            total,
-            quality="upper_bound",
-            reason="no_bus_id",
-            detail="this nvidia-smi gives a process's memory on all GPUs together",
-        )
-    return total
+        detail = "this nvidia-smi gives a process's memory on all GPUs together"
+        return rung("upper_bound", "no_bus_id", detail)
+    return rung("exact")
 
 
 def _figures(listed: Iterable[GpuProcess], rank: ProcessTree) -> dict[int, int | None]:

@@ -111,6 +111,11 @@ def a_childs_memory_is_not_told(scene: Scene) -> MemorySample:
     return scene.memory().sample()
 
 
+def a_child_is_listed_and_the_worker_is_not(scene: Scene) -> MemorySample:
+    scene.process(scene.child(), GIB)
+    return scene.memory().sample()
+
+
 def a_child_lost_its_parent_after_it_was_seen(scene: Scene) -> MemorySample:
     _, pid, end_parent = scene.family()
     scene.process(ME, 2 * GIB)
@@ -452,6 +457,7 @@ IN_THE_DRIVERS_NAMESPACE = [
     exact(the_process_is_on_another_gpu_too, 2 * GIB),
     exact(a_child_holds_memory, 3 * GIB),
     partly(a_childs_memory_is_not_told, 2 * GIB, "partly_unknown", "nvml"),
+    partly(a_child_is_listed_and_the_worker_is_not, GIB, "partly_unknown", "nvml"),
     exact(a_child_lost_its_parent_after_it_was_seen, 3 * GIB),
     exact(a_child_without_parent_has_registered, 3 * GIB),
     exact(a_worker_without_parent_is_the_worker, 2 * GIB),
