@@ -6,6 +6,7 @@ starts. Patch: in mode torch nothing is preloaded. Remove when SGLang lets the m
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,6 +22,8 @@ from engine_plugins.sleep.memory_saver import load_memory_saver
 from engine_plugins.sleep.time_sharing import force_memory_saver
 
 __all__ = ["preload_where_wanted", "prepare_memory_saver", "take_hook_mode"]
+
+logger = logging.getLogger(__name__)
 
 _MODE = PREFIX + "MEMORY_SAVER_HOOK_MODE"
 
@@ -41,6 +44,11 @@ def prepare_memory_saver(arguments: Any) -> None:
             "SGLANG_MEMORY_SAVER_CUDA_GRAPH asks for CUDA graphs that can be released, and "
             "torch_memory_saver cannot capture them in hook mode torch",
             remedy="unset SGLANG_MEMORY_SAVER_CUDA_GRAPH",
+        )
+    if mode == "preload" and not envs.SGLANG_MEMORY_SAVER_CUDA_GRAPH.get():
+        logger.warning(
+            "CUDA graphs are not released: their memory stays on the GPU through a sleep, unless "
+            "SGLANG_MEMORY_SAVER_CUDA_GRAPH=1 has SGLang capture them in the memory saver"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Protocol
 
@@ -110,9 +110,8 @@ class SaverMemory:
         Raises:
             SleepRefusedError: the host lacks the memory for it; nothing is released.
         """
-        wanted = self._lasting if tag in self._backed_up or not keep else self._tensors
         needed = self._sizes(tag)
-        copies = _copied(wanted[tag]() if tag in wanted else ())
+        copies = _copied(self._to_copy(tag, keep=keep))
         _synchronize()
         before = self._free_bytes()
         self._saver.pause(tag)
@@ -140,6 +139,12 @@ class SaverMemory:
     def unreleased(self, tag: MemoryTag) -> dict[str, int]:
         """Nothing: a region goes as a whole."""
         return {}
+
+    def _to_copy(self, tag: MemoryTag, *, keep: bool) -> Iterator[torch.Tensor]:
+        if tag in self._lasting:
+            yield from self._lasting[tag]()
+        if keep and tag not in self._backed_up:
+            yield from self._tensors[tag]()
 
 
 def pool_bytes(

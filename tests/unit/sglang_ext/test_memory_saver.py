@@ -38,12 +38,15 @@ def arguments(device: str | None = "cuda") -> Any:
     return ServerArgs(model_path="m", device=device)
 
 
-def test_on_a_gpu_the_memory_saver_is_on_before_anything_is_derived() -> None:
+def test_on_a_gpu_the_memory_saver_is_on_before_anything_is_derived(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """SGLang derives from its arguments later, and takes no change from then on."""
     made = arguments()
     before = values(made)
     prepare_memory_saver(made)
     assert made.enable_memory_saver is True
+    assert "CUDA graphs are not released" in caplog.text
     changed = {name for name, value in values(made).items() if before[name] != value}
     assert changed == {"enable_memory_saver"}
     prepare_memory_saver(made)

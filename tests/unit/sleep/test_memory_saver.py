@@ -64,7 +64,7 @@ class Rank:
             SaverMemory(
                 self.gpu.saver,
                 {
-                    "weights": lambda: [self.weights, self.weights[10:20], self.buffer],
+                    "weights": lambda: [self.weights, self.weights[10:20]],
                     "kv_cache": lambda: [self.cache],
                     "cuda_graph": list,
                 },
