@@ -14,11 +14,13 @@ from contextlib import AbstractContextManager, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import pytest
 import torch
 from torch import nn
 
+from engine_plugins.weights import plan
 from engine_plugins.weights.coverage import LoaderRules
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
 from engine_plugins.weights.placement import SourceBox
@@ -30,6 +32,8 @@ from tests.support.source_ranks import SourceRank, offered_boxes
 
 __all__ = [
     "REFUSED",
+    "WHOLE_ROWS",
+    "Landed",
     "PlayedEngine",
     "PlayedRank",
     "land",
@@ -46,6 +50,9 @@ Tensors = Mapping[str, torch.Tensor]
 
 REFUSED = "refused by the engine"
 """Under this property a test says what an engine's own constructor refuses."""
+
+WHOLE_ROWS = "bytes needed and moved"
+"""Under this property a test says both where the plan fetches whole rows."""
 
 _SHARED = (
     "num_attention_heads",
@@ -175,21 +182,31 @@ class PlayedInstaller:
         raise AssertionError("nothing fails here")
 
 
+class Landed(NamedTuple):
+    """What two updates of a rank say."""
+
+    row_by_row: RankReport
+    """The first, through the loader, with no row fetched whole for its parts."""
+    filled_bytes: int
+    """Of the rank's parameters, those whose values came from the trainer."""
+    report: RankReport
+    """The second, into live parameters, by the rule of short rows."""
+    through_the_loader: list[str]
+    """Modules that did not land directly even then."""
+
+
 def land(
     rank: PlayedRank,
     model: nn.Module,
     offered: Sequence[Sequence[SourceBox]],
     *,
     spared: Container[str] = (),
-) -> tuple[RankReport, list[str]]:
+) -> Landed:
     """Update a rank twice from what trainer ranks offer: other values first, then their own.
 
     The first update goes through the loader and is compared with what the map says; the second
     lands in the parameters, except in modules that the map or the comparison kept out. Names that
     are `spared` may reach nothing.
-
-    Returns:
-        The second update's report, and the modules that went through the loader.
     """
     boxes = [box for each in offered for box in each]
     values = [box.data.clone() for box in boxes]
@@ -198,11 +215,14 @@ def land(
     with ranks as trainers, receiving(installer) as receiver:
         for box in boxes:
             box.data.fill_(13)
-        update(receiver, trainers)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan, "SHORT_RUN_BYTES", 0)
+            row_by_row = update(receiver, trainers)
+        filled = sum(int((each == 13).sum()) * each.itemsize for each in model.parameters())
         for box, value in zip(boxes, values, strict=True):
             box.data.copy_(value)
         report = update(receiver, trainers)
-    return report, installer.loaded
+    return Landed(row_by_row, filled, report, installer.loaded)
 
 
 @contextmanager

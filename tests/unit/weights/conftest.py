@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.loader_maps import REFUSED
+from tests.support.loader_maps import REFUSED, WHOLE_ROWS
 from tests.support.megatron_fixtures import fixture_folders, listed_cases, megatron_cases
 
 _CASE_TEST = "test_megatron_fixtures.py::test_shards_rebuild_the_hf_tensors["
@@ -30,10 +30,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     done = list(landings.values())
     counts = ", ".join(f"{done.count(outcome)} {outcome}" for outcome in sorted(set(done)))
     terminalreporter.line(f"landed in an engine's parameters, case by size: {counts or 'not run'}")
-    for report in terminalreporter.stats.get("passed", []):
-        for key, reason in getattr(report, "user_properties", ()):
-            if key == REFUSED:
-                terminalreporter.line(f"  {report.nodeid}: {reason}")
+    for name, reason in _told(terminalreporter, REFUSED):
+        terminalreporter.line(f"  {name}: {reason}")
+    rows = list(_told(terminalreporter, WHOLE_ROWS))
+    exact = done.count("passed") - len(rows)
+    terminalreporter.line(f"bytes moved = bytes needed in {exact} of these; by whole rows:")
+    for name, figures in rows:
+        terminalreporter.line(f"  {name}: {figures}")
+
+
+def _told(reporter: pytest.TerminalReporter, key: str) -> Iterator[tuple[str, object]]:
+    """What passed landings recorded under a property, by case and size."""
+    for report in reporter.stats.get("passed", []):
+        name = getattr(report, "nodeid", "").partition(_LANDING_TEST)[2].removesuffix("]")
+        for known, value in getattr(report, "user_properties", ()):
+            if known == key:
+                yield name, value
 
 
 def _outcomes(reporter: pytest.TerminalReporter, test: str) -> Iterator[tuple[str, str]]:

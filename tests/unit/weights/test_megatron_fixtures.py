@@ -22,6 +22,7 @@ from engine_plugins.weights.placement import assemble
 from tests.support.fetched import fetched
 from tests.support.loader_maps import (
     REFUSED,
+    WHOLE_ROWS,
     PlayedEngine,
     land,
     loaded,
@@ -98,11 +99,13 @@ def test_shards_land_in_an_engines_parameters(
 ) -> None:
     """On every rank: over other weights, all parameters end up as if the checkpoint were loaded.
 
-    Modules land directly, but for those whose values the loader computes. A size that the engine
-    refuses must be one that it cannot share among the ranks.
+    Modules land directly, but for those whose values the loader computes. What is moved is what the
+    loader fills, to the byte, or whole rows where these are short. A size that the engine refuses
+    must be one that it cannot share among the ranks.
     """
     offered = [megatron_boxes(rank, case.config) for rank in case.ranks()]
     expected = case.expected()
+    moved = needed = 0
     for tp_rank in range(tp_size):
         with ExitStack() as stack:
             try:
@@ -113,8 +116,15 @@ def test_shards_land_in_an_engines_parameters(
                 record_property(REFUSED, f"{engine.kind}: {refusal}")
                 return
             wanted = loaded(live, expected)
-            report, through_the_loader = land(rank, live, offered)
+            exact, filled_bytes, report, through_the_loader = land(rank, live, offered)
             assert report.direct_bytes > 0
             assert {module.rpartition(".")[2] for module in through_the_loader} <= COMPUTED
             for name, parameter in live.named_parameters():
                 assert same_bits(parameter, wanted[name]), name
+            assert exact.bytes_moved == exact.loader_bytes == filled_bytes
+            assert exact.loader_bytes == report.direct_bytes + report.loader_bytes
+            moved += report.bytes_moved
+            needed += exact.loader_bytes
+    assert moved >= needed
+    if moved != needed:
+        record_property(WHOLE_ROWS, f"{engine.kind}: needed {needed}, moved {moved}")
