@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.support.drafting_models import foretelling_model, save_model, successors
 from tests.support.engine_server import ROOT
+from tests.support.offers import offered
+from tests.support.vllm_server import VllmServer, vllm_server
 
 pytestmark = pytest.mark.engine
 
@@ -42,3 +47,42 @@ def test_what_is_drafted_after_an_update_is_what_a_fresh_engine_drafts(tmp_path:
     assert said["before"]["drafted"] != said["fresh"]["drafted"]
     assert said["after"] == [said["fresh"], said["before"], said["fresh"]]
     assert said["direct_bytes"][0] == 0 < said["direct_bytes"][-1]
+
+
+def test_a_server_drafts_with_the_prediction_layer_of_the_last_update(tmp_path: Path) -> None:
+    """Over HTTP: drafts that were all wrong are all accepted after the update, and back."""
+    models = [foretelling_model(seed, right=bool(seed)) for seed in (0, 1)]
+    speculating = json.dumps({"method": "mtp", "num_speculative_tokens": 1})
+    with vllm_server(
+        save_model(tmp_path / "model", models[0]),
+        tmp_path / "server.log",
+        arguments=("--speculative-config", speculating, "--max-model-len", "64"),
+        preload=True,
+    ) as server:
+        assert _answers(server, models[0]) == 0.0
+        for version in (1, 2):
+            with offered(server.admin, models[version % 2]) as offer:
+                updated = offer.update(version)
+            assert updated.status_code == 200, updated.text
+            assert _answers(server, models[version % 2]) == version % 2
+
+
+def _answers(server: VllmServer, model: dict[str, torch.Tensor]) -> float:
+    """The share of drafts that were accepted while the server gave the model's answer."""
+    before = _drafts(server)
+    assert server.greedy([5, 7], 24) == successors(model, 7, 24)
+    drafted, accepted = (now - then for now, then in zip(_drafts(server), before, strict=True))
+    assert drafted >= 10
+    return accepted / drafted
+
+
+def _drafts(server: VllmServer) -> tuple[float, float]:
+    """Tokens drafted and accepted since the server started."""
+    text = server.http.get("/metrics").text
+    drafted, accepted = (
+        re.search(rf"^vllm:spec_decode_num_{kind}_tokens_total\{{.*}} (\S+)$", text, re.MULTILINE)
+        for kind in ("draft", "accepted")
+    )
+    assert drafted is not None
+    assert accepted is not None
+    return float(drafted[1]), float(accepted[1])

@@ -14,45 +14,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from vllm import LLM, SamplingParams
 from vllm.config import set_current_vllm_config
 
+from tests.support.drafting_models import drafting_model, save_model
 from tests.support.loader_maps import receiving, update
-from tests.support.megatron_fixtures import megatron_cases
 from tests.support.source_ranks import offered_tensors
 from vllm_ext.draft_model import draft_of
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 __all__ = ["UPDATES"]
 
-COMMITTED = Path(__file__).parents[1] / "fixtures"
 UPDATES = (1, 0, 1)
 """Versions that the engine of version 0 is updated to, one after the other."""
-HEAD_DIM = 32
-"""The smallest that vLLM serves on the CPU; the fixture's heads are half as wide."""
 PROMPT = [1, 5, 9, 20]
-
-
-def make_model(folder: Path, seed: int) -> Path:
-    """Random weights in the shapes of the fixture, with wider heads."""
-    cases = megatron_cases(COMMITTED / "megatron")
-    case = next(case for case in cases if case.config.get("num_nextn_predict_layers"))
-    wider = HEAD_DIM // int(case.config["head_dim"])
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, tensor in case.expected().items():
-        shape = list(tensor.shape)
-        if ".self_attn." in name:
-            shape["o_proj.weight" in name] *= wider
-        drawn = torch.randn(shape, generator=generator)
-        tensors[name] = 1 + 0.1 * drawn if "norm" in name else 0.2 * drawn
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**case.config, "head_dim": HEAD_DIM}))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def engine_of(folder: Path) -> LLM:
@@ -95,7 +72,7 @@ def answer(engine: LLM) -> dict[str, list[int]]:
 def main() -> None:
     """Ask a fresh engine, then one that is updated to the same weights."""
     root = Path(sys.argv[1])
-    folders = [make_model(root / str(version), seed=version) for version in (0, 1)]
+    folders = [save_model(root / str(version), drafting_model(version)) for version in (0, 1)]
     said: dict[str, Any] = {"fresh": answer(engine_of(folders[1]))}
     engine = engine_of(folders[0])
     said["before"] = answer(engine)
