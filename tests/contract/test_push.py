@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from tests.support.fsdp_trainer import training
 from tests.support.in_memory_server import in_memory_server
 from tests.support.live_models import LiveModel
 from tests.support.problems import problem
+from tests.support.rank_process import ranks_of
 from tests.support.served import Served
 
 
@@ -133,25 +131,10 @@ def pushed_by_two(
     server: EngineServer, folder: Path, version: int, *steps: str
 ) -> list[list[dict[str, Any]]]:
     """Push the new weights from two processes, step by step; what each said."""
-    ranks = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.support.push_trainer_rank", str(rank), "2"),
-                *(str(folder / "rendezvous"), server.url, TOKEN, str(version)),
-                *(str(NEW.folder), *steps),
-            ],
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [rank.communicate(timeout=300)[0].splitlines() for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [[json.loads(line) for line in lines] for lines in said]
+    options = [str(folder / "rendezvous"), server.url, TOKEN, str(version), str(NEW.folder)]
+    arguments = [[str(rank), "2", *options, *steps] for rank in range(2)]
+    with ranks_of("tests.support.push_trainer_rank", arguments) as ranks:
+        return [[json.loads(line) for line in rank.stdout] for rank in ranks]
 
 
 def outcomes(server: EngineServer, count: int) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from tests.support.engine_server import TOKEN
 from tests.support.live_models import LIVE, LiveModel
 from tests.support.megatron_fixtures import megatron_cases
 from tests.support.problems import problem
+from tests.support.rank_process import ranks_of
 from tests.support.served import Served
 
 
@@ -74,20 +73,11 @@ def test_one_trainer_process_per_megatron_rank(served: Served, tmp_path: Path) -
     case = next(each for each in megatron_cases(LIVE) if each.name.startswith(f"{kind}_tp2_pp1_v1"))
     version, world_size = served.next_version(), len(list(case.ranks()))
     assert world_size == 2
-    ranks = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "tests.support.megatron_trainer_rank"),
-                *(str(rank), str(world_size), str(tmp_path / "store"), served.server.url, TOKEN),
-                *(str(case.folder), str(version)),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    said = [rank.communicate(timeout=120)[0].strip().splitlines()[-1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0]
+    options = [str(tmp_path / "store"), served.server.url, TOKEN, str(case.folder), str(version)]
+    arguments = [[str(rank), str(world_size), *options] for rank in range(world_size)]
+    with ranks_of("tests.support.megatron_trainer_rank", arguments) as ranks:
+        said = [rank.stdout.read().strip().splitlines()[-1] for rank in ranks]
+        assert [rank.wait(60) for rank in ranks] == [0, 0]
     assert said[0] == said[1]
     assert json.loads(said[0])["version"] == version
     assert NEW.wrong_answers(served.server.greedy) == []

@@ -36,6 +36,7 @@ def served(
         folder / "server.log",
         tensor_parallel=tensor_parallel,
         api_servers=api_servers,
+        preload=True,
     ) as server:
         yield model, server
 

@@ -128,6 +128,7 @@ def test_a_server_without_all_hooks_does_not_start(tmp_path: Path, broken: str, 
         arguments=["--engine-plugins-enable"],
         environment={"BROKEN_SGLANG": broken},
         launcher="tests.support.broken_sglang",
+        preload=True,
     )
     with pytest.raises(RuntimeError, match="did not come up"), server:
         pass

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import httpx
 
+from tests.support.preloaded import Nursery, PreloadedProcess
+
 __all__ = [
     "ROOT",
     "TOKEN",
@@ -129,6 +131,7 @@ def running(
     api_servers: int = 0,
     environment: Mapping[str, str],
     api_key: str | None,
+    nursery: Nursery | None = None,
 ) -> Iterator[Server]:
     """Start a server on a port of loopback, wait until it answers, end its processes afterwards.
 
@@ -136,20 +139,32 @@ def running(
     processes are a group, but no session of their own: with one, API servers stood still for
     seconds (docs/decisions.md, D15).
     """
+    process = _started(
+        command, log, {**os.environ, **server_environment(log, environment)}, nursery
+    )
+    with answering(
+        kind, process, port=port, log=log, api_servers=api_servers, api_key=api_key
+    ) as server:
+        yield server
+
+
+def _started(
+    command: Sequence[str], log: Path, environment: Mapping[str, str], nursery: Nursery | None
+) -> ServerProcess:
     with log.open("w") as output:
-        process = subprocess.Popen(
+        if nursery is not None:
+            with open(os.devnull) as nothing:
+                files = (nothing.fileno(), output.fileno(), output.fileno())
+                return PreloadedProcess(nursery, command[1:], environment=environment, files=files)
+        return subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **server_environment(log, environment)},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             process_group=0,
         )
-    with answering(
-        kind, process, port=port, log=log, api_servers=api_servers, api_key=api_key
-    ) as server:
-        yield server
 
 
 @contextlib.contextmanager

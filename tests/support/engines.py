@@ -38,6 +38,8 @@ class Engine:
     watched: Mapping[str, Any] = field(default_factory=dict)
     feeds_peers: bool = True
     keyed: Mapping[str, str]
+    sleep_cycles: int = 25
+    """Of one server; together 50 on real engines."""
 
 
 API_KEY, ADMIN_KEY = "the-engines-own-key", "the-engines-own-admin-key"
@@ -47,11 +49,12 @@ IN_MEMORY = Engine(
     serve=in_memory_server,
     peak_modules=1.5,
     long_pull_s=2.0,
+    sleep_cycles=4,
     keyed={"api_key": API_KEY},
 )
 VLLM = Engine(
     kind="vllm",
-    serve=vllm_server,
+    serve=functools.partial(vllm_server, preload=True),
     # The receive buffer, the materialised layer, and the CPU's packed copy.
     peak_modules=3.5,
     watched={"extension": "tests.support.stepping_vllm.SteppingWorkerExtension"},
@@ -60,7 +63,7 @@ VLLM = Engine(
 )
 SGLANG = Engine(
     kind="sglang",
-    serve=functools.partial(sglang_server, arguments=["--engine-plugins-enable"]),
+    serve=functools.partial(sglang_server, arguments=["--engine-plugins-enable"], preload=True),
     peak_modules=1.5,
     watched={"launcher": "tests.support.stepping_sglang"},
     keyed={"api_key": API_KEY, "admin_api_key": ADMIN_KEY},

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import prod
@@ -15,6 +12,7 @@ from typing import Any
 from engine_plugins.admin_answers import Direction
 from tests.support.engine_server import TOKEN
 from tests.support.live_models import LiveModel
+from tests.support.rank_process import RankProcess, ranks_of
 from tests.support.served import Served
 
 __all__ = ["FsdpTrainer", "training"]
@@ -23,12 +21,12 @@ __all__ = ["FsdpTrainer", "training"]
 class FsdpTrainer:
     """The processes of a running trainer."""
 
-    def __init__(self, ranks: list[subprocess.Popen[str]]) -> None:
+    def __init__(self, ranks: list[RankProcess]) -> None:
         self._ranks = ranks
 
     def report(self) -> dict[str, Any]:
         """Wait for the update under way; every rank says the same of it."""
-        said = [rank.stdout.readline() for rank in self._ranks if rank.stdout]
+        said = [rank.stdout.readline() for rank in self._ranks]
         assert said[0], "the trainer ended; its errors are above"
         assert len(set(said)) == 1, said
         return dict(json.loads(said[0]))
@@ -36,7 +34,6 @@ class FsdpTrainer:
     def go_on(self) -> None:
         """Let it write and send the next weights, or end."""
         for rank in self._ranks:
-            assert rank.stdin
             rank.stdin.write("\n")
             rank.stdin.flush()
 
@@ -56,20 +53,8 @@ def training(
     """A trainer that sends some weights in turn, the first as the next version."""
     server, version = served.server.url, str(served.next_version())
     options = [str(rendezvous), server, TOKEN, mesh, direction, version]
-    command = [sys.executable, "-m", "tests.support.fsdp_trainer_rank"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), *options, *(str(model.folder) for model in models)],
-            env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(prod(int(size) for size in mesh.split("x")))
-    ]
-    try:
+    options += [str(model.folder) for model in models]
+    world_size = prod(int(size) for size in mesh.split("x"))
+    arguments = [[str(rank), *options] for rank in range(world_size)]
+    with ranks_of("tests.support.fsdp_trainer_rank", arguments) as ranks:
         yield FsdpTrainer(ranks)
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.communicate()

@@ -23,10 +23,25 @@ from tests.support.engine_server import (
     running,
     server_events,
 )
+from tests.support.preloaded import preloaded
 
 __all__ = ["SGLANG_SHIMS", "SglangServer", "sglang_server"]
 
 SGLANG_SHIMS = ROOT / "tests" / "support" / "sglang_shims"
+ON_CPU = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # or its experts' routing needs a C++ compiler
+    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",  # with these its end would wait for seconds
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+    "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120",  # an import on a busy core
+    "PYTHONPATH": os.pathsep.join([str(SGLANG_SHIMS), str(ROOT)]),
+}
+IMPORTED = (
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.models.registry",
+)
+"""What a server's processes import, see `preloaded`."""
 
 
 class SglangServer(EngineServer):
@@ -85,8 +100,12 @@ def sglang_server(
     admin_api_key: str | None = None,
     launcher: str = "sglang.launch_server",
     python: Path | None = None,
+    preload: bool = False,
 ) -> AbstractContextManager[SglangServer]:
-    """A server for as long as a context lasts. SGLang takes no key with several API servers."""
+    """A server for as long as a context lasts: as users start it, or preloaded.
+
+    SGLang takes no key with several API servers.
+    """
     port = free_port()
     command = [
         *(str(python or sys.executable), "-m", launcher, "--model-path", str(model)),
@@ -100,23 +119,19 @@ def sglang_server(
         *(() if admin_api_key is None else ("--admin-api-key", admin_api_key)),
         *arguments,
     ]
-    on_cpu = {
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "TORCHDYNAMO_DISABLE": "1",  # or its experts' routing needs a C++ compiler
-        "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",  # with these its end would wait for seconds
-        "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
-        "SGLANG_UVICORN_WORKER_HEALTHCHECK_TIMEOUT": "120",  # an import on a busy core
-        "SGLANG_CPU_OMP_THREADS_BIND": _cores(tensor_parallel),
-        "PYTHONPATH": os.pathsep.join([str(SGLANG_SHIMS), str(ROOT)]),
-    }
     return running(
         SglangServer,
         command,
         port=port,
         log=log,
         api_servers=api_servers,
-        environment={**on_cpu, **(environment or {})},
+        environment={
+            **ON_CPU,
+            "SGLANG_CPU_OMP_THREADS_BIND": _cores(tensor_parallel),
+            **(environment or {}),
+        },
         api_key=api_key,
+        nursery=preloaded(*IMPORTED, OMP_NUM_THREADS="1", **ON_CPU) if preload else None,
     )
 
 

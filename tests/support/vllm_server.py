@@ -17,10 +17,27 @@ from tests.support.engine_server import (
     running,
     server_events,
 )
+from tests.support.preloaded import preloaded
 
 __all__ = ["VllmServer", "vllm_server"]
 
 EXTENSION = "vllm_ext.worker_extension.EnginePluginsWorkerExtension"
+QUIET = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
+IMPORTED = (
+    "vllm.entrypoints.cli.serve",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.qwen2",
+    "vllm.model_executor.models.qwen3",
+    "vllm.model_executor.models.qwen3_moe",
+)
+"""What a server's processes import, see `preloaded`."""
 
 
 class VllmServer(EngineServer):
@@ -69,11 +86,13 @@ def vllm_server(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     api_key: str | None = None,
+    preload: bool = False,
 ) -> AbstractContextManager[VllmServer]:
-    """A server for as long as a context lasts."""
+    """A server for as long as a context lasts: as users start it, or preloaded."""
     port = free_port()
+    program = Path(sys.executable).with_name("vllm")
     command = [
-        str(Path(sys.executable).with_name("vllm")),
+        *((sys.executable, "-m", "vllm.entrypoints.cli.main") if preload else (str(program),)),
         *("serve", str(model), "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-num-seqs", "8", "--enforce-eager"),
         *("--kv-cache-memory-bytes", "64M", "--block-size", "32"),
@@ -83,17 +102,13 @@ def vllm_server(
         *(() if api_key is None else ("--api-key", api_key)),
         *arguments,
     ]
-    quiet = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
     return running(
         VllmServer,
         command,
         port=port,
         log=log,
         api_servers=api_servers,
-        environment={**quiet, **(environment or {})},
+        environment={**QUIET, **(environment or {})},
         api_key=api_key,
+        nursery=preloaded(*IMPORTED, OMP_NUM_THREADS="1", **QUIET) if preload else None,
     )
