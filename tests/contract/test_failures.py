@@ -215,7 +215,7 @@ def test_a_deadline_that_passes_half_way(
     server, plan = served.server, trainer.connect(served.server.admin)
     version = served.next_version()
     hold = steps.hold(rank=1, module=HALF_WAY)
-    update = background.submit(served.update, plan, version, timeout_s=1.0)
+    update = background.submit(served.update, plan, version, timeout_s=2.0)
     _installing(server)
     time.sleep(2.5)
     hold.unlink()

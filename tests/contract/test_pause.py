@@ -46,7 +46,7 @@ def test_keep_freezes_requests_and_they_go_on_as_if_nothing_had_been(
     stream.wait_for(20)
     until(lambda: server.state()["requests"]["running"] == 2, otherwise=server.state)
     _pause(server, "keep")
-    time.sleep(0.2)  # what the engine had said by then is still on its way
+    time.sleep(0.5)  # what the engine had said by then is still on its way
     so_far = len(stream.ids)
     time.sleep(0.5)
     assert len(stream.ids) == so_far < 150

@@ -153,7 +153,7 @@ async def test_a_pause_that_takes_too_long_is_504_and_the_engine_serves_on(
         await asyncio.sleep(0.01)
         began = time.monotonic()
         answer = await server.post("/pause", mode="wait", timeout_s=0.1)
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < 5
         assert (answer.status_code, answer.json()["code"]) == (504, "pause_timeout")
         assert "0.1 s" in answer.json()["detail"]
         assert answer.json()["state"] == "serving"
@@ -224,11 +224,11 @@ async def test_a_pause_whose_time_ends_during_another_call_ends_after_it(
     """The way is barred for a moment; the promise stands."""
     server = make_server()
     async with server.running():
-        await server.post("/pause", hold_s=0.05)
+        await server.post("/pause", hold_s=0.5)
         with server.shared.operation("update"):
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.6)
             assert server.shared.read().state == "paused"
-        await server.until("serving", within_s=2)
+        await server.until("serving")
 
 
 # -- illegal moves ----------------------------------------------------------------------------

@@ -37,15 +37,15 @@ def test_nothing_to_read_is_no_error() -> None:
 
 def test_the_timeout_names_the_slow_peers_and_what_had_arrived() -> None:
     """Peers that delivered are not blamed; the deadline covers the whole call."""
-    quick, slow = InMemoryPeer("quick", 8 * KIB, 1), InMemoryPeer("slow", 8 * KIB, 2)
-    _, prepared = reads_of([quick, slow], each=8)
+    quick, slow = InMemoryPeer("quick", 50 * KIB, 1), InMemoryPeer("slow", 50 * KIB, 2)
+    _, prepared = reads_of([quick, slow], each=50)
     slow.stop()
     began = time.monotonic()
     with pytest.raises(TransferTimeoutError) as caught:
         run_transfers(prepared, deadline_s=0.2)
-    assert 0.2 <= time.monotonic() - began < 1
-    assert caught.value.message.startswith("slow: 8192 of 16384 bytes arrived in 0.2 s")
-    assert "8 reads are still under way" in caught.value.message
+    assert 0.2 <= time.monotonic() - began < 8, "50 times 0.2 s would be a deadline for each"
+    assert caught.value.message.startswith("slow: 51200 of 102400 bytes arrived in 0.2 s")
+    assert "50 reads are still under way" in caught.value.message
     assert "never free or reuse" in caught.value.remedy
 
 
@@ -109,7 +109,7 @@ def test_cancelling_while_a_read_hangs_is_a_timeout(monkeypatch: pytest.MonkeyPa
     began = time.monotonic()
     with pytest.raises(TransferTimeoutError, match=r"cancelled; then trainer: 0 of 1024 bytes"):
         run_transfers(prepared, deadline_s=20, cancelled=lambda: time.monotonic() > began + 0.1)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
 
 
 def test_a_lost_peer_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
