@@ -47,6 +47,7 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     weights: InstalledWeights = InstalledWeights()
     pause: dict[str, Any] | None = None
+    sleep: dict[str, Any] | None = None
     fence: dict[str, Any] | None = None
     update: Progress | None = None
     engine: dict[str, Any] = {}

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 import httpx
 import msgspec
@@ -30,6 +30,8 @@ from engine_plugins.errors import (
     NotConfiguredError,
     SettingsError,
 )
+from engine_plugins.sleep.memory_backend import MemoryTag
+from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.weights.manifest import MSGPACK
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
@@ -39,6 +41,8 @@ TOKEN = "ENGINE_PLUGINS_ADMIN_TOKEN"
 TOKEN_FILE = "ENGINE_PLUGINS_ADMIN_TOKEN_FILE"
 PREFIX = "/admin/v1"
 GZIP_ABOVE_BYTES = 64 * 1024
+RELEASE_S = 300.0
+"""For weights that go to host memory or disk, or come back, and for memory to come to rest."""
 
 Answer = TypeVar("Answer")
 
@@ -122,6 +126,36 @@ class AdminClient:
         """Empty caches; returns the names of those that were emptied."""
         body = {"prefix_cache": prefix_cache, "multimodal_cache": multimodal_cache}
         return self._call("POST", "/flush", _Flushed, json=body).flushed
+
+    def sleep(
+        self,
+        level: Literal[1, 2] = 1,
+        tags: Sequence[MemoryTag] | None = None,
+        *,
+        timeout_s: float = 30.0,
+    ) -> ResidualReport:
+        """Have the engine give its memory back; what is still resident of it.
+
+        Args:
+            level: 1 keeps the weights for wake, 2 wants an update before the engine serves again.
+            tags: what to release; everything that the engine can, if none are named.
+            timeout_s: of the pause that comes first.
+
+        Raises:
+            AdminAnswerError: also with code `residual_memory`, where the engine sleeps and holds
+                more than it may.
+        """
+        body = {"level": level, "tags": tags, "timeout_s": timeout_s}
+        answer = self._call("POST", "/sleep", _Asleep, json=body, patience_s=timeout_s + RELEASE_S)
+        return answer.memory
+
+    def wake(self, tags: Sequence[MemoryTag] | None = None) -> EngineState:
+        """Have the engine map memory again: all that is released, if no tags are named."""
+        return self._call("POST", "/wake", EngineState, json={"tags": tags}, patience_s=RELEASE_S)
+
+    def memory(self) -> ResidualReport:
+        """Ask what is resident of every rank, where the figures come from, how good they are."""
+        return self._call("GET", "/memory", ResidualReport, scope="read")
 
     def put_source(self, manifest: bytes) -> str:
         """Offer one trainer process's manifest (msgpack); returns the engine's source_id."""
@@ -258,6 +292,10 @@ class AdminClient:
 
 class _Source(msgspec.Struct):
     source_id: str
+
+
+class _Asleep(msgspec.Struct):
+    memory: ResidualReport
 
 
 class _Flushed(msgspec.Struct):

@@ -80,7 +80,7 @@ class Settings:
     sleep_dir: Path | None = None
     residual_policy: str = "guard"
     max_residual_gpu_mem_gib: float = 3.0
-    residual_over_baseline_gib: float = 1.0
+    residual_over_baseline_gib: float = 2.0
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):

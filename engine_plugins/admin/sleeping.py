@@ -33,7 +33,7 @@ from engine_plugins.sleep.leak_watch import LeakTrend, LeakWatch
 from engine_plugins.sleep.memory_backend import MEMORY_TAGS, MemoryTag
 from engine_plugins.sleep.memory_report import RankMemoryRow, ResidualPolicy, ResidualReport
 from engine_plugins.sleep.metrics import ResidualMetrics
-from engine_plugins.sleep.rank_sleep import LedgerView
+from engine_plugins.sleep.rank_sleep import LedgerView, Room
 from engine_plugins.sleep.residual_memory import assess
 
 __all__ = ["Sleeping", "memory_answer", "residual_memory"]
@@ -114,7 +114,7 @@ class Sleeping:
         """Map memory again; serve once all is mapped and the weights hold something.
 
         Raises:
-            ConflictError: the engine does not sleep, or a tag is not released.
+            ConflictError: the engine does not sleep, a tag is not released, or there is no room.
             EnginePluginError: a rank failed half way, and the engine is fenced for good.
         """
         state = self._shared.read()
@@ -130,6 +130,7 @@ class Sleeping:
                 f"cannot wake {_named(wrong)}: released are {_named(asleep.released)}",
                 remedy="name only those, or none",
             )
+        _require_room(await self._workers.ask("room", Room, tags=tags))
         try:
             await self._workers.ask("restore", LedgerView, tags=tags)
         except EnginePluginError as error:
@@ -202,6 +203,23 @@ def residual_memory(report: ResidualReport, memory: object) -> ResidualMemoryErr
         remedy="POST /admin/v1/wake, or restart the engine; see `memory` for who holds what",
         memory=memory,
     )
+
+
+def _require_room(rooms: Sequence[Room]) -> None:
+    """Refuse a wake that would end half mapped.
+
+    Raises:
+        ConflictError: a device has less free than its ranks are about to map.
+    """
+    for device in {room.device for room in rooms}:
+        ranks = [room for room in rooms if room.device == device]
+        needed, free = sum(each.needed_bytes for each in ranks), min(r.free_bytes for r in ranks)
+        if needed > free:
+            raise ConflictError(
+                f"cannot wake: {needed / GIB:.2f} GiB are to be mapped on {device}, where "
+                f"{free / GIB:.2f} GiB are free",
+                remedy="have whoever holds that memory give it back, then wake; or wake by tags",
+            )
 
 
 def _asleep(state: EngineState, level: int, tags: Sequence[MemoryTag]) -> EngineState:

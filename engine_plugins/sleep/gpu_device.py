@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
+import psutil
 import torch
 
 from engine_plugins.sleep.memory_report import GpuDevice
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.weights.cuda_runtime import gpu_pci_address
 
-__all__ = ["gpu_device", "rank_memory"]
+__all__ = ["free_bytes", "gpu_device", "rank_memory"]
 
 
 def rank_memory(tp_rank: int, device: torch.device | str) -> RankMemory:
@@ -25,6 +26,14 @@ def rank_memory(tp_rank: int, device: torch.device | str) -> RankMemory:
     return RankMemory(
         tp_rank, gpu_device(ordinal), whole_gpu_bytes=partial(_used_by_everybody, ordinal)
     )
+
+
+def free_bytes(device: GpuDevice | None) -> int:
+    """Bytes that this rank could map now, on its GPU or, without one, on this host."""
+    if device is None:
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info()
+    return free
 
 
 def gpu_device(ordinal: int) -> GpuDevice:

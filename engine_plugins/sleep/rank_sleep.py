@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 
 from engine_plugins.errors import UnsupportedError
+from engine_plugins.sleep.gpu_device import free_bytes
 from engine_plugins.sleep.memory_backend import MEMORY_TAGS, MemoryTag
 from engine_plugins.sleep.memory_ledger import MemoryLedger
-from engine_plugins.sleep.memory_report import RankMemoryRow
+from engine_plugins.sleep.memory_report import GpuDevice, RankMemoryRow
 from engine_plugins.sleep.rank_memory import RankMemory
 
-__all__ = ["LedgerView", "RankSleep", "WeightHolder"]
+__all__ = ["LedgerView", "RankSleep", "Room", "WeightHolder"]
 
 
 class WeightHolder(Protocol):
@@ -33,6 +35,15 @@ class LedgerView(msgspec.Struct, frozen=True, kw_only=True):
     """Tags of which a call failed half way: only a restart helps."""
 
 
+class Room(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether what a wake maps would fit; ranks of one device share what is free there."""
+
+    device: str
+    """A GPU's uuid, or the name of a host."""
+    needed_bytes: int
+    free_bytes: int
+
+
 class RankSleep:
     """Answers the admin side's sleep calls for one rank.
 
@@ -42,6 +53,7 @@ class RankSleep:
         memory: measures this rank.
         weights: lets go of the weights before they are released.
         sizes: bytes of each tag that lie in memory while it is mapped.
+        free: bytes that the rank could map now.
     """
 
     def __init__(
@@ -51,11 +63,13 @@ class RankSleep:
         weights: WeightHolder,
         *,
         sizes: Callable[[MemoryTag], int] = lambda tag: 0,
+        free: Callable[[GpuDevice | None], int] = free_bytes,
     ) -> None:
         self._ledger = ledger
         self._memory = memory
         self._weights = weights
         self._sizes = sizes
+        self._free = free
 
     @property
     def calls(self) -> Mapping[str, Callable[..., Any]]:
@@ -63,6 +77,7 @@ class RankSleep:
         return {
             "may_release": self._may_release,
             "release": self._release,
+            "room": self._room,
             "restore": self._restore,
             "ledger": self._view,
             "memory": self._measure,
@@ -84,6 +99,14 @@ class RankSleep:
         ledger.release(tags, keep=keep)
         return self._row(settle=True)
 
+    def _room(self, tags: Sequence[MemoryTag]) -> Room:
+        device = self._memory.device
+        return Room(
+            device=socket.gethostname() if device is None else device.uuid,
+            needed_bytes=sum(self._sizes(tag) for tag in tags),
+            free_bytes=self._free(device),
+        )
+
     def _restore(self, tags: Sequence[MemoryTag]) -> LedgerView:
         """Map those of the tags that are released."""
         ledger = self._required()
@@ -103,12 +126,16 @@ class RankSleep:
 
     def _row(self, *, settle: bool) -> RankMemoryRow:
         memory = self._memory
-        mapped = {tag: self._sizes(tag) for tag in MEMORY_TAGS if tag not in self._released}
-        kept = {} if self._ledger is None else self._ledger.unreleased()
+        mapped: dict[str, int] = {
+            tag: self._sizes(tag) for tag in MEMORY_TAGS if tag not in self._released
+        }
+        stays = {} if self._ledger is None else self._ledger.unreleased()
+        # Of a GPU somebody waits for all that can be released; a host's packed weights just stay.
+        kept = {**mapped, **(stays if memory.device is None else {})}
         return memory.row(
             memory.settled() if settle else memory.sample(),
-            kept_bytes=sum(mapped.values()) + sum(kept.values()),
-            components={**{tag: size for tag, size in mapped.items() if size}, **kept},
+            kept_bytes=sum(kept.values()),
+            components={name: size for name, size in {**mapped, **stays}.items() if size},
         )
 
     @property

@@ -98,7 +98,14 @@ class InMemoryRank:
         )
         self.regions = InMemoryRegions()
         self.sleep_ledger = MemoryLedger(self.regions)
-        sleep = RankSleep(self.sleep_ledger, RankMemory(tp_rank, None), self.receiver)
+        self.free_bytes = 1 << 40
+        sleep = RankSleep(
+            self.sleep_ledger,
+            RankMemory(tp_rank, None),
+            self.receiver,
+            sizes=lambda tag: 1 << 30,
+            free=lambda device: self.free_bytes,
+        )
         self.service = WorkerService(self.receiver, tp_rank=tp_rank, calls=sleep.calls)
 
     def _transport(self) -> InMemoryTransport:

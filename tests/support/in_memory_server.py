@@ -53,7 +53,7 @@ from tests.support.stepping import watch_installs
 
 __all__ = ["InMemoryServer", "in_memory_server"]
 
-CACHE_BYTES = 16 << 20
+CACHE_BYTES = 64 << 20
 
 
 class InMemoryServer(EngineServer):

@@ -100,6 +100,20 @@ async def test_a_wake_that_breaks_fences_for_good(bed: Bed) -> None:
     assert (state.fence.code, state.fence.for_good) == ("wake_failed", True)
 
 
+async def test_a_wake_without_room_changes_nothing(bed: Bed) -> None:
+    """Ranks of one device share what is free; one tag may fit where all do not."""
+    await bed.sleeping.sleep(SleepBody())
+    for rank in bed.engine.ranks:
+        rank.free_bytes = 5 << 30
+    with pytest.raises(ConflictError, match=r"6\.00 GiB are to be mapped .* 5\.00 GiB are free"):
+        await bed.sleeping.wake(WakeBody())
+    assert bed.released == [ALL, ALL]
+    assert bed.shared.read().state == "asleep"
+    await bed.sleeping.wake(WakeBody(tags=["weights"]))
+    await bed.sleeping.wake(WakeBody())
+    assert bed.shared.read().state == "serving"
+
+
 async def test_a_sleep_whose_api_process_died_is_ended_by_a_wake(bed: Bed) -> None:
     """One rank had released, the other had not: both are mapped, and the engine serves."""
     await bed.sleeping.sleep(SleepBody())
