@@ -24,8 +24,8 @@ test: setup ## all tests, on both engines (ARGS="-k name" narrows them)
 	$(SGLANG_PYTHON) -m pytest tests $(or $(ARGS),-m "not core") $(OR_NONE_HERE)
 	$(VLLM_PYTHON) -m pytest tests $(ARGS) $(OR_NONE_HERE)
 
-check: lint ## the quick loop: lint, types, import contracts, unit tests
-	$(VLLM_PYTHON) -m pytest tests/unit -q -m "not engine and not gpu" $(ARGS)
+check: lint ## the quick loop: lint, types, import contracts, unit tests without engines
+	$(VLLM_PYTHON) -m pytest tests/unit -q -m core $(ARGS)
 
 lint: setup-vllm ## ruff, mypy and the import contracts
 	$(VLLM_ENV)/bin/ruff check .
