@@ -13,6 +13,7 @@ __all__ = ["RankProcess", "ranks_of"]
 _IMPORTED = (
     "engine_plugins",
     "safetensors.torch",
+    "torch._dynamo",  # fully_shard would import it in each rank
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("auto", "qwen3", "qwen3_moe")),
