@@ -63,7 +63,14 @@ def _hook_first_process() -> None:
 
 
 def _hook_api_process() -> None:
-    from sglang_ext import admission_hook, scheduler_calls
+    from sglang_ext import admission_hook, own_sleep_routes, scheduler_calls
+
+    for method in ("release_memory_occupation", "resume_memory_occupation"):
+        install(
+            f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{method}",
+            HookType.AROUND,
+            own_sleep_routes.refuse,
+        )
 
     install(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_communicators",

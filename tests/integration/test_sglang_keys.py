@@ -36,6 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
         api_key=ORDINARY,
         admin_api_key=CHIEF,
         arguments=["--engine-plugins-enable"],
+        preload=True,
     ) as server:
         yield server
 
@@ -88,6 +89,15 @@ def test_sglangs_routes_stay_as_protected_as_they_were(
         assert (answered == 401) == (token != opened_by), (token, answered)
     for detour in (f"/admin/v1/..{path}", f"//admin/v1{path}", f"/admin/v1x{path}"):
         assert status(server, TOKEN, method, detour, body) in (401, 404)
+
+
+def test_sglangs_own_sleep_is_closed(server: SglangServer) -> None:
+    """Two masters of one memory would end the engine, and so would an unmatched resume."""
+    for route in ("/release_memory_occupation", "/resume_memory_occupation"):
+        refused = server.http.post(route, json={}, headers={"authorization": f"Bearer {CHIEF}"})
+        assert refused.status_code == 400
+        assert "/admin/v1/sleep" in refused.text
+    assert server.state()["state"] == "serving"
 
 
 def scope(path: str) -> dict[str, object]:
