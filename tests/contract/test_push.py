@@ -112,6 +112,7 @@ def test_a_trainer_rank_that_fails_makes_all_raise_and_the_engine_abort(
     assert NEW.wrong_answers(server.greedy) == []
 
 
+@pytest.mark.core
 def test_a_trainer_rank_that_dies_leaves_the_old_weights(tmp_path: Path) -> None:
     """The others raise; the engine serves on beside a buffer that is not used again."""
     model, log = OLD.copy_to(tmp_path / "model"), tmp_path / "server.log"
