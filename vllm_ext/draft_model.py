@@ -38,7 +38,9 @@ class DraftModel:
         self.config: ModelConfig = vllm_config.speculative_config.draft_model_config
         served = set(target.modules())
         self.modules = {
-            DRAFT + name: module for name, module in model.named_modules() if module not in served
+            (DRAFT + name).rstrip("."): module
+            for name, module in model.named_modules()
+            if module not in served
         }
         self._vllm_config = vllm_config
         self._with_target = self.config.model == vllm_config.model_config.model
