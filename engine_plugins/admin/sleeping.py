@@ -216,8 +216,8 @@ def _require_room(rooms: Sequence[Room]) -> None:
         needed, free = sum(each.needed_bytes for each in ranks), min(r.free_bytes for r in ranks)
         if needed > free:
             raise ConflictError(
-                f"cannot wake: {needed / GIB:.2f} GiB are to be mapped on {device}, where "
-                f"{free / GIB:.2f} GiB are free",
+                f"cannot wake: {needed / GIB:.3g} GiB are to be mapped on {device}, where "
+                f"{free / GIB:.3g} GiB are free",
                 remedy="have whoever holds that memory give it back, then wake; or wake by tags",
             )
 

@@ -246,4 +246,4 @@ def _badness(device: DeviceResidual) -> tuple[int, int]:
 
 
 def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.2f} GiB"
+    return f"{nbytes / 2**30:.3g} GiB"

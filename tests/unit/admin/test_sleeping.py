@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from engine_plugins.errors import (
 )
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.memory_backend import MEMORY_TAGS, MemoryTag
+from tests.support.admin_server import TOKEN, AdminServer
 from tests.support.in_memory_engine import InMemoryEngine
 
 pytestmark = pytest.mark.anyio
@@ -105,7 +106,7 @@ async def test_a_wake_without_room_changes_nothing(bed: Bed) -> None:
     await bed.sleeping.sleep(SleepBody())
     for rank in bed.engine.ranks:
         rank.free_bytes = 5 << 30
-    with pytest.raises(ConflictError, match=r"6\.00 GiB are to be mapped .* 5\.00 GiB are free"):
+    with pytest.raises(ConflictError, match=r"6 GiB are to be mapped .* 5 GiB are free"):
         await bed.sleeping.wake(WakeBody())
     assert bed.released == [ALL, ALL]
     assert bed.shared.read().state == "asleep"
@@ -151,6 +152,21 @@ async def test_weights_are_kept_at_level_1_only(bed: Bed) -> None:
     await bed.sleeping.sleep(SleepBody(level=1))
     kept = [regions.released for regions in bed.regions]
     assert kept == [{"weights": True, "kv_cache": False, "cuda_graph": False}] * 2
+
+
+async def test_a_sleep_that_is_not_known_to_have_freed_anything_is_507(
+    make_server: Callable[..., AdminServer],
+) -> None:
+    """Under policy enforce; the answer says who holds what, and the engine sleeps."""
+    server = make_server(settings=Settings(admin_token=TOKEN, residual_policy="enforce"))
+    async with server.running():
+        refused = await server.post("/sleep")
+        assert (refused.status_code, refused.json()["code"]) == (507, "residual_memory")
+        assert refused.json()["memory"]["reason"] == "no_baseline"
+        assert [row["tp_rank"] for row in refused.json()["memory"]["rows"]] == [0]
+        state = await server.state()
+        assert (state["state"], state["sleep"]["verdict"]) == ("asleep", "unknown")
+        assert (await server.post("/wake")).json()["state"] == "serving"
 
 
 async def test_every_sleep_is_a_cycle_of_the_leak_watch(bed: Bed) -> None:

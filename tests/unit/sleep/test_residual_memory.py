@@ -44,7 +44,7 @@ def test_ranks_of_one_gpu_add_up_and_gpus_do_not() -> None:
     shared = judge(first, second)
     assert outcome(shared) == ("fail", "over_threshold", True)
     assert [(each.tp_ranks, each.resident_bytes) for each in shared.devices] == [([0, 1], 4 * GIB)]
-    assert shared.detail == "4.00 GiB resident on GPU-a (ranks 0, 1); 3.00 GiB may be"
+    assert shared.detail == "4 GiB resident on GPU-a (ranks 0, 1); 3 GiB may be"
 
     apart = judge(first, msgspec.structs.replace(second, device=GPU_B))
     assert outcome(apart) == ("pass", "", False)
@@ -131,7 +131,7 @@ def test_nobody_who_reports_is_unknown() -> None:
 def test_growth_over_the_baseline_fails_below_the_threshold() -> None:
     report = judge(row(exact(2.5), baseline=0.5))
     assert outcome(report) == ("fail", "over_baseline", True)
-    assert report.detail == "2.00 GiB over the baseline on GPU-a (ranks 0); 1.00 GiB may be"
+    assert report.detail == "2 GiB over the baseline on GPU-a (ranks 0); 1 GiB may be"
     (device,) = report.devices
     assert (device.baseline_bytes, device.residual_bytes) == (GIB // 2, 2 * GIB)
     assert outcome(judge(row(exact(2.5), baseline=1.6))) == ("pass", "", False)
