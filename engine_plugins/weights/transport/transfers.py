@@ -19,7 +19,7 @@ MAX_IN_FLIGHT = 64
 DRAIN_S = 3.0
 """How long transfers under way may take to end after another one failed or was cancelled."""
 SPIN_S = 100e-6
-LONGEST_SLEEP_S = 50e-6
+LONGEST_SLEEP_S = 0.3e-3
 
 
 def run_transfers(
