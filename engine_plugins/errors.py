@@ -17,11 +17,13 @@ __all__ = [
     "EngineUnreachableError",
     "HookModeError",
     "ManifestError",
+    "MemoryPressureError",
     "NotConfiguredError",
     "PauseTimeoutError",
     "PeerError",
     "PeerLostError",
     "PlanError",
+    "PromptTooLargeError",
     "ResidualMemoryError",
     "SettingsError",
     "SleepRefusedError",
@@ -230,3 +232,31 @@ class ResidualMemoryError(EnginePluginError):
     def __init__(self, message: str, *, remedy: str = "", memory: object = None) -> None:
         super().__init__(message, remedy=remedy)
         self.memory = memory
+
+
+class PromptTooLargeError(EnginePluginError):
+    """A prompt whose prefill this engine can never hold in memory.
+
+    Attributes:
+        largest_prompt: tokens of the largest prompt of this kind that fits.
+    """
+
+    code = "prompt_too_large"
+
+    def __init__(self, message: str, *, remedy: str = "", largest_prompt: int = 0) -> None:
+        super().__init__(message, remedy=remedy)
+        self.largest_prompt = largest_prompt
+
+
+class MemoryPressureError(EnginePluginError):
+    """A prompt that found no memory in time, and that may fit later.
+
+    Attributes:
+        retry_after_s: seconds after which it is worth another try.
+    """
+
+    code = "memory_pressure"
+
+    def __init__(self, message: str, *, remedy: str = "", retry_after_s: int = 1) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retry_after_s = retry_after_s

@@ -15,7 +15,14 @@ from typing import Any
 
 from engine_plugins.errors import SettingsError
 
-__all__ = ["HOOK_MODES", "PREFIX", "RESIDUAL_POLICIES", "SOURCE_POLICIES", "Settings"]
+__all__ = [
+    "GATE_MODES",
+    "HOOK_MODES",
+    "PREFIX",
+    "RESIDUAL_POLICIES",
+    "SOURCE_POLICIES",
+    "Settings",
+]
 
 PREFIX = "ENGINE_PLUGINS_"
 
@@ -26,6 +33,8 @@ RESIDUAL_POLICIES = ("enforce", "guard", "observe")
 """A memory that is not known fails, is judged by its upper bound, or nothing ever fails."""
 HOOK_MODES = ("preload", "torch")
 """How torch_memory_saver gets hold of allocations."""
+GATE_MODES = ("off", "observe", "enforce")
+"""Prefills are let be, judged and let be, or judged and held to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,11 @@ class Settings:
         max_residual_gpu_mem_gib: GiB of a GPU that a sleeping engine may hold, ranks on one GPU
             together.
         residual_over_baseline_gib: GiB that it may hold over what it held before it loaded weights.
+        prefill_gate: what becomes of prefills for which there is no memory, one of `GATE_MODES`.
+        prefill_cap_bytes: memory that a rank may come to hold during a prefill. `None` is what it
+            holds at the start and what is free then, within the limits of its process and cgroup.
+        prefill_margin_quantile: share of prediction errors that the margin covers.
+        prefill_margin_bytes: what the margin never falls below.
     """
 
     admin_token: str | None = field(default=None, repr=False)
@@ -81,6 +95,11 @@ class Settings:
     residual_policy: str = "guard"
     max_residual_gpu_mem_gib: float = 3.0
     residual_over_baseline_gib: float = 2.0
+
+    prefill_gate: str = "off"
+    prefill_cap_bytes: int | None = None
+    prefill_margin_quantile: float = 0.99
+    prefill_margin_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
@@ -105,6 +124,17 @@ class Settings:
         for name in ("max_residual_gpu_mem_gib", "residual_over_baseline_gib"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise SettingsError(f"{PREFIX}{name.upper()} must be GiB, and not negative")
+        if self.prefill_gate not in GATE_MODES:
+            raise SettingsError(
+                f"{PREFIX}PREFILL_GATE must be one of {', '.join(GATE_MODES)}, "
+                f"not {self.prefill_gate!r}"
+            )
+        if self.prefill_cap_bytes is not None and self.prefill_cap_bytes < 1:
+            raise SettingsError(f"{PREFIX}PREFILL_CAP_BYTES must be positive, or left out")
+        if not 0 < self.prefill_margin_quantile <= 1:
+            raise SettingsError(f"{PREFIX}PREFILL_MARGIN_QUANTILE must be over 0 and at most 1")
+        if self.prefill_margin_bytes < 0:
+            raise SettingsError(f"{PREFIX}PREFILL_MARGIN_BYTES must not be negative")
         if self.memory_saver_hook_mode not in (None, *HOOK_MODES):
             raise SettingsError(
                 f"{PREFIX}MEMORY_SAVER_HOOK_MODE must be one of {', '.join(HOOK_MODES)}, "
@@ -145,7 +175,7 @@ def _read(name: str, kind: str, value: Any) -> Any:
     try:
         if kind == "bool" and (type(value) is bool or str(value).lower() in _SWITCH):
             return value if type(value) is bool else _SWITCH[value.lower()]
-        if kind == "int" and (text or type(value) is int):
+        if kind.startswith("int") and (text or type(value) is int):
             return int(value)
         if kind.startswith("float") and (text or type(value) in (int, float)):
             return float(value)

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from tests.benchmarks.event_loop import event_loop
+from tests.benchmarks.gate_cost import gate_cost
 from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.peaks import peaks
 from tests.benchmarks.plan_scale import plan_scale
@@ -37,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--only",
-        choices=[*BESIDE_OTHERS, "rows", "probe", "plan", "phases", "peaks"],
+        choices=[*BESIDE_OTHERS, "rows", "probe", "gate", "plan", "phases", "peaks"],
         help="default: all",
     )
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
@@ -60,6 +61,8 @@ def main() -> None:
         console.print(row_cost(pairs=pairs))
     if chosen.only in (None, "probe"):
         console.print(memory_probe(runs=pairs))
+    if chosen.only in (None, "gate"):
+        console.print(gate_cost())
     if chosen.only in (None, "plan"):
         wide = Console(width=180)
         wide.print(plan_scale(SGLANG_PYTHON, runs=pairs))

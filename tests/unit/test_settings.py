@@ -33,6 +33,10 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         "ENGINE_PLUGINS_RESIDUAL_POLICY": "observe",
         "ENGINE_PLUGINS_MAX_RESIDUAL_GPU_MEM_GIB": "2.5",
         "ENGINE_PLUGINS_RESIDUAL_OVER_BASELINE_GIB": "0.5",
+        "ENGINE_PLUGINS_PREFILL_GATE": "enforce",
+        "ENGINE_PLUGINS_PREFILL_CAP_BYTES": "50",
+        "ENGINE_PLUGINS_PREFILL_MARGIN_QUANTILE": "0.9",
+        "ENGINE_PLUGINS_PREFILL_MARGIN_BYTES": "60",
         "PATH": "/bin",
     }
     settings = Settings.load(environ=environ)
@@ -55,6 +59,10 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         residual_policy="observe",
         max_residual_gpu_mem_gib=2.5,
         residual_over_baseline_gib=0.5,
+        prefill_gate="enforce",
+        prefill_cap_bytes=50,
+        prefill_margin_quantile=0.9,
+        prefill_margin_bytes=60,
     )
     assert len(environ) - 1 == len(fields(Settings)), "a new setting belongs in this test"
     for field in fields(Settings):
@@ -122,6 +130,15 @@ def test_a_setting_that_does_not_exist_is_told_with_those_that_do() -> None:
         ("allow_preload_on_blackwell", "maybe"),
         ("expected_link_gbps", "fast"),
         ("expected_link_gbps", "nan"),
+        ("prefill_gate", "on"),
+        ("prefill_gate", None),
+        ("prefill_cap_bytes", "0"),
+        ("prefill_cap_bytes", "-1"),
+        ("prefill_cap_bytes", 1.5),
+        ("prefill_margin_quantile", "0"),
+        ("prefill_margin_quantile", "1.01"),
+        ("prefill_margin_quantile", "nan"),
+        ("prefill_margin_bytes", "-1"),
         ("admin_token", 5),
         ("admin_token", ["t"]),
         ("admin_token_file", 5),

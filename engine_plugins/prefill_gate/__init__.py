@@ -1,0 +1,1 @@
+"""Refusing or shrinking a prefill before it runs the engine out of memory."""

@@ -1,0 +1,193 @@
+"""How much memory a rank may come to hold, and how much it holds."""
+
+from __future__ import annotations
+
+import os
+import resource
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from engine_plugins.errors import SettingsError
+from engine_plugins.settings import PREFIX
+
+__all__ = ["HostFigures", "MemoryCap", "Reading", "read_host", "resolve_cap", "resolve_device_cap"]
+
+_STATM = "/proc/self/statm"
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+CGROUPS = Path("/sys/fs/cgroup")
+
+
+class Reading(NamedTuple):
+    """Bytes in use against the tightest of the caps."""
+
+    used_bytes: int
+    cap_bytes: int
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What is left; negative beyond the cap."""
+        return self.cap_bytes - self.used_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostFigures:
+    """Memory of this process and of what it lives in, in bytes; `None` where there is no limit.
+
+    Attributes:
+        resident: of this process.
+        machine_total: of the machine.
+        machine_available: to a new process, without swapping.
+        cgroup_limit: the tightest of this process's cgroups.
+        cgroup_used: in that cgroup, without the page cache.
+        address_space_limit: `RLIMIT_AS` of this process.
+    """
+
+    resident: int
+    machine_total: int
+    machine_available: int
+    cgroup_limit: int | None = None
+    cgroup_used: int = 0
+    address_space_limit: int | None = None
+
+    @classmethod
+    def now(cls) -> HostFigures:
+        """Read them."""
+        memory = psutil.virtual_memory()
+        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+        limit, used = _cgroup()
+        return cls(
+            resident=_statm()[1],
+            machine_total=memory.total,
+            machine_available=memory.available,
+            cgroup_limit=limit,
+            cgroup_used=used,
+            address_space_limit=None if soft == resource.RLIM_INFINITY else soft,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryCap:
+    """Caps of one rank, in bytes.
+
+    Attributes:
+        resident_bytes: of what is resident, on the host or on the device.
+        address_space_bytes: of addresses, where the process is limited in them.
+        reason: where the first comes from.
+    """
+
+    resident_bytes: int
+    address_space_bytes: int | None = None
+    reason: str
+
+
+def resolve_cap(configured: int | None, figures: HostFigures, *, ranks: int = 1) -> MemoryCap:
+    """The cap of a rank on the CPU platform.
+
+    Args:
+        configured: `ENGINE_PLUGINS_PREFILL_CAP_BYTES`, or `None` for what is free.
+        figures: of the rank's process.
+        ranks: that take from the same free memory.
+
+    Raises:
+        SettingsError: the configured cap is above what the machine or a limit allows.
+    """
+    room = [
+        ("the machine's memory", figures.machine_total, figures.machine_available),
+        (
+            "the cgroup's memory.max",
+            figures.cgroup_limit,
+            (figures.cgroup_limit or 0) - figures.cgroup_used,
+        ),
+        ("RLIMIT_AS", figures.address_space_limit, None),
+    ]
+    for what, limit, _ in room:
+        _require_within(configured, limit, what)
+    reason, free = min(
+        ((what, free) for what, limit, free in room if limit is not None and free is not None),
+        key=lambda each: each[1],
+    )
+    cap = figures.resident + max(free, 0) // ranks
+    if configured is not None:
+        reason, cap = f"{PREFIX}PREFILL_CAP_BYTES", configured
+    return MemoryCap(
+        resident_bytes=cap, address_space_bytes=figures.address_space_limit, reason=reason
+    )
+
+
+def resolve_device_cap(
+    configured: int | None, *, total: int, free: int, ours: int, ranks: int = 1
+) -> MemoryCap:
+    """The cap of a rank on a GPU.
+
+    Args:
+        configured: `ENGINE_PLUGINS_PREFILL_CAP_BYTES`, or `None` for what is free.
+        total: bytes of the GPU.
+        free: bytes of it that nobody holds.
+        ours: bytes that this rank holds.
+        ranks: of this engine on the GPU.
+
+    Raises:
+        SettingsError: the configured cap is above the GPU's memory.
+    """
+    _require_within(configured, total, "the GPU's memory")
+    if configured is not None:
+        return MemoryCap(resident_bytes=configured, reason=f"{PREFIX}PREFILL_CAP_BYTES")
+    return MemoryCap(resident_bytes=ours + free // ranks, reason="the GPU's free memory")
+
+
+def read_host(cap: MemoryCap) -> Reading:
+    """What this process uses, against the tighter of its caps."""
+    addresses, resident = _statm()
+    reading = Reading(resident, cap.resident_bytes)
+    if cap.address_space_bytes is None:
+        return reading
+    return min(
+        reading, Reading(addresses, cap.address_space_bytes), key=lambda each: each.headroom_bytes
+    )
+
+
+def _require_within(configured: int | None, limit: int | None, what: str) -> None:
+    if configured is not None and limit is not None and configured > limit:
+        raise SettingsError(
+            f"{PREFIX}PREFILL_CAP_BYTES is {configured}, above {what} of {limit} bytes: the gate "
+            "would let in what cannot fit",
+            remedy="lower it, or leave it out",
+        )
+
+
+def _statm() -> tuple[int, int]:
+    """Bytes of addresses, and of resident memory, of this process."""
+    file = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        addresses, resident, _ = os.read(file, 256).split(b" ", 2)
+    finally:
+        os.close(file)
+    return int(addresses) * _PAGE, int(resident) * _PAGE
+
+
+def _cgroup(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> tuple[int | None, int]:
+    """Limit and use of the cgroup with the least room, of this process's and those above it."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        return None, 0
+    group = next((line[3:] for line in lines if line.startswith("0::")), "/")
+    folder = root / group.lstrip("/")
+    found = [_limit(each) for each in (folder, *folder.parents) if each.is_relative_to(root)]
+    limits = [each for each in found if each is not None]
+    return min(limits, key=lambda each: each[0] - each[1], default=(None, 0))
+
+
+def _limit(folder: Path) -> tuple[int, int] | None:
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((folder / "memory.current").read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(limit), used - int(stat["inactive_file"]) - int(stat["active_file"])
+    except (OSError, ValueError, KeyError):
+        return None

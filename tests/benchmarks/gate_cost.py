@@ -1,0 +1,83 @@
+"""What the prefill gate costs a step: one prefill judged, and what else a step asks of it.
+
+Each call is timed by itself, with Python's collector at rest. *Tight* is a prefill for which the
+largest chunk that fits is searched for.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+from rich.table import Table
+
+from engine_plugins.prefill_gate.gate import PrefillGate
+from engine_plugins.prefill_gate.memory_cap import HostFigures, Reading, read_host, resolve_cap
+from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
+from engine_plugins.settings import Settings
+from tests.support.simulated_steps import MIB, a_memory, calibrated, true_peak
+
+__all__ = ["gate_cost"]
+
+CALLS = 20_000
+ROOMY, TIGHT = 100_000 * MIB, 90 * MIB
+
+
+def gate_cost() -> Table:
+    """Microseconds of a call: median, 99th percentile."""
+    table = Table(title="The prefill gate's cost, microseconds a call")
+    for column in ("", "p50", "p99"):
+        table.add_column(column, justify="right" if column else "left")
+    cap = resolve_cap(None, HostFigures.now())
+    calls = {
+        "begin a step and judge a prefill": lambda: _steps(ROOMY),
+        "the same, tight": lambda: _steps(TIGHT),
+        "read memory in use (host)": lambda: iter([partial(read_host, cap)] * CALLS),
+        "learn from a step": _observations,
+    }
+    gc.collect()
+    gc.disable()
+    try:
+        for name, steps in calls.items():
+            table.add_row(name, *(f"{each:.1f}" for each in _percentiles(steps())))
+    finally:
+        gc.enable()
+    return table
+
+
+def _percentiles(calls: Iterator[Callable[[], object]]) -> tuple[float, float]:
+    took = []
+    for call in calls:
+        began = time.perf_counter_ns()
+        call()
+        took.append((time.perf_counter_ns() - began) / 1e3)
+    return statistics.median(took), statistics.quantiles(took, n=100)[-1]
+
+
+def _steps(headroom: int) -> Iterator[Callable[[], object]]:
+    chosen = Settings(prefill_gate="enforce", prefill_margin_bytes=8 * MIB)
+    gate = PrefillGate(calibrated(a_memory()), chosen, smallest_chunk=64)
+    sizes = random.Random(1)
+    running = StepShape(tokens=20, rows=20)
+
+    def step(number: int, tokens: int) -> None:
+        gate.begin(Reading(0, headroom), running=running, in_flight=True, now=number / 100)
+        gate.decide(Candidate(f"{number}", tokens, tokens))
+
+    for number in range(CALLS):
+        tokens = sizes.randint(2100, 8192) if headroom == TIGHT else sizes.randint(20, 8192)
+        yield partial(step, number, tokens)
+
+
+def _observations() -> Iterator[Callable[[], object]]:
+    memory = calibrated(a_memory())
+    noise = random.Random(2)
+    for number in range(CALLS):
+        tokens = noise.randint(20, 8192)
+        shape = Candidate("x", tokens, tokens).joined_to(NOTHING, tokens)
+        peak = true_peak(shape, noise)
+        yield partial(memory.observe, shape, peak, at=float(number))

@@ -1,0 +1,133 @@
+"""What a rank may hold: from the kernel's figures, or configured within them."""
+
+from __future__ import annotations
+
+import mmap
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engine_plugins.errors import SettingsError
+from engine_plugins.prefill_gate import memory_cap
+from engine_plugins.prefill_gate.memory_cap import (
+    HostFigures,
+    MemoryCap,
+    Reading,
+    read_host,
+    resolve_cap,
+    resolve_device_cap,
+)
+
+GIB = 1 << 30
+FIGURES = HostFigures(resident=2 * GIB, machine_total=64 * GIB, machine_available=40 * GIB)
+
+
+def test_by_default_it_is_what_is_held_and_what_is_free() -> None:
+    """Ranks on one machine share what is free."""
+    cap = resolve_cap(None, FIGURES)
+    assert (cap.resident_bytes, cap.address_space_bytes) == (42 * GIB, None)
+    assert "machine" in cap.reason
+    assert resolve_cap(None, FIGURES, ranks=2).resident_bytes == 22 * GIB
+
+
+def test_a_cgroup_with_less_room_is_the_limit() -> None:
+    """Also where nothing is left in it."""
+    tight = replace(FIGURES, cgroup_limit=8 * GIB, cgroup_used=5 * GIB)
+    cap = resolve_cap(None, tight)
+    assert cap.resident_bytes == 5 * GIB
+    assert "cgroup" in cap.reason
+    assert resolve_cap(None, replace(tight, cgroup_used=9 * GIB)).resident_bytes == 2 * GIB
+
+
+def test_a_limit_of_addresses_is_kept_beside_it() -> None:
+    """Both hold."""
+    limited = replace(FIGURES, address_space_limit=10 * GIB)
+    assert resolve_cap(None, limited).address_space_bytes == 10 * GIB
+    assert resolve_cap(5 * GIB, limited) == MemoryCap(
+        resident_bytes=5 * GIB,
+        address_space_bytes=10 * GIB,
+        reason="ENGINE_PLUGINS_PREFILL_CAP_BYTES",
+    )
+
+
+@pytest.mark.parametrize(
+    ("configured", "figures", "named"),
+    [
+        (65 * GIB, FIGURES, "machine"),
+        (9 * GIB, replace(FIGURES, cgroup_limit=8 * GIB), "memory.max"),
+        (9 * GIB, replace(FIGURES, address_space_limit=8 * GIB), "RLIMIT_AS"),
+    ],
+)
+def test_a_cap_above_what_there_is_is_refused_at_the_start(
+    configured: int, figures: HostFigures, named: str
+) -> None:
+    """It would let in what kills the engine."""
+    with pytest.raises(SettingsError, match=f"PREFILL_CAP_BYTES is .*{named}"):
+        resolve_cap(configured, figures)
+
+
+def test_a_gpus_cap_is_what_is_held_and_free_of_it() -> None:
+    """Or what is configured, up to the whole GPU."""
+    assert resolve_device_cap(None, total=80, free=10, ours=60).resident_bytes == 70
+    assert resolve_device_cap(75, total=80, free=10, ours=60).resident_bytes == 75
+    with pytest.raises(SettingsError, match="the GPU's memory of 80"):
+        resolve_device_cap(81, total=80, free=10, ours=60)
+
+
+def test_this_process_is_read() -> None:
+    """128 MiB that are touched show in what is resident and in what is addressed."""
+    figures = HostFigures.now()
+    assert 0 < figures.resident < figures.machine_total
+    cap = resolve_cap(None, figures)
+    before = read_host(cap)
+    memory = mmap.mmap(-1, 128 << 20)
+    for page in range(0, len(memory), mmap.PAGESIZE):
+        memory[page] = 1
+    after = read_host(cap)
+    memory.close()
+    grown = after.used_bytes - before.used_bytes
+    assert 120 << 20 < grown < 160 << 20
+    assert before.headroom_bytes - after.headroom_bytes == grown
+
+
+def test_the_tighter_of_two_caps_is_read() -> None:
+    """A process that reserves addresses hits that limit first."""
+    roomy = 1 << 50
+    resident = read_host(MemoryCap(resident_bytes=GIB, address_space_bytes=roomy, reason=""))
+    addresses = read_host(MemoryCap(resident_bytes=roomy, address_space_bytes=GIB, reason=""))
+    assert resident.cap_bytes == addresses.cap_bytes == GIB
+    assert addresses.used_bytes > resident.used_bytes
+    assert Reading(5, 3).headroom_bytes == -2
+
+
+def test_a_limit_that_the_process_was_started_under_is_found() -> None:
+    """As an operator would set it: `ulimit -v`."""
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 36, 1 << 36));"
+        "from engine_plugins.prefill_gate.memory_cap import HostFigures;"
+        "raise SystemExit(HostFigures.now().address_space_limit != 1 << 36)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_tightest_cgroup_above_the_process_counts(tmp_path: Path) -> None:
+    """Without the page cache, which makes room for whoever wants it."""
+    own = tmp_path / "own"
+    own.write_text("1:cpu:/x\n0::/outer/inner\n")
+    inner = tmp_path / "root" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    _group(inner, limit="max", used=300)
+    _group(inner.parent, limit="1000", used=900, cache=400)
+    assert memory_cap._cgroup(tmp_path / "root", own) == (1000, 500)
+    _group(inner, limit="600", used=300)
+    assert memory_cap._cgroup(tmp_path / "root", own) == (600, 300)
+    assert memory_cap._cgroup(tmp_path / "root", tmp_path / "none") == (None, 0)
+
+
+def _group(folder: Path, *, limit: str, used: int, cache: int = 0) -> None:
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\nactive_file 0\n")
