@@ -201,26 +201,27 @@ class PrefillGate:
         return _Fit(tokens, shape, self.memory.predict(shape))
 
     def _largest_part(self, candidate: Candidate, whole: _Fit, room: float) -> _Fit | None:
-        """The most tokens of a prefill that fit into this step; `None` if none do.
+        """The most tokens of a prefill that fit into this step, to 3 %; `None` if none do.
 
-        What is needed is nearly a line over the tokens: the first try is where that line meets the
-        room, and mostly right.
+        What is needed is lines over the tokens: a try where the line between two tries meets the
+        room is mostly right, and one a little above it shows that it is.
         """
         if not candidate.divisible or self._smallest >= candidate.wanted:
             return None
-        fits = self._fit(candidate, self._smallest)
+        fits, too_large = self._fit(candidate, self._smallest), whole
         if fits.prediction.needed_bytes > room:
             return None
-        too_large = whole
-        while too_large.tokens - fits.tokens > 1:
-            guess = _crossing(fits, too_large, room)
-            for tokens in (guess, guess + 1, (fits.tokens + too_large.tokens) // 2):
+        while too_large.tokens - fits.tokens > 1 + fits.tokens // 32:
+            middle = (fits.tokens + too_large.tokens) // 2
+            guess = max(_crossing(fits, too_large, room), fits.tokens + 1)
+            for tokens in (guess, guess + 1 + guess // 32, middle):
                 if fits.tokens < tokens < too_large.tokens:
                     tried = self._fit(candidate, tokens)
                     if tried.prediction.needed_bytes <= room:
                         fits = tried
                     else:
                         too_large = tried
+                        break
         return fits
 
     def _never_fits(self, candidate: Candidate) -> bool:

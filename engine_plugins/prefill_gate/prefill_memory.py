@@ -34,6 +34,16 @@ class Prediction(NamedTuple):
         return self.peak_bytes + self.margin_bytes
 
 
+class _Drawn(NamedTuple):
+    """What predictions need of a line."""
+
+    intercept: float
+    slope: float
+    proven_up_to: float
+    margin: float
+    regime: Regime
+
+
 class PrefillMemory:
     """The predictor of one engine rank.
 
@@ -54,30 +64,25 @@ class PrefillMemory:
     ) -> None:
         self.model = model
         self._lines = tuple(FittedLine(expire_s=expire_s) for _ in REGIMES)
-        self._drawn = [_drawn(line) for line in self._lines]
-        """Intercept, slope and reach of each line, at hand for every prediction."""
-        self._margins = [0.0] * len(REGIMES)
         self.configure(margin_quantile=margin_quantile, margin_bytes=margin_bytes)
 
     def configure(self, *, margin_quantile: float, margin_bytes: int) -> None:
         """Change the margin; the measurements stay."""
         self._quantile, self._floor = margin_quantile, margin_bytes
-        for place in range(len(REGIMES)):
-            self._take_over(place)
+        self._drawn = [self._draw(place) for place in range(len(REGIMES))]
 
     def predict(self, shape: StepShape) -> Prediction:
         """The peak of a step, and the margin that its largest phase needs."""
-        peak, largest, of_largest = 0.0, 0, 0
-        for place, expected in enumerate(self.model.phases(shape)):
+        peak, of_peak, drawn = 0.0, 0, self._drawn[0]
+        for line, expected in zip(self._drawn, self.model.phases(shape), strict=True):
             if expected:
-                intercept, slope, _ = self._drawn[place]
-                measured = intercept + slope * expected
+                measured = line.intercept + line.slope * expected
                 if measured >= peak:
-                    peak, largest, of_largest = measured, place, expected
-        margin = self._margins[largest]
-        if of_largest > self._drawn[largest][2]:
+                    peak, of_peak, drawn = measured, expected, line
+        margin = drawn.margin
+        if of_peak > drawn.proven_up_to:
             margin = max(margin, UNPROVEN_SHARE * peak)
-        return Prediction(peak + shape.held_bytes, margin, REGIMES[largest])
+        return Prediction(peak + shape.held_bytes, margin, drawn.regime)
 
     def observe(self, shape: StepShape, peak_bytes: float, *, at: float) -> None:
         """Learn from a step that took `peak_bytes` at its peak, what it keeps included.
@@ -95,7 +100,7 @@ class PrefillMemory:
         place = max(range(len(phases)), key=phases.__getitem__)
         sample = Sample(phases[place], peak_bytes - shape.held_bytes, at)
         if phases[place] and self._lines[place].add(sample):
-            self._take_over(place)
+            self._drawn[place] = self._draw(place)
 
     @property
     def samples(self) -> dict[Regime, list[Sample]]:
@@ -106,13 +111,13 @@ class PrefillMemory:
         """Begin with measurements of an earlier process."""
         for place, name in enumerate(REGIMES):
             self._lines[place].restore(samples.get(name, ()), now)
-            self._take_over(place)
+            self._drawn[place] = self._draw(place)
 
     def reset(self) -> None:
         """Forget all measurements: the prior speaks again."""
         for place, line in enumerate(self._lines):
             line.reset()
-            self._take_over(place)
+            self._drawn[place] = self._draw(place)
 
     def description(self) -> dict[Regime, dict[str, float | int | bool]]:
         """Each phase's line, as an answer to an operator."""
@@ -122,16 +127,12 @@ class PrefillMemory:
                 "intercept_bytes": round(line.intercept),
                 "slope": round(line.slope, 4),
                 "proven": line.proven_up_to > 0,
-                "margin_bytes": round(self._margins[place]),
+                "margin_bytes": round(self._drawn[place].margin),
             }
             for place, (name, line) in enumerate(zip(REGIMES, self._lines, strict=True))
         }
 
-    def _take_over(self, place: int) -> None:
-        self._drawn[place] = _drawn(self._lines[place])
-        error = self._lines[place].error_quantile(self._quantile)
-        self._margins[place] = max(error, float(self._floor))
-
-
-def _drawn(line: FittedLine) -> tuple[float, float, float]:
-    return line.intercept, line.slope, line.proven_up_to
+    def _draw(self, place: int) -> _Drawn:
+        line = self._lines[place]
+        margin = max(line.error_quantile(self._quantile), float(self._floor))
+        return _Drawn(line.intercept, line.slope, line.proven_up_to, margin, REGIMES[place])

@@ -62,7 +62,8 @@ class WaitingLine:
         self._places.clear()
 
     def _first(self, now: float) -> str | None:
-        for request_id, place in list(self._places.items()):
+        while self._places:
+            request_id, place = next(iter(self._places.items()))
             if now - place.asked <= FORGOTTEN_S:
                 return request_id
             del self._places[request_id]

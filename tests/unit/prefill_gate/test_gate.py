@@ -54,17 +54,19 @@ def test_what_fits_runs_whole_and_adds_up_in_the_step() -> None:
     assert second.peak_bytes + second.margin_bytes <= second.cap_bytes
 
 
-def test_the_chunk_is_the_largest_that_fits() -> None:
-    """One token more would not, by the predictor's own word."""
+@given(headroom=st.integers(20, 150))
+@settings(max_examples=40, deadline=None)
+def test_the_chunk_is_the_largest_that_fits(headroom: int) -> None:
+    """By the predictor's own word; 4 % more would not."""
     gate = _gate()
-    _begun(gate, 60 * MIB)
+    _begun(gate, headroom * MIB)
     tokens = gate.decide(_prompt("one", 4096)).tokens
     assert gate.planned.tokens == tokens
 
     def needed(count: int) -> float:
         return gate.memory.predict(_prompt("x", 4096).joined_to(NOTHING, count)).needed_bytes
 
-    assert needed(tokens) <= 60 * MIB < needed(tokens + 1)
+    assert needed(tokens) <= headroom * MIB < needed(tokens + 2 + tokens // 25)
 
 
 @pytest.mark.parametrize("headroom", [0, -500 * MIB, 3 * MIB])
