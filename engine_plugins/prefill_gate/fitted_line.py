@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import NamedTuple
 
-__all__ = ["FittedLine", "Sample"]
+__all__ = ["PRIOR_INTERCEPT_BYTES", "FittedLine", "Sample"]
 
 KEPT_PER_SIZE = 8
 LARGEST_REFIT_GAP = 256
@@ -82,22 +82,28 @@ class FittedLine:
         self.refit(sample.at)
         return True
 
+    def lacks(self, expected: float) -> bool:
+        """Whether fewer samples of this size are kept than there is room for."""
+        return len(self._sizes.get(int(expected).bit_length(), ())) < KEPT_PER_SIZE
+
     def restore(self, samples: Iterable[Sample], now: float) -> None:
         """Begin with the samples of an earlier process."""
         for sample in samples:
             self._keep(int(sample.expected).bit_length(), sample)
         self.refit(now)
 
-    def at(self, expected: float) -> float:
-        """The bytes that a step of so many expected bytes takes."""
-        return self.intercept + self.slope * expected
-
     def error_quantile(self, quantile: float) -> float:
         """What the samples lie above the line by, at this quantile; 0 if they lie below."""
-        if not self._errors:
-            return 0.0
-        at = math.ceil(quantile * len(self._errors)) - 1
-        return max(self._errors[max(at, 0)], 0.0)
+        return max(_quantile(self._errors, quantile), 0.0)
+
+    def relative_error(self, quantile: float) -> float:
+        """How far the samples lie from the line, over what was measured, at this quantile."""
+        errors = (
+            abs(each.measured - self.intercept - self.slope * each.expected) / each.measured
+            for each in self.samples
+            if each.measured > 0
+        )
+        return _quantile(sorted(errors), quantile)
 
     def refit(self, now: float) -> None:
         """Draw the line anew, without what has expired."""
@@ -111,7 +117,9 @@ class FittedLine:
             for _, kept in sorted(self._sizes.items())
         ]
         self.intercept, self.slope, self.proven_up_to = _line(points)
-        self._errors = sorted(each.measured - self.at(each.expected) for each in self.samples)
+        self._errors = sorted(
+            each.measured - self.intercept - self.slope * each.expected for each in self.samples
+        )
 
     def _keep(self, size: int, sample: Sample) -> None:
         self._sizes.setdefault(size, deque(maxlen=KEPT_PER_SIZE)).append(sample)
@@ -123,6 +131,12 @@ class FittedLine:
                 self._sizes[size] = deque(fresh, maxlen=KEPT_PER_SIZE)
             if not fresh:
                 del self._sizes[size]
+
+
+def _quantile(ordered: list[float], quantile: float) -> float:
+    if not ordered:
+        return 0.0
+    return ordered[max(math.ceil(quantile * len(ordered)) - 1, 0)]
 
 
 def _line(points: list[tuple[float, float]]) -> tuple[float, float, float]:
@@ -145,7 +159,7 @@ def _ray(points: list[tuple[float, float]]) -> tuple[float, float, float]:
     telling = [(x, y) for x, y in points if x >= PROVEN_GROWTH_BYTES]
     if not telling:
         over = max(y - x for x, y in points)
-        return max(over, PRIOR_INTERCEPT_BYTES), 1.0, 0.0
+        return max(over, 0.0), 1.0, PROVEN_GROWTH_BYTES
     slope = max(y / x for x, y in telling)
     return PRIOR_INTERCEPT_BYTES, slope, 2 * telling[-1][0]
 

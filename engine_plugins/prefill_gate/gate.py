@@ -12,6 +12,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from engine_plugins.prefill_gate.decision import OUTCOMES, Decision, Outcome
+from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.prefill_gate.high_water import HighWater
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.prefill_memory import Prediction, PrefillMemory
@@ -153,6 +154,19 @@ class PrefillGate:
             else:
                 fits = middle
         return fits
+
+    def report(self) -> GateReport:
+        """Settings, calibration and counters, as GET /prefill-gate tells them."""
+        return GateReport(
+            mode=self._mode,
+            used_bytes=self._reading.used_bytes,
+            cap_bytes=self._reading.cap_bytes,
+            calibration=self.memory.description(),
+            decisions=dict(self.decisions),
+            waiting=len(self._line),
+            longest_wait_s=self.longest_wait_s(),
+            deferred_s=self.deferred_s,
+        )
 
     def longest_wait_s(self) -> float:
         """Seconds that the first in line has waited."""

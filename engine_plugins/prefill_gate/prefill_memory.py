@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from engine_plugins.prefill_gate.fitted_line import FittedLine, Sample
+from engine_plugins.prefill_gate.fitted_line import PRIOR_INTERCEPT_BYTES, FittedLine, Sample
+from engine_plugins.prefill_gate.gate_report import LineReport
 from engine_plugins.prefill_gate.model_memory import REGIMES, ModelMemory, Regime
 from engine_plugins.prefill_gate.step_shape import StepShape
 
@@ -69,7 +70,7 @@ class PrefillMemory:
     def configure(self, *, margin_quantile: float, margin_bytes: int) -> None:
         """Change the margin; the measurements stay."""
         self._quantile, self._floor = margin_quantile, margin_bytes
-        self._drawn = [self._draw(place) for place in range(len(REGIMES))]
+        self._draw_all()
 
     def predict(self, shape: StepShape) -> Prediction:
         """The peak of a step, and the margin that its largest phase needs."""
@@ -100,7 +101,13 @@ class PrefillMemory:
         place = max(range(len(phases)), key=phases.__getitem__)
         sample = Sample(phases[place], peak_bytes - shape.held_bytes, at)
         if phases[place] and self._lines[place].add(sample):
-            self._drawn[place] = self._draw(place)
+            self._draw_all()
+
+    def is_worth_measuring(self, shape: StepShape) -> bool:
+        """Whether little is known of steps of this size; of others one in a few will do."""
+        phases = self.model.phases(shape)
+        place = max(range(len(phases)), key=phases.__getitem__)
+        return self._lines[place].lacks(phases[place])
 
     @property
     def samples(self) -> dict[Regime, list[Sample]]:
@@ -109,30 +116,41 @@ class PrefillMemory:
 
     def restore(self, samples: Mapping[Regime, Sequence[Sample]], *, now: float) -> None:
         """Begin with measurements of an earlier process."""
-        for place, name in enumerate(REGIMES):
-            self._lines[place].restore(samples.get(name, ()), now)
-            self._drawn[place] = self._draw(place)
+        for line, name in zip(self._lines, REGIMES, strict=True):
+            line.restore(samples.get(name, ()), now)
+        self._draw_all()
 
     def reset(self) -> None:
         """Forget all measurements: the prior speaks again."""
-        for place, line in enumerate(self._lines):
+        for line in self._lines:
             line.reset()
-            self._drawn[place] = self._draw(place)
+        self._draw_all()
 
-    def description(self) -> dict[Regime, dict[str, float | int | bool]]:
-        """Each phase's line, as an answer to an operator."""
+    def description(self) -> dict[Regime, LineReport]:
+        """Each phase's line, for an operator."""
         return {
-            name: {
-                "samples": len(line.samples),
-                "intercept_bytes": round(line.intercept),
-                "slope": round(line.slope, 4),
-                "proven": line.proven_up_to > 0,
-                "margin_bytes": round(self._drawn[place].margin),
-            }
-            for place, (name, line) in enumerate(zip(REGIMES, self._lines, strict=True))
+            name: LineReport(
+                samples=len(line.samples),
+                intercept_bytes=round(drawn.intercept),
+                slope=round(line.slope, 4),
+                proven=line.proven_up_to > 0,
+                error_p95=round(line.relative_error(0.95), 4),
+                margin_bytes=round(drawn.margin),
+            )
+            for name, line, drawn in zip(REGIMES, self._lines, self._drawn, strict=True)
         }
 
-    def _draw(self, place: int) -> _Drawn:
-        line = self._lines[place]
-        margin = max(line.error_quantile(self._quantile), float(self._floor))
-        return _Drawn(line.intercept, line.slope, line.proven_up_to, margin, REGIMES[place])
+    def _draw_all(self) -> None:
+        """Take the lines over; those without samples get what others show to be fixed in a step."""
+        measured = [line.intercept for line in self._lines if line.samples]
+        fixed = max([*measured, 0.0]) if measured else float(PRIOR_INTERCEPT_BYTES)
+        self._drawn = [
+            _Drawn(
+                line.intercept if line.samples else fixed,
+                line.slope,
+                line.proven_up_to,
+                max(line.error_quantile(self._quantile), float(self._floor)),
+                regime,
+            )
+            for regime, line in zip(REGIMES, self._lines, strict=True)
+        ]

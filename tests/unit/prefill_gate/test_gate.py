@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S, PrefillGate
+from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from engine_plugins.settings import Settings
@@ -311,6 +313,22 @@ def test_health_checks_are_let_in_always() -> None:
     gate = _gate()
     _begun(gate, -100 * MIB, in_flight=True)
     assert gate.decide(_prompt("health", 8, exempt=True)).outcome == "run"
+
+
+def test_the_report_says_what_was_decided_and_why() -> None:
+    """Plain data: an admin route gives it on."""
+    gate = _gate()
+    _begun(gate, 400 * MIB)
+    _begun(gate, 12 * MIB, in_flight=True)
+    for _ in range(3):
+        gate.decide(_prompt("one", 4096))
+        _begun(gate, 12 * MIB, in_flight=True, now=1.5)
+    report = msgspec.json.decode(msgspec.json.encode(gate.report()), type=GateReport)
+    assert report == gate.report()
+    assert report.decisions["defer"] == 1, "once, however often it is asked for"
+    assert (report.waiting, report.longest_wait_s) == (1, 1.5)
+    assert (report.mode, report.used_bytes, report.cap_bytes) == ("enforce", 0, 12 * MIB)
+    assert report.calibration["layers"].proven
 
 
 def test_new_settings_hold_from_the_next_step_and_a_reset_forgets_all() -> None:

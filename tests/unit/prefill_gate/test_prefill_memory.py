@@ -98,7 +98,7 @@ def test_a_prior_is_taken_twice_until_measurements_speak() -> None:
     for _ in range(3):
         memory.observe(_step(128), true_peak(_step(128)), at=0.0)
     assert memory.predict(_step(4096)).margin_bytes == 8 * MIB
-    assert memory.description()["layers"]["proven"]
+    assert memory.description()["layers"].proven
 
 
 @given(tokens=st.integers(1, 4096), other=st.integers(1, 4096))
@@ -135,6 +135,27 @@ def test_a_step_that_keeps_much_is_predicted_with_it_and_not_learnt_from() -> No
     for _ in range(3):
         memory.observe(shape, 20 * MIB, at=0.0)
     assert memory.samples == before
+
+
+def test_sizes_of_which_little_is_known_are_worth_a_measurement() -> None:
+    """Reading a peak costs a step a tenth of a millisecond."""
+    memory = calibrated(a_memory())
+    assert memory.is_worth_measuring(_step(4096))
+    for _ in range(KEPT_PER_SIZE + 1):
+        memory.observe(_step(4096), true_peak(_step(4096)), at=0.0)
+    assert not memory.is_worth_measuring(_step(4096))
+    assert memory.is_worth_measuring(_step(200))
+
+
+def test_an_operator_sees_how_far_predictions_are_off() -> None:
+    """By phase, as a share of what was measured."""
+    memory = calibrated(a_memory())
+    memory.restore({}, now=0.0)
+    line = memory.description()["prompt_logprobs"]
+    assert line.samples == 8
+    assert 0 < line.error_p95 < 0.02
+    assert line.margin_bytes == 8 * MIB
+    assert memory.description()["encoder"].error_p95 == 0.0
 
 
 def test_a_reset_is_as_good_as_new() -> None:

@@ -1,0 +1,54 @@
+"""The gate as plain data, for whoever watches it."""
+
+from __future__ import annotations
+
+import msgspec
+
+from engine_plugins.prefill_gate.decision import Outcome
+from engine_plugins.prefill_gate.model_memory import Regime
+
+__all__ = ["GateReport", "LineReport"]
+
+
+class LineReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of one phase of a step.
+
+    Attributes:
+        samples: steps that the line is drawn from.
+        intercept_bytes: of the line.
+        slope: measured bytes per byte of the prior.
+        proven: whether measurements speak, and not the prior.
+        error_p95: of the samples, the distance from the line over what was measured.
+        margin_bytes: on top of a prediction.
+    """
+
+    samples: int
+    intercept_bytes: int
+    slope: float
+    proven: bool
+    error_p95: float
+    margin_bytes: int
+
+
+class GateReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The gate of one engine rank, as of its latest step.
+
+    Attributes:
+        mode: off, observe or enforce.
+        used_bytes: in use when the step began.
+        cap_bytes: what must not be exceeded.
+        calibration: by phase of a step.
+        decisions: how many of each outcome; a request that is deferred is counted once for it.
+        waiting: requests that are deferred.
+        longest_wait_s: of them, seconds.
+        deferred_s: seconds that requests which were let in had waited, in all.
+    """
+
+    mode: str
+    used_bytes: int
+    cap_bytes: int
+    calibration: dict[Regime, LineReport]
+    decisions: dict[Outcome, int]
+    waiting: int
+    longest_wait_s: float
+    deferred_s: float
