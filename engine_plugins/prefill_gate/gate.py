@@ -79,6 +79,8 @@ class PrefillGate:
         self._usual_wait_s = 1.0
         self.deferred_s = 0.0
         """Seconds that requests which were let in had waited, in all."""
+        self.exceeded = 0
+        """Measured steps that took more than was predicted with its margin."""
         self.decisions: Counter[Outcome] = Counter(dict.fromkeys(OUTCOMES, 0))
         self.planned = NOTHING
         self._reading = Reading(0, 0)
@@ -131,6 +133,24 @@ class PrefillGate:
         self._note(decision)
         return decision
 
+    def observe(self, shape: StepShape, peak_bytes: int, *, at: float) -> None:
+        """Learn from a step that was measured, as `PrefillMemory.observe`.
+
+        A step that took more than was predicted with its margin is counted and logged: it ran, and
+        the next one like it is judged by it.
+        """
+        prediction = self.memory.predict(shape)
+        if peak_bytes > prediction.needed_bytes:
+            self.exceeded += 1
+            logger.warning(
+                "a step took %d bytes, of which %d and a margin of %d were predicted: %s",
+                peak_bytes,
+                prediction.peak_bytes,
+                prediction.margin_bytes,
+                shape,
+            )
+        self.memory.observe(shape, peak_bytes, at=at)
+
     def forget(self, request_id: str) -> None:
         """A request has ended, in whatever way."""
         self._line.leave(request_id)
@@ -163,6 +183,7 @@ class PrefillGate:
             cap_bytes=self._reading.cap_bytes,
             calibration=self.memory.description(),
             decisions=dict(self.decisions),
+            exceeded=self.exceeded,
             waiting=len(self._line),
             longest_wait_s=self.longest_wait_s(),
             deferred_s=self.deferred_s,

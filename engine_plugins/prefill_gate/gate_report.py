@@ -39,6 +39,7 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
         cap_bytes: what must not be exceeded.
         calibration: by phase of a step.
         decisions: how many of each outcome; a request that is deferred is counted once for it.
+        exceeded: measured steps that took more than was predicted with its margin.
         waiting: requests that are deferred.
         longest_wait_s: of them, seconds.
         deferred_s: seconds that requests which were let in had waited, in all.
@@ -49,6 +50,7 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
     cap_bytes: int
     calibration: dict[Regime, LineReport]
     decisions: dict[Outcome, int]
+    exceeded: int
     waiting: int
     longest_wait_s: float
     deferred_s: float

@@ -101,7 +101,7 @@ class SimulatedEngine:
             peak = true_peak(planned, self.noise)
             if self.resting_bytes + peak > self.cap_bytes:
                 raise EngineDiedError(f"a step took {peak:.0f} bytes")
-            self.gate.memory.observe(planned, peak, at=self.now)
+            self.gate.observe(planned, round(peak), at=self.now)
         for served in self.waiting:
             if served.outcome == "run" and served.decodes:
                 self.running.append(served)

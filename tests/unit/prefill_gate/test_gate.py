@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 
 import msgspec
@@ -329,6 +330,40 @@ def test_the_report_says_what_was_decided_and_why() -> None:
     assert (report.waiting, report.longest_wait_s) == (1, 1.5)
     assert (report.mode, report.used_bytes, report.cap_bytes) == ("enforce", 0, 12 * MIB)
     assert report.calibration["layers"].proven
+
+
+def test_a_step_that_took_more_than_was_predicted_is_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It ran; what it took is learnt like any other."""
+    gate = _gate()
+    shape = _prompt("x", 1024).joined_to(NOTHING, 1024)
+    with caplog.at_level(logging.WARNING):
+        gate.observe(shape, round(_full(1024)), at=0.0)
+        assert not caplog.records
+        gate.observe(shape, round(_full(1024)) + 9 * MIB, at=0.0)
+    assert str(shape) in caplog.text
+    assert gate.report().exceeded == 1
+
+
+@given(headroom=st.integers(100, 4000), tokens=st.integers(1, 40_000), logprobs=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_an_idle_engine_refuses_nothing_that_stays_below_95_percent_of_the_cap(
+    headroom: int, tokens: int, logprobs: bool
+) -> None:
+    """And lets nothing in that exceeds it, but for the smallest chunk."""
+    engine = an_engine(headroom_bytes=headroom * MIB)
+    like = Candidate("x", tokens, tokens, prompt_logprobs=logprobs, divisible=False)
+    need = engine.resting_bytes + true_peak(like.joined_to(NOTHING, tokens))
+    served = engine.add(like)
+    if need <= 0.95 * engine.cap_bytes:
+        engine.step()
+        assert served.outcome == "run"
+    elif tokens > 64:
+        for _ in range(2):
+            engine.step()  # which would die
+        assert served.outcome in ("run", "too_large")
+        assert need <= engine.cap_bytes or served.outcome == "too_large"
 
 
 def test_new_settings_hold_from_the_next_step_and_a_reset_forgets_all() -> None:
