@@ -99,6 +99,8 @@ class ModelMemory:
         fused_logprobs: whether the conversion of logits to float32 takes no memory of its own, as
             on GPUs.
         lora_rank: largest rank of an adapter; 0 without adapters.
+        logprob_rows_at_once: of prompt logprobs that the engine computes together; `None` for all
+            of a step.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class ModelMemory:
         attention: AttentionMemory | None = None,
         fused_logprobs: bool = False,
         lora_rank: int = 0,
+        logprob_rows_at_once: int | None = None,
     ) -> None:
         attention = attention or AttentionMemory()
         converted = 0 if fused_logprobs or itemsize >= _FLOAT32 else _FLOAT32
@@ -128,6 +131,7 @@ class ModelMemory:
         self._sampled = self._logits + _SAMPLING_COPIES * _FLOAT32 * sizes.vocab
         self._prompt_row = self._logits + (_FLOAT32 + converted) * sizes.vocab
         self._multimodal = (4 * sizes.vision_hidden + 2 * sizes.vision_intermediate) * itemsize
+        self._rows_at_once = logprob_rows_at_once
         self.description: dict[str, Any] = {
             "sizes": asdict(sizes),
             "attention": asdict(attention),
@@ -135,12 +139,15 @@ class ModelMemory:
             "tp_size": tp_size,
             "fused_logprobs": fused_logprobs,
             "lora_rank": lora_rank,
+            "logprob_rows_at_once": logprob_rows_at_once,
         }
         """All that the figures follow from; a calibration of another model is of no use."""
 
     def phases(self, shape: StepShape) -> tuple[int, int, int, int]:
         """Bytes of each phase of a step in the order of `REGIMES`; 0 for one that it has not."""
         tokens, context, pairs, rows, prompt_rows, multimodal_tokens, lora_tokens, _ = shape
+        if self._rows_at_once is not None:
+            prompt_rows = min(prompt_rows, self._rows_at_once)
         kept = self._kept * tokens
         return (
             self._token * tokens

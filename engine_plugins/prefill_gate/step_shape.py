@@ -15,7 +15,7 @@ class StepShape(NamedTuple):
         context: tokens that the prefills among them attend to, each request's own included.
         pairs: query tokens times context tokens, summed over prefills.
         rows: of logits that are sampled from.
-        prompt_logprob_rows: rows of logits of prompt tokens that are held at one time.
+        prompt_logprob_rows: of logits of prompt tokens.
         multimodal_tokens: that go through an encoder first.
         lora_tokens: that go through an adapter.
         held_bytes: what the step allocates and keeps beyond its end.

@@ -259,6 +259,17 @@ def test_each_part_of_a_model_takes_memory_in_its_phase() -> None:
     )
 
 
+def test_an_engine_that_computes_prompt_logprobs_in_parts_takes_one_part_at_a_time() -> None:
+    """Up to there as any other."""
+    whole = ModelMemory(SIZES, itemsize=2)
+    parts = ModelMemory(SIZES, itemsize=2, logprob_rows_at_once=1024)
+    for rows in (1, 1024, 3000):
+        shape = StepShape(tokens=3000, prompt_logprob_rows=min(rows, 1024))
+        asked = shape._replace(prompt_logprob_rows=rows)
+        assert parts.phases(asked) == whole.phases(shape)
+    assert parts.description != whole.description
+
+
 @pytest.mark.parametrize(
     ("itemsize", "fused", "bytes_a_word"), [(2, False, 10), (2, True, 6), (4, False, 8)]
 )
