@@ -21,7 +21,7 @@ PROVEN_SPREAD = 4
 """The largest size over the smallest, from which on their slope is believed."""
 PROVEN_GROWTH_BYTES = 2 << 20
 """What the ends must differ by: an allocator's noise is half a MiB."""
-REACH = 16
+REACH = 8
 """How far beyond the largest size that was measured the line is believed."""
 PRIOR_INTERCEPT_BYTES = 4 << 20
 

@@ -346,12 +346,12 @@ def test_a_step_that_took_more_than_was_predicted_is_told(
     assert gate.report().exceeded == 1
 
 
-@given(headroom=st.integers(100, 4000), tokens=st.integers(1, 40_000), logprobs=st.booleans())
+@given(headroom=st.integers(100, 4000), tokens=st.integers(1, 8000), logprobs=st.booleans())
 @settings(max_examples=100, deadline=None)
 def test_an_idle_engine_refuses_nothing_that_stays_below_95_percent_of_the_cap(
     headroom: int, tokens: int, logprobs: bool
 ) -> None:
-    """And lets nothing in that exceeds it, but for the smallest chunk."""
+    """And lets nothing in that exceeds it, up to 8 times the 1024 tokens that were measured."""
     engine = an_engine(headroom_bytes=headroom * MIB)
     like = Candidate("x", tokens, tokens, prompt_logprobs=logprobs, divisible=False)
     need = engine.resting_bytes + true_peak(like.joined_to(NOTHING, tokens))
