@@ -14,7 +14,7 @@ from engine_plugins.prefill_gate.step_shape import StepShape
 __all__ = ["Prediction", "PrefillMemory"]
 
 UNPROVEN_SHARE = 1.0
-"""The margin's least share of a prediction that only the prior speaks for: twice is taken."""
+"""The margin's least share of what a phase takes beyond the sizes that its line is believed for."""
 TELLING_HELD_BYTES = 1 << 20
 """A step that keeps more says nothing of its transients: memory is counted when it is touched."""
 
@@ -73,17 +73,19 @@ class PrefillMemory:
         self._draw_all()
 
     def predict(self, shape: StepShape) -> Prediction:
-        """The peak of a step, and the margin that its largest phase needs."""
-        peak, of_peak, drawn = 0.0, 0, self._drawn[0]
+        """The peak of a step, and the margin with which every phase of it fits.
+
+        A phase that little is known of may need more than the one that is expected to be the peak.
+        """
+        peak, needed, regime = 0.0, 0.0, REGIMES[0]
         for line, expected in zip(self._drawn, self.model.phases(shape), strict=True):
             if expected:
                 measured = line.intercept + line.slope * expected
+                beyond = UNPROVEN_SHARE * line.slope * (expected - line.proven_up_to)
+                needed = max(needed, measured + max(line.margin, beyond))
                 if measured >= peak:
-                    peak, of_peak, drawn = measured, expected, line
-        margin = drawn.margin
-        if of_peak > drawn.proven_up_to:
-            margin = max(margin, UNPROVEN_SHARE * peak)
-        return Prediction(peak + shape.held_bytes, margin, drawn.regime)
+                    peak, regime = measured, line.regime
+        return Prediction(peak + shape.held_bytes, needed - peak, regime)
 
     def observe(self, shape: StepShape, peak_bytes: float, *, at: float) -> None:
         """Learn from a step that took `peak_bytes` at its peak, what it keeps included.
@@ -97,17 +99,14 @@ class PrefillMemory:
         """
         if shape.held_bytes > TELLING_HELD_BYTES:
             return
-        phases = self.model.phases(shape)
-        place = max(range(len(phases)), key=phases.__getitem__)
-        sample = Sample(phases[place], peak_bytes - shape.held_bytes, at)
-        if phases[place] and self._lines[place].add(sample):
+        place, expected = self._largest(shape)
+        if expected and self._lines[place].add(Sample(expected, peak_bytes - shape.held_bytes, at)):
             self._draw_all()
 
     def is_worth_measuring(self, shape: StepShape) -> bool:
         """Whether little is known of steps of this size; of others one in a few will do."""
-        phases = self.model.phases(shape)
-        place = max(range(len(phases)), key=phases.__getitem__)
-        return self._lines[place].lacks(phases[place])
+        place, expected = self._largest(shape)
+        return self._lines[place].lacks(expected)
 
     @property
     def samples(self) -> dict[Regime, list[Sample]]:
@@ -139,6 +138,15 @@ class PrefillMemory:
             )
             for name, line, drawn in zip(REGIMES, self._lines, self._drawn, strict=True)
         }
+
+    def _largest(self, shape: StepShape) -> tuple[int, int]:
+        """The phase that a step's peak is thought to come from, and what it should take.
+
+        By the prior: lines that chose their own samples would go on choosing the wrong ones.
+        """
+        phases = self.model.phases(shape)
+        place = max(range(len(phases)), key=phases.__getitem__)
+        return place, phases[place]
 
     def _draw_all(self) -> None:
         """Take the lines over; those without samples get what others show to be fixed in a step."""
