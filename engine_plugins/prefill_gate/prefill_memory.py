@@ -79,12 +79,16 @@ class PrefillMemory:
         """
         peak, needed, regime = 0.0, 0.0, REGIMES[0]
         for line, expected in zip(self._drawn, self.model.phases(shape), strict=True):
-            if expected:
-                measured = line.intercept + line.slope * expected
-                beyond = UNPROVEN_SHARE * line.slope * (expected - line.proven_up_to)
-                needed = max(needed, measured + max(line.margin, beyond))
-                if measured >= peak:
-                    peak, regime = measured, line.regime
+            if not expected:
+                continue
+            intercept, slope, proven_up_to, margin, of_line = line
+            measured = intercept + slope * expected
+            if expected > proven_up_to:
+                margin = max(margin, UNPROVEN_SHARE * slope * (expected - proven_up_to))
+            if measured + margin > needed:
+                needed = measured + margin
+            if measured >= peak:
+                peak, regime = measured, of_line
         return Prediction(peak + shape.held_bytes, needed - peak, regime)
 
     def observe(self, shape: StepShape, peak_bytes: float, *, at: float) -> None:

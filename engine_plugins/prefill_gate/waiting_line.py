@@ -43,6 +43,8 @@ class WaitingLine:
 
     def may_pass(self, request_id: str, now: float) -> bool:
         """Whether a request may go before those who are ahead of it."""
+        if not self._places:
+            return True
         first = self._first(now)
         if first is None or first == request_id:
             return True
