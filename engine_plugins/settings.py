@@ -150,7 +150,8 @@ class Settings:
         """Read the environment, then the overrides.
 
         Raises:
-            SettingsError: an override that does not exist, or a value of the wrong kind.
+            SettingsError: an override that does not exist, a value of the wrong kind, or a setting
+                that this release does not act on.
         """
         environ = os.environ if environ is None else environ
         known = {each.name: str(each.type) for each in fields(cls)}
@@ -165,7 +166,14 @@ class Settings:
                     f"engine_plugins has no setting {name!r}; there are: {', '.join(known)}"
                 )
             values[name] = value
-        return cls(**{name: _read(name, known[name], value) for name, value in values.items()})
+        settings = cls(**{name: _read(name, known[name], value) for name, value in values.items()})
+        if settings.prefill_gate != "off":
+            raise SettingsError(
+                f"{PREFIX}PREFILL_GATE is {settings.prefill_gate}, and no engine asks the gate in "
+                "this release: nothing would be refused",
+                remedy="leave it off",
+            )
+        return settings
 
 
 def _read(name: str, kind: str, value: Any) -> Any:

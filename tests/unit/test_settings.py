@@ -33,7 +33,7 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         "ENGINE_PLUGINS_RESIDUAL_POLICY": "observe",
         "ENGINE_PLUGINS_MAX_RESIDUAL_GPU_MEM_GIB": "2.5",
         "ENGINE_PLUGINS_RESIDUAL_OVER_BASELINE_GIB": "0.5",
-        "ENGINE_PLUGINS_PREFILL_GATE": "enforce",
+        "ENGINE_PLUGINS_PREFILL_GATE": "off",
         "ENGINE_PLUGINS_PREFILL_CAP_BYTES": "50",
         "ENGINE_PLUGINS_PREFILL_MARGIN_QUANTILE": "0.9",
         "ENGINE_PLUGINS_PREFILL_MARGIN_BYTES": "60",
@@ -59,7 +59,7 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         residual_policy="observe",
         max_residual_gpu_mem_gib=2.5,
         residual_over_baseline_gib=0.5,
-        prefill_gate="enforce",
+        prefill_gate="off",
         prefill_cap_bytes=50,
         prefill_margin_quantile=0.9,
         prefill_margin_bytes=60,
@@ -79,6 +79,12 @@ def test_the_defaults_are_safe() -> None:
     )
     assert Settings().admin_token is None
     assert Settings().staging_bytes == 0
+
+
+def test_a_gate_that_no_engine_asks_is_not_taken_for_one_that_guards() -> None:
+    """Its parts are there, the engines' hooks are not."""
+    with pytest.raises(SettingsError, match="no engine asks the gate"):
+        Settings.load(environ={f"{PREFIX}PREFILL_GATE": "enforce"})
 
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
