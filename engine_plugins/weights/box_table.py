@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,8 @@ class TensorTable:
         self.tensors = tensors
         self.number = {tensor.name: number for number, tensor in enumerate(tensors)}
         self.ndim = np.fromiter((len(t.shape) for t in tensors), np.int64, len(tensors))
-        self.itemsize = np.fromiter((t.dtype.itemsize for t in tensors), np.int64, len(tensors))
+        sizes = {dtype: dtype.itemsize for dtype in {tensor.dtype for tensor in tensors}}
+        self.itemsize = np.fromiter((sizes[t.dtype] for t in tensors), np.int64, len(tensors))
         self.axes = max(int(self.ndim.max(initial=0)), 1)
         self.shape = _aligned([tensor.shape for tensor in tensors], self.axes, 1)
         self.strides_bytes = contiguous_strides(self.shape, self.itemsize)
@@ -225,7 +226,8 @@ def _read(
     source: int, manifest: SourceManifest, tensors: TensorTable
 ) -> tuple[npt.NDArray[Any], ...]:
     boxes, regions = manifest.boxes, manifest.regions
-    here = np.array([tensors.number.get(name, -1) for name in manifest.tensors.names], np.int64)
+    names = manifest.tensors.names
+    here = np.fromiter(map(tensors.number.get, names, repeat(-1)), np.int64, len(names))
     number = here[numbers(boxes.tensors)]
     rows = np.flatnonzero(number >= 0)
     region = numbers(boxes.regions)[rows]

@@ -141,8 +141,9 @@ def balanced(first: Column, source: Column, given: Column, nbytes: Column) -> Co
     loads = alone.tolist()
     heaps: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     rows = np.flatnonzero(contested)
-    columns = (rows, begin[rows], end[rows], nbytes[rows], _marks(first, source)[given[rows]])
-    for row, low, high, size, mark in zip(*(column.tolist() for column in columns), strict=True):
+    columns = (begin[rows], end[rows], nbytes[rows], _marks(first, source)[given[rows]])
+    places: list[int] = []
+    for low, high, size, mark in zip(*(column.tolist() for column in columns), strict=True):
         heap = heaps.get((mark, high - low))
         if heap is None:
             who = source[low:high].tolist()
@@ -153,9 +154,10 @@ def balanced(first: Column, source: Column, given: Column, nbytes: Column) -> Co
         while load != loads[one]:
             heapreplace(heap, (loads[one], place, one))
             load, place, one = heap[0]
-        loads[one] = load + size
-        heapreplace(heap, (load + size, place, one))
-        chosen[row] = low + place
+        loads[one] = load = load + size
+        heapreplace(heap, (load, place, one))
+        places.append(low + place)
+    chosen[rows] = places
     return chosen
 
 
