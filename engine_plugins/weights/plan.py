@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -419,27 +420,39 @@ def _pieces(
     strides = parts.target_strides[rows]
     shape = (offered.shape[of], (boxes.start - offered.start)[of], boxes.shape[of], strides[of])
     forms, form = _forms(tensors, boxes.tensor[of], axis[of], taken, shape)
+    nbytes = taken * row_bytes[of]
+    steps = layout.step[boxes.tensor[of]].tolist()
+    begins, offsets = _batches(steps, nbytes.tolist(), scratch)
     columns = (
-        layout.step[boxes.tensor[of]],
-        sources.source[offer][of],
-        sources.device[offer][of],
-        sources.address[offer][of] + (skipped * row_bytes[of]).astype(np.uint64),
-        taken * row_bytes[of],
-        parts.target[rows][of] + row * strides[each, axis][of],
+        sources.source[offer][of].tolist(),
+        sources.device[offer][of].tolist(),
+        (sources.address[offer][of] + (skipped * row_bytes[of]).astype(np.uint64)).tolist(),
+        nbytes.tolist(),
+        offsets,
+        (parts.target[rows][of] + row * strides[each, axis][of]).tolist(),
+        [forms[number] for number in form],
     )
+    pieces = list(map(PackedPiece._make, zip(*columns, strict=True)))
     found: dict[int, list[list[PackedPiece]]] = {}
-    used = 0
-    for step, source, device, address, nbytes, target, number in zip(
-        *(column.tolist() for column in columns), form, strict=True
-    ):
-        batches = found.setdefault(step, [])
-        if not batches or used + nbytes > scratch:
-            batches.append([])
-            used = 0
-        piece = PackedPiece(source, device, address, nbytes, used, target, forms[number])
-        batches[-1].append(piece)
-        used = _aligned(used + nbytes)
+    for begin, end in pairwise([*begins, len(pieces)]):
+        found.setdefault(steps[begin], []).append(pieces[begin:end])
     return found
+
+
+def _batches(
+    steps: Sequence[int], sizes: Sequence[int], scratch: int
+) -> tuple[list[int], list[int]]:
+    """Where batches begin that fit the scratch area, each of one step; and each piece's offset."""
+    begins: list[int] = []
+    offsets: list[int] = []
+    used, last = 0, -1
+    for index, (step, size) in enumerate(zip(steps, sizes, strict=True)):
+        if step != last or used + size > scratch:
+            begins.append(index)
+            used, last = 0, step
+        offsets.append(used)
+        used = _aligned(used + size)
+    return begins, offsets
 
 
 def _forms(
