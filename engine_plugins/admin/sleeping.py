@@ -115,6 +115,7 @@ class Sleeping:
 
         Raises:
             ConflictError: the engine does not sleep, a tag is not released, or there is no room.
+            SleepRefusedError: a rank had no room after all; the engine sleeps on.
             EnginePluginError: a rank failed half way, and the engine is fenced for good.
         """
         state = self._shared.read()
@@ -134,13 +135,29 @@ class Sleeping:
         try:
             await self._workers.ask("restore", LedgerView, tags=tags)
         except EnginePluginError as error:
-            self._fence("wake_failed", error)
+            await self._sleep_on(error)
             raise
         left = [tag for tag in asleep.released if tag not in tags]
         now = msgspec.structs.replace(asleep, released=left)
         self._shared.change(lambda then: msgspec.structs.replace(then, sleep=now))
         if not left and not asleep.weights_lost:
             await self._rise(resume=asleep.resume)
+
+    async def _sleep_on(self, error: EnginePluginError) -> None:
+        """After a wake that failed: asleep as before, where every rank knows what it has mapped.
+
+        What some ranks have mapped counts as released until all have; a restore passes over it.
+        """
+        try:
+            views = await self._workers.ask("ledger", LedgerView)
+        except EnginePluginError as another:
+            logger.error("asking what a wake has mapped met another error: %s", another)
+            self._fence("wake_failed", error)
+            return
+        if any(view.broken for view in views):
+            self._fence("wake_failed", error)
+            return
+        error.remedy = error.remedy or "the engine sleeps on; mend the cause and wake again"
 
     async def _rise(self, *, resume: bool) -> None:
         """Serve again, or be paused, as before the sleep."""

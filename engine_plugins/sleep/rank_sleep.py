@@ -100,10 +100,11 @@ class RankSleep:
         return self._row(settle=True)
 
     def _room(self, tags: Sequence[MemoryTag]) -> Room:
+        """For those of the tags that are released."""
         device = self._memory.device
         return Room(
             device=socket.gethostname() if device is None else device.uuid,
-            needed_bytes=sum(self._sizes(tag) for tag in tags),
+            needed_bytes=sum(self._sizes(tag) for tag in tags if tag in self._released),
             free_bytes=self._free(device),
         )
 

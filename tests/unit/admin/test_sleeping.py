@@ -101,6 +101,36 @@ async def test_a_wake_that_breaks_fences_for_good(bed: Bed) -> None:
     assert (state.fence.code, state.fence.for_good) == ("wake_failed", True)
 
 
+async def test_a_wake_that_one_rank_refuses_can_be_repeated(bed: Bed) -> None:
+    """Nothing broke: the engine sleeps on, and there has to be room for the other rank alone."""
+    await bed.sleeping.sleep(SleepBody())
+    asleep = bed.shared.read()
+    bed.regions[1].failures["restore", "weights"] = SleepRefusedError("no room", remedy="make some")
+    with pytest.raises(SleepRefusedError, match="no room") as error:
+        await bed.sleeping.wake(WakeBody())
+    assert error.value.remedy == "make some"
+    assert bed.released == [[], ALL]
+    assert bed.shared.read() == asleep
+    for rank in bed.engine.ranks:
+        rank.free_bytes = 3 << 30
+    await bed.sleeping.wake(WakeBody())
+    assert bed.released == [[], []]
+    assert bed.shared.read().state == "serving"
+
+
+async def test_a_wake_after_which_a_rank_says_nothing_fences_for_good(bed: Bed) -> None:
+    """Nobody knows what is mapped."""
+    await bed.sleeping.sleep(SleepBody())
+    bed.regions[1].failures["restore", "weights"] = SleepRefusedError("no room")
+    bed.engine.fail_once.add("ledger")
+    with pytest.raises(SleepRefusedError, match="no room") as error:
+        await bed.sleeping.wake(WakeBody())
+    assert "restart the engine" in error.value.remedy
+    state = bed.shared.read()
+    assert state.fence is not None
+    assert (state.state, state.fence.code) == ("fenced", "wake_failed")
+
+
 async def test_a_wake_without_room_changes_nothing(bed: Bed) -> None:
     """Ranks of one device share what is free; one tag may fit where all do not."""
     await bed.sleeping.sleep(SleepBody())
