@@ -24,6 +24,7 @@ from engine_plugins.admin.state import (
     Sleep,
     WeightsInstalled,
     moved,
+    not_now,
     require,
 )
 from engine_plugins.admin.worker_calls import WorkerCalls
@@ -121,9 +122,8 @@ class Sleeping:
         state = self._shared.read()
         require(state, "asleep", doing="wake")
         asleep = state.sleep
-        if asleep is None or not asleep.released:
-            require(state, doing="wake")
-            return
+        if asleep is None or not asleep.released:  # all is mapped: only an update ends this sleep
+            raise not_now(state, doing="wake")
         tags = asleep.released if body.tags is None else body.tags
         wrong = [tag for tag in tags if tag not in asleep.released]
         if wrong:

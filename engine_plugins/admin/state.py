@@ -20,6 +20,7 @@ __all__ = [
     "UpdateProgress",
     "WeightsInstalled",
     "moved",
+    "not_now",
     "refusal",
     "require",
     "require_weights_mapped",
@@ -120,8 +121,13 @@ def require(state: EngineState, *allowed: StateName, doing: str) -> None:
         ConflictError: the text names the state, the reason of a fence, and the way out.
     """
     fence = state.fence
-    if state.state in allowed and not (fence is not None and fence.for_good):
-        return
+    if state.state not in allowed or (fence is not None and fence.for_good):
+        raise not_now(state, doing=doing)
+
+
+def not_now(state: EngineState, *, doing: str) -> ConflictError:
+    """The error of a move that this state does not allow."""
+    fence = state.fence
     why = "" if fence is None else f" ({fence.code}: {fence.detail})"
     if state.update is not None and state.update.phase == "prepared":
         why = f" (version {state.update.version} is prepared as {state.update.request_id!r})"
@@ -131,7 +137,7 @@ def require(state: EngineState, *allowed: StateName, doing: str) -> None:
         remedy = "complete a weight update: POST /admin/v1/weights/update"
     else:
         remedy = fence.remedy if fence is not None and fence.for_good else _WAY_OUT[state.state]
-    raise ConflictError(f"cannot {doing} while {state.state}{why}", remedy=remedy)
+    return ConflictError(f"cannot {doing} while {state.state}{why}", remedy=remedy)
 
 
 def require_weights_mapped(state: EngineState, *, doing: str) -> None:
