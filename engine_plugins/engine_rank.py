@@ -15,6 +15,7 @@ from engine_plugins.sleep.memory_backend import MemoryBackend, MemoryTag
 from engine_plugins.sleep.memory_ledger import MemoryLedger
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.sleep.rank_sleep import RankSleep
+from engine_plugins.sleep.storages import storages
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.source_choice import Reader
@@ -73,8 +74,7 @@ def _size(tensors: Callable[[], Iterable[torch.Tensor]] | None) -> int:
     """Bytes of all storages, each once."""
     if tensors is None:
         return 0
-    storages = (tensor.untyped_storage() for tensor in tensors())
-    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+    return sum(each.nbytes() for each in storages(tensors()))
 
 
 def _nixl_transport(tp_rank: int, net_devices: str | None) -> Transport:

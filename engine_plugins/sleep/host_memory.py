@@ -16,6 +16,7 @@ import torch
 from engine_plugins.errors import SleepRefusedError
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.resident_pages import Extent, drop_pages, private_pages, view
+from engine_plugins.sleep.storages import storages
 
 __all__ = ["HostMemory"]
 
@@ -70,7 +71,7 @@ class HostMemory:
             SleepRefusedError: the file cannot be written; nothing is released.
             OSError: the kernel keeps pages.
         """
-        extents = _storages(self._tensors[tag]())
+        extents = _on_host(self._tensors[tag]())
         pages = private_pages(extents)
         file = self._written(pages) if keep else None
         stay = sum(extent.nbytes for extent in extents) - sum(extent.nbytes for extent in pages)
@@ -116,10 +117,10 @@ class HostMemory:
             ) from error
 
 
-def _storages(tensors: Iterable[torch.Tensor]) -> list[Extent]:
-    """The memory of tensors, each storage once."""
-    storages = (tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu")
-    return sorted({Extent(each.data_ptr(), each.nbytes()) for each in storages if each.nbytes()})
+def _on_host(tensors: Iterable[torch.Tensor]) -> list[Extent]:
+    """The memory of those tensors that lie here, in order of address."""
+    here = (tensor for tensor in tensors if tensor.device.type == "cpu")
+    return sorted(Extent(each.data_ptr(), each.nbytes()) for each in storages(here))
 
 
 def _zero_edges(extent: Extent, pages: Sequence[Extent]) -> None:

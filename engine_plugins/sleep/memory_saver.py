@@ -17,6 +17,7 @@ import torch
 from engine_plugins.errors import NotConfiguredError, SleepRefusedError
 from engine_plugins.sleep.hook_mode import HookMode
 from engine_plugins.sleep.memory_backend import MemoryTag
+from engine_plugins.sleep.storages import storages
 
 __all__ = ["Saver", "SaverMemory", "load_memory_saver", "pool_bytes"]
 
@@ -159,7 +160,7 @@ def pool_bytes(
         segments: as `torch.cuda.memory_snapshot()` gives them, which is the default.
     """
     rows = list(torch.cuda.memory_snapshot() if segments is None else segments)
-    addresses = sorted(tensor.untyped_storage().data_ptr() for tensor in tensors)
+    addresses = sorted(each.data_ptr() for each in storages(tensors))
     pools = {row["segment_pool_id"] for row in rows if _holds(row, addresses)}
     return sum(row["total_size"] for row in rows if row["segment_pool_id"] in pools)
 
@@ -172,11 +173,9 @@ def _holds(segment: Mapping[str, Any], addresses: Sequence[int]) -> bool:
 
 def _copied(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Each storage once, as bytes, with a copy in host memory."""
-    storages = {each.data_ptr(): each for each in (t.untyped_storage() for t in tensors)}
     live = [
         torch.empty(0, dtype=torch.uint8, device=each.device).set_(each)
-        for each in storages.values()
-        if each.nbytes()
+        for each in storages(tensors)
     ]
     try:
         return [(each, torch.empty_like(each, device="cpu").copy_(each)) for each in live]
