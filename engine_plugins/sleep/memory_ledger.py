@@ -24,8 +24,7 @@ class MemoryLedger:
 
     def __init__(self, backend: MemoryBackend) -> None:
         self._backend = backend
-        self._released: dict[MemoryTag, bool] = {}
-        """By tag, whether its contents return."""
+        self._released: set[MemoryTag] = set()
         self._broken: dict[MemoryTag, str] = {}
         """Tags of which a call failed half way: nothing more is known of them."""
 
@@ -80,22 +79,19 @@ class MemoryLedger:
             if tag in tags:
                 contents = keep and tag == "weights"
                 self._attempt(tag, partial(self._backend.release, tag, keep=contents))
-                self._released[tag] = contents
+                self._released.add(tag)
 
-    def restore(self, tags: Sequence[MemoryTag]) -> list[MemoryTag]:
-        """Map the memory of every tag again; returns those that hold nothing of use.
+    def restore(self, tags: Sequence[MemoryTag]) -> None:
+        """Map the memory of every tag again.
 
         Raises:
             ConflictError: a tag is not released, or a call on it failed before.
         """
         self.require_released(tags)
-        empty = []
         for tag in MEMORY_TAGS:
             if tag in tags:
                 self._attempt(tag, partial(self._backend.restore, tag))
-                if not self._released.pop(tag):
-                    empty.append(tag)
-        return empty
+                self._released.remove(tag)
 
     def unreleased(self) -> dict[str, int]:
         """Bytes of the released tags that stayed resident, by the reason why."""
