@@ -74,6 +74,8 @@ class Settings:
             holds at the start and what is free then, within the limits of its process and cgroup.
         prefill_margin_quantile: share of prediction errors that the margin covers.
         prefill_margin_bytes: what the margin never falls below.
+        prefill_calibration_dir: where measurements of prefills wait for the next start; by default
+            `engine_plugins` in the user's cache folder.
     """
 
     admin_token: str | None = field(default=None, repr=False)
@@ -100,6 +102,7 @@ class Settings:
     prefill_cap_bytes: int | None = None
     prefill_margin_quantile: float = 0.99
     prefill_margin_bytes: int = 256 << 20
+    prefill_calibration_dir: Path | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_manifest_bytes", "max_manifest_entries"):
@@ -150,8 +153,7 @@ class Settings:
         """Read the environment, then the overrides.
 
         Raises:
-            SettingsError: an override that does not exist, a value of the wrong kind, or a setting
-                that this release does not act on.
+            SettingsError: an override that does not exist, or a value of the wrong kind.
         """
         environ = os.environ if environ is None else environ
         known = {each.name: str(each.type) for each in fields(cls)}
@@ -166,14 +168,7 @@ class Settings:
                     f"engine_plugins has no setting {name!r}; there are: {', '.join(known)}"
                 )
             values[name] = value
-        settings = cls(**{name: _read(name, known[name], value) for name, value in values.items()})
-        if settings.prefill_gate != "off":
-            raise SettingsError(
-                f"{PREFIX}PREFILL_GATE is {settings.prefill_gate}, and no engine asks the gate in "
-                "this release: nothing would be refused",
-                remedy="leave it off",
-            )
-        return settings
+        return cls(**{name: _read(name, known[name], value) for name, value in values.items()})
 
 
 def _read(name: str, kind: str, value: Any) -> Any:

@@ -124,6 +124,10 @@ class SglangEngineControl:
         """One answer per scheduler rank."""
         return await _sglang(self._calls.ask(call, arguments))
 
+    async def call_gate(self, call: str, arguments: bytes) -> bytes:
+        """What every scheduler rank answers, told once."""
+        return (await self.call_workers(call, arguments))[0]
+
     async def _drain(self, *, ours: int, abort: bool) -> None:
         """Wait until no request is under way, in the schedulers or on its way to or from them.
 

@@ -95,5 +95,9 @@ class VllmEngineControl:
         )
         return [bytes(answer) for answer in answers]
 
-    async def _core(self, method: str) -> Any:
-        return await _vllm(self._client.engine_core.call_utility_async(method))
+    async def call_gate(self, call: str, arguments: bytes) -> bytes:
+        """The engine core's answer; it makes every decision."""
+        return bytes(await self._core("engine_plugins_gate_call", call, arguments))
+
+    async def _core(self, method: str, *arguments: Any) -> Any:
+        return await _vllm(self._client.engine_core.call_utility_async(method, *arguments))

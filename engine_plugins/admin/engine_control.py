@@ -90,6 +90,10 @@ class EngineControl(Protocol):
         """Have every worker answer a call of `weights.worker_service`, in rank order."""
         ...
 
+    async def call_gate(self, call: str, arguments: bytes) -> bytes:
+        """Have the scheduler answer a call of `EngineGate.calls`; all its ranks do the same."""
+        ...
+
 
 async def engine_answer(call: Awaitable[T], *, engine: str) -> T:
     """Await a call of the engine's own; whatever it raises becomes an error of ours.

@@ -9,11 +9,8 @@ answers lie beside it as files that only this user can read.
 from __future__ import annotations
 
 import fcntl
-import mmap
 import os
-import struct
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,25 +18,22 @@ from pathlib import Path
 import msgspec
 
 from engine_plugins.admin.state import EngineState
-from engine_plugins.errors import ConflictError, EnginePluginError
+from engine_plugins.errors import ConflictError
+from engine_plugins.shared_page import SharedPage
 
 __all__ = ["SharedState", "create_runtime_dir"]
 
 PAGE_BYTES = 64 << 10
-_SLOT_HEADER = struct.Struct("<QII")
-"""Sequence, payload length, CRC-32 of the payload."""
-_SLOT_BYTES = (PAGE_BYTES - 64) // 2
-"""Two slots by turns: a writer that dies half way has spoiled only the one that nobody reads."""
 
 
 def create_runtime_dir(path: Path) -> None:
     """Lay out an empty runtime directory, readable by this user alone."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in ("sources", "plans", "used", "underway", "answers", "ranks", "sleep"):
+    for name in ("sources", "plans", "used", "underway", "answers", "ranks", "sleep", "gate"):
         (path / name).mkdir(mode=0o700, exist_ok=True)
     page = path / "state.page"
     if not page.exists():
-        page.write_bytes(bytes(PAGE_BYTES))
+        SharedPage.create(page, nbytes=PAGE_BYTES)
         SharedState(path).change(lambda _: EngineState(since=time.time()))
 
 
@@ -48,46 +42,26 @@ class SharedState:
 
     def __init__(self, runtime_dir: Path) -> None:
         self.runtime_dir = runtime_dir
-        with (runtime_dir / "state.page").open("r+b") as file:
-            self._page = mmap.mmap(file.fileno(), PAGE_BYTES)
-        self._sequence = memoryview(self._page)[:8].cast("Q")
-        """How often the state was replaced, which also says the slot that holds it.
-
-        A memory view stores its item at once; `struct` zeroes the bytes before it fills them.
-        """
+        self._page = SharedPage(runtime_dir / "state.page")
         self._last: tuple[int, EngineState] | None = None
 
     def read(self) -> EngineState:
         """The state as it is now."""
-        for _ in range(1000):
-            sequence = self._sequence[0]
-            if self._last is not None and self._last[0] == sequence:
-                return self._last[1]
-            slot = _slot(sequence)
-            written, length, checksum = _SLOT_HEADER.unpack_from(self._page, slot)
-            first = slot + _SLOT_HEADER.size
-            payload = self._page[first : first + length]
-            if sequence == 0:
-                return EngineState(since=0.0)
-            if written == sequence and zlib.crc32(payload) == checksum:
-                self._last = (sequence, msgspec.msgpack.decode(payload, type=EngineState))
-                return self._last[1]
-            time.sleep(0.0001)  # two writers passed while we read; look again
-        raise EnginePluginError(f"the state page in {self.runtime_dir} cannot be read")
+        last = self._last
+        if last is not None and last[0] == self._page.sequence:
+            return last[1]
+        sequence, payload = self._page.read()
+        if sequence == 0:
+            return EngineState(since=0.0)
+        state = msgspec.msgpack.decode(payload, type=EngineState)
+        self._last = (sequence, state)
+        return state
 
     def change(self, change: Callable[[EngineState], EngineState]) -> EngineState:
         """Replace the state by what `change` makes of it, alone among all processes."""
         with self._writing():
             state = change(self.read())
-            payload = msgspec.msgpack.encode(state)
-            if len(payload) > _SLOT_BYTES - _SLOT_HEADER.size:
-                raise EnginePluginError(f"a state of {len(payload)} bytes does not fit its page")
-            sequence = self._sequence[0] + 1
-            slot = _slot(sequence)
-            _SLOT_HEADER.pack_into(self._page, slot, sequence, len(payload), zlib.crc32(payload))
-            first = slot + _SLOT_HEADER.size
-            self._page[first : first + len(payload)] = payload
-            self._sequence[0] = sequence
+            self._page.write(msgspec.msgpack.encode(state))
         return state
 
     @contextmanager
@@ -155,7 +129,3 @@ class SharedState:
             yield
         finally:
             os.close(descriptor)
-
-
-def _slot(sequence: int) -> int:
-    return 64 + _SLOT_BYTES * (sequence % 2)

@@ -12,7 +12,7 @@ from collections import Counter
 from typing import NamedTuple
 
 from engine_plugins.prefill_gate.decision import OUTCOMES, Decision, Outcome
-from engine_plugins.prefill_gate.gate_report import GateReport
+from engine_plugins.prefill_gate.gate_report import GateReport, GateSettings
 from engine_plugins.prefill_gate.high_water import HighWater
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.prefill_memory import Prediction, PrefillMemory
@@ -59,7 +59,7 @@ class PrefillGate:
 
     def configure(self, settings: Settings) -> None:
         """Take new settings; what was measured stays, and nobody waits for an old decision."""
-        self._mode = settings.prefill_gate
+        self._settings, self._mode = settings, settings.prefill_gate
         self.memory.configure(
             margin_quantile=settings.prefill_margin_quantile,
             margin_bytes=settings.prefill_margin_bytes,
@@ -90,6 +90,11 @@ class PrefillGate:
     def is_on(self) -> bool:
         """Whether an engine has to ask at all."""
         return self._mode != "off"
+
+    @property
+    def refuses(self) -> bool:
+        """Whether its word counts."""
+        return self._mode == "enforce"
 
     def begin(
         self, reading: Reading, *, running: StepShape = NOTHING, in_flight: bool, now: float
@@ -156,10 +161,9 @@ class PrefillGate:
         self._line.leave(request_id)
         self._reclaimed.discard(request_id)
 
-    def reclaimed(self, reading: Reading) -> None:
-        """Memory was given back; the step goes on with a new reading."""
+    def reclaimed(self) -> None:
+        """Memory was given back: what was read before says nothing of the steps to come."""
         self._water.forget()
-        self._reading = self._water.read(reading, in_flight=self._in_flight)
 
     def largest_prompt(self, like: Candidate) -> int:
         """Tokens of the largest prompt of a kind that an idle engine can hold, up to `like`'s own.
@@ -178,7 +182,12 @@ class PrefillGate:
     def report(self) -> GateReport:
         """Settings, calibration and counters, as GET /prefill-gate tells them."""
         return GateReport(
-            mode=self._mode,
+            settings=GateSettings(
+                mode=self._settings.prefill_gate,
+                cap_bytes=self._settings.prefill_cap_bytes,
+                margin_quantile=self._settings.prefill_margin_quantile,
+                margin_bytes=self._settings.prefill_margin_bytes,
+            ),
             used_bytes=self._reading.used_bytes,
             cap_bytes=self._reading.cap_bytes,
             calibration=self.memory.description(),

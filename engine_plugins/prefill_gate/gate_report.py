@@ -7,7 +7,7 @@ import msgspec
 from engine_plugins.prefill_gate.decision import Outcome
 from engine_plugins.prefill_gate.model_memory import Regime
 
-__all__ = ["GateReport", "LineReport"]
+__all__ = ["GateReport", "GateSettings", "LineReport", "MeasuredStep"]
 
 
 class LineReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,11 +30,38 @@ class LineReport(msgspec.Struct, frozen=True, kw_only=True):
     margin_bytes: int
 
 
+class GateSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What is in force.
+
+    Attributes:
+        mode: off, observe or enforce.
+        cap_bytes: as configured; `None` where it is what is free.
+        margin_quantile: of prediction errors, which the margin covers.
+        margin_bytes: what the margin never falls below.
+    """
+
+    mode: str
+    cap_bytes: int | None
+    margin_quantile: float
+    margin_bytes: int
+
+
+class MeasuredStep(msgspec.Struct, frozen=True, kw_only=True):
+    """A step that was measured, beside what was predicted for it just before that was learned."""
+
+    tokens: int
+    prompt_logprob_rows: int
+    regime: Regime
+    predicted_bytes: int
+    margin_bytes: int
+    measured_bytes: int
+
+
 class GateReport(msgspec.Struct, frozen=True, kw_only=True):
     """The gate of one engine rank, as of its latest step.
 
     Attributes:
-        mode: off, observe or enforce.
+        settings: in force.
         used_bytes: in use when the step began.
         cap_bytes: what must not be exceeded.
         calibration: by phase of a step.
@@ -43,9 +70,10 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
         waiting: requests that are deferred.
         longest_wait_s: of them, seconds.
         deferred_s: seconds that requests which were let in had waited, in all.
+        recent: the latest steps that were measured, oldest first.
     """
 
-    mode: str
+    settings: GateSettings
     used_bytes: int
     cap_bytes: int
     calibration: dict[Regime, LineReport]
@@ -54,3 +82,4 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     longest_wait_s: float
     deferred_s: float
+    recent: list[MeasuredStep] = []

@@ -13,7 +13,15 @@ import psutil
 from engine_plugins.errors import SettingsError
 from engine_plugins.settings import PREFIX
 
-__all__ = ["HostFigures", "MemoryCap", "Reading", "read_host", "resolve_cap", "resolve_device_cap"]
+__all__ = [
+    "HostFigures",
+    "MemoryCap",
+    "MemoryFigures",
+    "Reading",
+    "read_host",
+    "resolve_cap",
+    "resolve_device_cap",
+]
 
 _STATM = "/proc/self/statm"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -30,6 +38,27 @@ class Reading(NamedTuple):
     def headroom_bytes(self) -> int:
         """What is left; negative beyond the cap."""
         return self.cap_bytes - self.used_bytes
+
+
+class MemoryFigures(NamedTuple):
+    """What a rank holds between two steps, and what it may come to hold, in bytes.
+
+    `addresses` are those of its process; `address_limit` is `None` where they have none.
+    """
+
+    used_bytes: int
+    cap_bytes: int
+    addresses: int = 0
+    address_limit: int | None = None
+
+    def reading(self, configured_cap: int | None) -> Reading:
+        """Against the cap with the least room; a configured one stands for what is free."""
+        cap = self.cap_bytes if configured_cap is None else configured_cap
+        reading = Reading(self.used_bytes, cap)
+        if self.address_limit is None:
+            return reading
+        addresses = Reading(self.addresses, self.address_limit)
+        return min(reading, addresses, key=lambda each: each.headroom_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +167,10 @@ def resolve_device_cap(
     return MemoryCap(resident_bytes=ours + free // ranks, reason="the GPU's free memory")
 
 
-def read_host(cap: MemoryCap) -> Reading:
-    """What this process uses, against the tighter of its caps."""
+def read_host(cap: MemoryCap) -> MemoryFigures:
+    """What this process uses now."""
     addresses, resident = _statm()
-    reading = Reading(resident, cap.resident_bytes)
-    if cap.address_space_bytes is None:
-        return reading
-    return min(
-        reading, Reading(addresses, cap.address_space_bytes), key=lambda each: each.headroom_bytes
-    )
+    return MemoryFigures(resident, cap.resident_bytes, addresses, cap.address_space_bytes)
 
 
 def _require_within(configured: int | None, limit: int | None, what: str) -> None:

@@ -31,6 +31,7 @@ __all__ = [
     "StatusAnswer",
     "WorkerDescription",
     "WorkerService",
+    "answer_call",
     "encode_call",
     "raised",
     "read_answer",
@@ -129,6 +130,27 @@ def refuse(error: EnginePluginError) -> bytes:
     return msgspec.msgpack.encode(_Answer(failure=_failure(error)))
 
 
+def answer_call(
+    calls: Mapping[str, Callable[..., Any]], name: str, arguments: bytes, *, who: str
+) -> bytes:
+    """Answer one call of those that there are; never raises. Errors name `who` met them."""
+    try:
+        method = calls.get(name)
+        if method is None:
+            raise AdminRequestError(f"{who} knows no call {name!r}")
+        value = msgspec.msgpack.encode(method(**msgspec.msgpack.decode(arguments)))
+    except EnginePluginError as error:
+        return refuse(error)
+    except Exception as error:  # whatever the engine raised must travel as data
+        failure = Failure(
+            kind="EngineCallError",
+            message=f"{who}: {name}: {type(error).__name__}: {error}",
+            remedy="see the engine's log",
+        )
+        return msgspec.msgpack.encode(_Answer(failure=failure))
+    return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(value)))
+
+
 class WorkerService:
     """Answers the admin side's calls with one worker's receiver.
 
@@ -163,21 +185,7 @@ class WorkerService:
 
     def call(self, name: str, arguments: bytes) -> bytes:
         """Answer one call; never raises."""
-        try:
-            method = self._calls.get(name)
-            if method is None:
-                raise AdminRequestError(f"workers know no call {name!r}")
-            value = msgspec.msgpack.encode(method(**msgspec.msgpack.decode(arguments)))
-        except EnginePluginError as error:
-            return refuse(error)
-        except Exception as error:  # whatever the engine raised must travel as data
-            failure = Failure(
-                kind="EngineCallError",
-                message=f"rank {self._tp_rank}: {name}: {type(error).__name__}: {error}",
-                remedy="see the engine's log",
-            )
-            return msgspec.msgpack.encode(_Answer(failure=failure))
-        return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(value)))
+        return answer_call(self._calls, name, arguments, who=f"rank {self._tp_rank}")
 
     def _describe(self) -> WorkerDescription:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())

@@ -16,7 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine_plugins.admin.engine_control import EngineInfo, PauseMode, RequestCounts
-from engine_plugins.weights.worker_service import WorkerService
+from engine_plugins.prefill_gate.engine_gate import EngineGate, make_engine_gate
+from engine_plugins.prefill_gate.entry import EntryKind
+from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
+from engine_plugins.prefill_gate.rank_meter import OwnRank, RankMeter
+from engine_plugins.prefill_gate.step_memory import HostStepMemory
+from engine_plugins.settings import Settings
+from engine_plugins.weights.worker_service import WorkerService, answer_call
 
 __all__ = ["TICK_S", "GeneratingEngine", "Request"]
 
@@ -52,12 +58,14 @@ class GeneratingEngine(ABC):
 
     Attributes:
         versions: labels published, in order.
+        gate: of its prefills, over this process's real memory.
     """
 
     def __init__(
         self, services: Sequence[WorkerService], *, generation: Callable[[], str | None]
     ) -> None:
         self.versions: list[int] = []
+        self.gate = _gate()
         self.prefix_cache: dict[tuple[str | None, tuple[int, ...]], list[Any]] = {}
         self._services = services
         self._generation = generation
@@ -151,6 +159,10 @@ class GeneratingEngine(ABC):
                 )
             )
 
+    async def call_gate(self, call: str, arguments: bytes) -> bytes:
+        async with self._core:
+            return answer_call(self.gate.calls, call, arguments, who="the engine")
+
     # -- generation -----------------------------------------------------------------------------
 
     def _end_all(self, reason: str) -> int:
@@ -186,3 +198,17 @@ class GeneratingEngine(ABC):
         lengths = range(len(request.prompt), 0, -1)
         found = (self.prefix_cache.get((request.salt, request.prompt[:n])) for n in lengths)
         return list(next((kv for kv in found if kv is not None), []))
+
+
+def _gate() -> EngineGate:
+    sizes = ModelSizes(hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, vocab=512)
+    return make_engine_gate(
+        ModelMemory(sizes, itemsize=4),
+        Settings.load(),
+        OwnRank(RankMeter(HostStepMemory(ranks=1))),
+        smallest_chunk=16,
+        entry=EntryKind(max_prompt=4096, divisible=True, logprobs_held_bytes=24),
+        samples={},
+        board=None,
+        keep=None,
+    )

@@ -102,9 +102,10 @@ def _limited(layers: Layers, memory: PrefillMemory) -> dict[str, object]:
     cap = resolve_cap(None, HostFigures.now())
     gate = PrefillGate(memory, Settings(prefill_gate="enforce"), smallest_chunk=16)
     gate.configure(Settings(prefill_gate="enforce", prefill_margin_bytes=4 * MIB))
-    gate.begin(read_host(cap), in_flight=False, now=0.0)
+    gate.begin(read_host(cap).reading(None), in_flight=False, now=0.0)
     first = gate.decide(_candidate(2000, logprobs=True))
-    gate.reclaimed(read_host(cap))
+    gate.reclaimed()
+    gate.begin(read_host(cap).reading(None), in_flight=False, now=0.0)
     second = gate.decide(_candidate(2000, logprobs=True))
     largest = second.largest_prompt
     outcomes = [first.outcome, second.outcome]

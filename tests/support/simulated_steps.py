@@ -122,7 +122,7 @@ class SimulatedEngine:
         decision = self.gate.decide(candidate._replace(wanted=wanted))
         if decision.outcome == "reclaim":
             self.reclaims += 1
-            self.gate.reclaimed(Reading(self.resting_bytes, self.cap_bytes))
+            self.gate.reclaimed()
         elif decision.outcome in ("too_large", "pressure"):
             served.outcome = decision.outcome
         elif decision.tokens:

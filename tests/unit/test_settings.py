@@ -33,10 +33,11 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         "ENGINE_PLUGINS_RESIDUAL_POLICY": "observe",
         "ENGINE_PLUGINS_MAX_RESIDUAL_GPU_MEM_GIB": "2.5",
         "ENGINE_PLUGINS_RESIDUAL_OVER_BASELINE_GIB": "0.5",
-        "ENGINE_PLUGINS_PREFILL_GATE": "off",
+        "ENGINE_PLUGINS_PREFILL_GATE": "observe",
         "ENGINE_PLUGINS_PREFILL_CAP_BYTES": "50",
         "ENGINE_PLUGINS_PREFILL_MARGIN_QUANTILE": "0.9",
         "ENGINE_PLUGINS_PREFILL_MARGIN_BYTES": "60",
+        "ENGINE_PLUGINS_PREFILL_CALIBRATION_DIR": "/measured",
         "PATH": "/bin",
     }
     settings = Settings.load(environ=environ)
@@ -59,10 +60,11 @@ def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
         residual_policy="observe",
         max_residual_gpu_mem_gib=2.5,
         residual_over_baseline_gib=0.5,
-        prefill_gate="off",
+        prefill_gate="observe",
         prefill_cap_bytes=50,
         prefill_margin_quantile=0.9,
         prefill_margin_bytes=60,
+        prefill_calibration_dir=Path("/measured"),
     )
     assert len(environ) - 1 == len(fields(Settings)), "a new setting belongs in this test"
     for field in fields(Settings):
@@ -79,12 +81,6 @@ def test_the_defaults_are_safe() -> None:
     )
     assert Settings().admin_token is None
     assert Settings().staging_bytes == 0
-
-
-def test_a_gate_that_no_engine_asks_is_not_taken_for_one_that_guards() -> None:
-    """Its parts are there, the engines' hooks are not."""
-    with pytest.raises(SettingsError, match="no engine asks the gate"):
-        Settings.load(environ={f"{PREFIX}PREFILL_GATE": "enforce"})
 
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ import pytest
 from engine_plugins.admin.shared_state import PAGE_BYTES, SharedState, create_runtime_dir
 from engine_plugins.admin.state import EngineState, Pause, UpdateProgress, moved
 from engine_plugins.errors import ConflictError, EnginePluginError
+from engine_plugins.shared_page import SharedPage
 
 ROOT = Path(__file__).parents[3]
 
@@ -97,12 +98,12 @@ def test_the_sequence_of_the_page_never_goes_back(runtime_dir: Path) -> None:
         for _ in range(20_000):
             shared.change(lambda state: state)
     """
-    sequence = SharedState(runtime_dir)._sequence
+    page = SharedPage(runtime_dir / "state.page")
     with started(body, runtime_dir) as process:
         last = 0
         while process.poll() is None:
             for _ in range(10_000):
-                now = sequence[0]
+                now = page.sequence
                 assert now >= last
                 last = now
     assert last == 20_001
@@ -173,7 +174,7 @@ def test_a_writer_that_dies_anywhere_spoils_nothing(runtime_dir: Path) -> None:
         lines = int(sys.argv[2])
         def trace(frame, event, argument):
             global lines
-            if frame.f_code.co_name not in ("change", "_slot"):
+            if frame.f_code.co_name not in ("change", "write", "_slot"):
                 return trace if event == "call" else None
             if event == "line":
                 lines -= 1
@@ -297,7 +298,7 @@ def test_a_state_that_does_not_fit_is_refused_and_the_old_one_stays(runtime_dir:
     shared = SharedState(runtime_dir)
     before = shared.read()
     too_long = "x" * PAGE_BYTES
-    with pytest.raises(EnginePluginError, match="does not fit"):
+    with pytest.raises(EnginePluginError, match="do not fit"):
         shared.change(lambda state: msgspec.structs.replace(state, kv_generation=too_long))
     assert shared.read() == SharedState(runtime_dir).read() == before
 

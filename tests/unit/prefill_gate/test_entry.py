@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
-from engine_plugins.prefill_gate.entry import EntryLimits, entry_limits, refusal_at_entry
+from engine_plugins.prefill_gate.entry import EntryKind, EntryLimits, entry_limits, refusal_at_entry
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S, PrefillGate
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
@@ -22,7 +22,9 @@ def _gate(headroom_bytes: int) -> PrefillGate:
 
 
 def _limits(gate: PrefillGate, *, divisible: bool = False) -> EntryLimits:
-    limits = entry_limits(gate, max_prompt=40_000, divisible=divisible, logprobs_held_bytes=24)
+    limits = entry_limits(
+        gate, EntryKind(max_prompt=40_000, divisible=divisible, logprobs_held_bytes=24)
+    )
     return msgspec.convert(msgspec.to_builtins(limits), EntryLimits)
 
 

@@ -78,7 +78,8 @@ def test_an_idle_engine_runs_the_smallest_chunk_whatever_is_predicted(headroom: 
     gate = _gate()
     _begun(gate, headroom)
     assert gate.decide(_prompt("one", 1000)).outcome == "reclaim"
-    gate.reclaimed(Reading(0, headroom))
+    gate.reclaimed()
+    _begun(gate, headroom)
     decision = gate.decide(_prompt("one", 1000))
     assert (decision.outcome, decision.tokens) == ("shrink", 64)
     assert gate.decide(_prompt("two", 30)).outcome == "defer", "one at a time"
@@ -334,7 +335,7 @@ def test_the_report_says_what_was_decided_and_why() -> None:
     assert report == gate.report()
     assert report.decisions["defer"] == 1, "once, however often it is asked for"
     assert (report.waiting, report.longest_wait_s) == (1, 1.5)
-    assert (report.mode, report.used_bytes, report.cap_bytes) == ("enforce", 0, 12 * MIB)
+    assert (report.settings.mode, report.used_bytes, report.cap_bytes) == ("enforce", 0, 12 * MIB)
     assert report.calibration["layers"].proven
 
 

@@ -82,11 +82,11 @@ def test_this_process_is_read() -> None:
     figures = HostFigures.now()
     assert 0 < figures.resident < figures.machine_total
     cap = resolve_cap(None, figures)
-    before = read_host(cap)
+    before = read_host(cap).reading(None)
     memory = mmap.mmap(-1, 128 << 20)
     for page in range(0, len(memory), mmap.PAGESIZE):
         memory[page] = 1
-    after = read_host(cap)
+    after = read_host(cap).reading(None)
     memory.close()
     grown = after.used_bytes - before.used_bytes
     assert 120 << 20 < grown < 160 << 20
@@ -96,8 +96,12 @@ def test_this_process_is_read() -> None:
 def test_the_tighter_of_two_caps_is_read() -> None:
     """A process that reserves addresses hits that limit first."""
     roomy = 1 << 50
-    resident = read_host(MemoryCap(resident_bytes=GIB, address_space_bytes=roomy, reason=""))
-    addresses = read_host(MemoryCap(resident_bytes=roomy, address_space_bytes=GIB, reason=""))
+    resident = read_host(
+        MemoryCap(resident_bytes=GIB, address_space_bytes=roomy, reason="")
+    ).reading(None)
+    addresses = read_host(
+        MemoryCap(resident_bytes=roomy, address_space_bytes=GIB, reason="")
+    ).reading(None)
     assert resident.cap_bytes == addresses.cap_bytes == GIB
     assert addresses.used_bytes > resident.used_bytes
     assert Reading(5, 3).headroom_bytes == -2

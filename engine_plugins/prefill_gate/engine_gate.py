@@ -1,0 +1,291 @@
+"""The gate as an engine's scheduler drives it: figures in, decisions out, and what steps took.
+
+A step is `figures`, `begin`, `decide` for each prefill, and `order` for what the engine then runs.
+Where each rank has a scheduler of its own, one rank's figures are handed to all, and every rank
+makes the same decisions of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from engine_plugins.prefill_gate.calibration_file import CalibrationFile, CalibrationKey
+from engine_plugins.prefill_gate.decision import Decision
+from engine_plugins.prefill_gate.entry import EntryKind, EntryLimits, GateBoard, entry_limits
+from engine_plugins.prefill_gate.fitted_line import Sample
+from engine_plugins.prefill_gate.gate import PrefillGate
+from engine_plugins.prefill_gate.gate_report import GateReport, MeasuredStep
+from engine_plugins.prefill_gate.memory_cap import HostFigures, Reading, resolve_cap
+from engine_plugins.prefill_gate.model_memory import ModelMemory, Regime
+from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
+from engine_plugins.prefill_gate.rank_meter import Measured, Ranks, StepOrder
+from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
+from engine_plugins.settings import Settings
+
+__all__ = [
+    "EngineGate",
+    "Keep",
+    "StepFigures",
+    "calibration_file",
+    "make_engine_gate",
+    "require_cap",
+]
+
+MEASURED_ONE_IN = 16
+"""Of steps whose size is known well; measuring takes a tenth of a millisecond."""
+SHOWN_STEPS = 64
+PUBLISH_S = 1.0
+KEEP_S = 30.0
+CALIBRATION_LASTS_S = 7 * 86_400.0
+
+_SETTING = {"mode": "gate"}
+
+logger = logging.getLogger(__name__)
+
+Samples = Mapping[Regime, Sequence[Sample]]
+Keep = Callable[[Samples], None]
+"""Stores measurements for the next start."""
+
+
+class StepFigures(NamedTuple):
+    """All that a decision depends on beside the queue: equal figures give equal decisions.
+
+    Attributes:
+        reading: memory in use.
+        now: seconds of a clock that does not go back.
+        epoch: seconds of the epoch.
+        measured: steps whose peaks have become known.
+    """
+
+    reading: Reading
+    now: float
+    epoch: float
+    measured: list[Measured]
+
+
+class EngineGate:
+    """One per scheduler.
+
+    Args:
+        gate: decides.
+        settings: of this server; `configure` changes those of the gate.
+        ranks: to measure; a scheduler that is handed figures never asks them.
+        entry: what the API processes are told about prompts.
+        board: where they read it; `None` for all schedulers but one.
+        keep: stores measurements now and then; `None` for all schedulers but one.
+    """
+
+    def __init__(
+        self,
+        gate: PrefillGate,
+        settings: Settings,
+        ranks: Ranks,
+        *,
+        entry: EntryKind,
+        board: GateBoard | None = None,
+        keep: Keep | None = None,
+    ) -> None:
+        self.gate = gate
+        self._ranks, self._entry, self._board, self._keep = ranks, entry, board, keep
+        self._settings = settings
+        self._number = 0
+        self._awaited: dict[int, StepShape] = {}
+        self._recent: deque[MeasuredStep] = deque(maxlen=SHOWN_STEPS)
+        self._give_back = self._gave_back = False
+        self._published_at = self._kept_at = time.monotonic()
+        self._limits: EntryLimits | None = None
+        self._publish()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the scheduler has to ask at all."""
+        return self.gate.is_on
+
+    def figures(self) -> StepFigures:
+        """Those of this moment."""
+        return StepFigures(
+            self._ranks.reading(self._settings.prefill_cap_bytes),
+            time.monotonic(),
+            time.time(),
+            self._ranks.measured(),
+        )
+
+    def begin(self, figures: StepFigures, *, running: StepShape = NOTHING, in_flight: bool) -> None:
+        """Begin a step; see `PrefillGate.begin`."""
+        for number, peak_bytes in figures.measured:
+            shape = self._awaited.pop(number, None)
+            if shape is not None:
+                self._learn(shape, peak_bytes, figures.epoch)
+        if self._gave_back:
+            self.gate.reclaimed()
+            self._gave_back = False
+        self.gate.begin(figures.reading, running=running, in_flight=in_flight, now=figures.now)
+        if figures.now - self._published_at >= PUBLISH_S:
+            self._published_at = figures.now
+            self._limits = None
+            self._publish()
+            self._keep_samples(figures.now)
+
+    def decide(self, candidate: Candidate) -> Decision:
+        """Judge one prefill. Of outcome `reclaim` nothing runs now: ask again in the next step."""
+        decision = self.gate.decide(candidate)
+        if decision.outcome == "reclaim":
+            self._give_back = True
+        return decision
+
+    def order(self, shape: StepShape) -> StepOrder | None:
+        """What the ranks are to do about a step that runs; `None` for nothing.
+
+        Args:
+            shape: of the step that the engine has put together, which may be less than was let in.
+        """
+        give_back, self._give_back = self._give_back, False
+        self._gave_back = self._gave_back or give_back
+        self._number += 1
+        measure = shape.tokens > 0 and (
+            self._number % MEASURED_ONE_IN == 0 or self.gate.memory.is_worth_measuring(shape)
+        )
+        if measure:
+            self._await(shape)
+        return StepOrder(self._number, measure, give_back)
+
+    def forget(self, request_ids: Sequence[str], *, idle: bool) -> None:
+        """Requests have ended; `idle` says whether none is left."""
+        for request_id in request_ids:
+            self.gate.forget(request_id)
+        if idle:
+            self._publish()
+
+    @property
+    def calls(self) -> dict[str, Callable[..., Any]]:
+        """What the admin routes ask for, by name."""
+        return {
+            "gate_report": self.report,
+            "gate_configure": self.configure,
+            "gate_reset": self.reset,
+        }
+
+    def report(self) -> GateReport:
+        """The gate as it is."""
+        return msgspec.structs.replace(self.gate.report(), recent=list(self._recent))
+
+    def configure(self, changes: dict[str, Any]) -> GateReport:
+        """Change settings of the gate, by their names in `GateSettings`, until the server ends.
+
+        Raises:
+            SettingsError: a value that makes no sense here; nothing has changed.
+        """
+        settings = replace(
+            self._settings,
+            **{f"prefill_{_SETTING.get(name, name)}": changes[name] for name in changes},
+        )
+        require_cap(settings)
+        self.gate.configure(settings)
+        self._settings = settings
+        self._limits = None
+        self._publish()
+        return self.report()
+
+    def reset(self) -> GateReport:
+        """Forget measurements, kept ones too, who waits, and counters."""
+        self.gate.reset()
+        self._awaited.clear()
+        self._recent.clear()
+        self._store({})
+        self._limits = None
+        self._publish()
+        return self.report()
+
+    def _await(self, shape: StepShape) -> None:
+        """The peaks of the latest steps only: a rank that lost one never names it."""
+        self._awaited[self._number] = shape
+        if len(self._awaited) > SHOWN_STEPS:
+            del self._awaited[next(iter(self._awaited))]
+
+    def _learn(self, shape: StepShape, peak_bytes: int, epoch: float) -> None:
+        prediction = self.gate.memory.predict(shape)
+        self._recent.append(
+            MeasuredStep(
+                tokens=shape.tokens,
+                prompt_logprob_rows=shape.prompt_logprob_rows,
+                regime=prediction.regime,
+                predicted_bytes=round(prediction.peak_bytes),
+                margin_bytes=round(prediction.margin_bytes),
+                measured_bytes=peak_bytes,
+            )
+        )
+        self.gate.observe(shape, peak_bytes, at=epoch)
+
+    def _keep_samples(self, now: float) -> None:
+        if now - self._kept_at >= KEEP_S:
+            self._kept_at = now
+            self._store(self.gate.memory.samples)
+
+    def _store(self, samples: Samples) -> None:
+        """A folder that cannot be written costs the next start its calibration, nothing else."""
+        if self._keep is None:
+            return
+        try:
+            self._keep(samples)
+        except OSError as error:
+            logger.warning("measurements of prefills are not kept for the next start: %s", error)
+
+    def _publish(self) -> None:
+        if self._board is None:
+            return
+        if self._limits is None:
+            self._limits = entry_limits(self.gate, self._entry)
+        self._board.publish(self._limits, self.report())
+
+
+def make_engine_gate(
+    model: ModelMemory,
+    settings: Settings,
+    ranks: Ranks,
+    *,
+    smallest_chunk: int,
+    entry: EntryKind,
+    samples: Samples,
+    board: GateBoard | None,
+    keep: Keep | None,
+) -> EngineGate:
+    """The gate of a scheduler, with the measurements of earlier processes.
+
+    Raises:
+        SettingsError: a cap that this machine cannot hold.
+    """
+    require_cap(settings)
+    memory = PrefillMemory(
+        model,
+        margin_quantile=settings.prefill_margin_quantile,
+        margin_bytes=settings.prefill_margin_bytes,
+        expire_s=CALIBRATION_LASTS_S,
+    )
+    memory.restore(samples, now=time.time())
+    gate = PrefillGate(memory, settings, smallest_chunk=smallest_chunk)
+    return EngineGate(gate, settings, ranks, entry=entry, board=board, keep=keep)
+
+
+def calibration_file(settings: Settings, key: CalibrationKey) -> CalibrationFile:
+    """Where measurements wait for the next start of the same engine."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = settings.prefill_calibration_dir or cache / "engine_plugins"
+    return CalibrationFile(folder, key, expire_s=CALIBRATION_LASTS_S)
+
+
+def require_cap(settings: Settings) -> None:
+    """Refuse a cap that this machine, or this process, cannot hold.
+
+    Raises:
+        SettingsError: the text says which limit.
+    """
+    resolve_cap(settings.prefill_cap_bytes, HostFigures.now())
