@@ -16,12 +16,15 @@ from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, SIZED, on
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.problems import problem
 from tests.support.served import Served
+from tests.support.stepping import Steps
 from tests.support.streams import Stream
 from tests.support.trainer_process import TrainerProcess
 from tests.support.waiting import until
 
 PROMPT = OLD.prompts()[0]
 TOKENS = 12
+HALF_WAY = 12
+"""A module in the middle of the model's 35."""
 GROWTH = 8 << 20
 """Between the halves of the cycles; a leak of 1 MiB in each would make 12."""
 
@@ -161,6 +164,29 @@ def test_weights_can_be_brought_up_to_date_before_the_cache_is_mapped(awake: Ser
     state = server.state()
     assert (state["state"], state["weights"]["version"]) == ("asleep", report["version"])
     assert state["sleep"]["weights_lost"] is False
+    assert wake(server)["state"] == "serving"
+    assert NEW.wrong_answers(server.greedy) == []
+
+
+@on(DENSE_TP2)
+def test_an_update_that_fails_half_way_is_repeated_before_the_cache_is_mapped(
+    awake: Served, steps: Steps
+) -> None:
+    """Fenced, and no wake is a way out; the repeat finds the sleep as it was."""
+    server = awake.server
+    asleep = sleep(server, tags=["kv_cache"])["sleep"]
+    offer, version = awake.offer(NEW), awake.next_version()
+    steps.fail(rank=1, module=HALF_WAY)
+    assert "rank 1" in problem(offer.update(version), 500, "engine_call_failed")
+    fenced = server.state()
+    assert (fenced["state"], fenced["sleep"]["released"]) == ("fenced", ["kv_cache"])
+    assert problem(server.admin.post("/wake"), 409, "illegal_state")
+    assert server.complete(PROMPT).status_code == 503
+    repeated = offer.update(version)
+    assert repeated.status_code == 200, repeated.text
+    state = server.state()
+    assert (state["state"], state["fence"], state["sleep"]) == ("asleep", None, asleep)
+    assert state["weights"]["version"] == version
     assert wake(server)["state"] == "serving"
     assert NEW.wrong_answers(server.greedy) == []
 
