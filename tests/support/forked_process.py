@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,4 +84,5 @@ def _run(
         os.dup2(output.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None
     target(*arguments)
