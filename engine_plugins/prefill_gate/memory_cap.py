@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import resource
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
 from engine_plugins.errors import SettingsError
+from engine_plugins.prefill_gate.cgroup_limit import tightest_cgroup
 from engine_plugins.settings import PREFIX
 
 __all__ = [
@@ -25,7 +25,6 @@ __all__ = [
 
 _STATM = "/proc/self/statm"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 class Reading(NamedTuple):
@@ -86,7 +85,7 @@ class HostFigures:
         """Read them."""
         memory = psutil.virtual_memory()
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        limit, used = _cgroup()
+        limit, used = tightest_cgroup()
         return cls(
             resident=_statm()[1],
             machine_total=memory.total,
@@ -126,7 +125,7 @@ def resolve_cap(configured: int | None, figures: HostFigures, *, ranks: int = 1)
     room = [
         ("the machine's memory", figures.machine_total, figures.machine_available),
         (
-            "the cgroup's memory.max",
+            "the cgroup's memory limit",
             figures.cgroup_limit,
             (figures.cgroup_limit or 0) - figures.cgroup_used,
         ),
@@ -190,28 +189,3 @@ def _statm() -> tuple[int, int]:
     finally:
         os.close(file)
     return int(addresses) * _PAGE, int(resident) * _PAGE
-
-
-def _cgroup(root: Path = CGROUPS, own: Path = Path("/proc/self/cgroup")) -> tuple[int | None, int]:
-    """Limit and use of the cgroup with the least room, of this process's and those above it."""
-    try:
-        lines = own.read_text().splitlines()
-    except OSError:
-        return None, 0
-    group = next((line[3:] for line in lines if line.startswith("0::")), "/")
-    folder = root / group.lstrip("/")
-    found = [_limit(each) for each in (folder, *folder.parents) if each.is_relative_to(root)]
-    limits = [each for each in found if each is not None]
-    return min(limits, key=lambda each: each[0] - each[1], default=(None, 0))
-
-
-def _limit(folder: Path) -> tuple[int, int] | None:
-    try:
-        limit = (folder / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((folder / "memory.current").read_text())
-        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit), used - int(stat["inactive_file"]) - int(stat["active_file"])
-    except (OSError, ValueError, KeyError):
-        return None

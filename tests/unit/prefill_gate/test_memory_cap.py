@@ -6,12 +6,10 @@ import mmap
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from engine_plugins.errors import SettingsError
-from engine_plugins.prefill_gate import memory_cap
 from engine_plugins.prefill_gate.memory_cap import (
     HostFigures,
     MemoryCap,
@@ -57,7 +55,7 @@ def test_a_limit_of_addresses_is_kept_beside_it() -> None:
     ("configured", "figures", "named"),
     [
         (65 * GIB, FIGURES, "machine"),
-        (9 * GIB, replace(FIGURES, cgroup_limit=8 * GIB), "memory.max"),
+        (9 * GIB, replace(FIGURES, cgroup_limit=8 * GIB), "cgroup"),
         (9 * GIB, replace(FIGURES, address_space_limit=8 * GIB), "RLIMIT_AS"),
     ],
 )
@@ -115,23 +113,3 @@ def test_a_limit_that_the_process_was_started_under_is_found() -> None:
         "raise SystemExit(HostFigures.now().address_space_limit != 1 << 36)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_the_tightest_cgroup_above_the_process_counts(tmp_path: Path) -> None:
-    """Without the page cache, which makes room for whoever wants it."""
-    own = tmp_path / "own"
-    own.write_text("1:cpu:/x\n0::/outer/inner\n")
-    inner = tmp_path / "root" / "outer" / "inner"
-    inner.mkdir(parents=True)
-    _group(inner, limit="max", used=300)
-    _group(inner.parent, limit="1000", used=900, cache=400)
-    assert memory_cap._cgroup(tmp_path / "root", own) == (1000, 500)
-    _group(inner, limit="600", used=300)
-    assert memory_cap._cgroup(tmp_path / "root", own) == (600, 300)
-    assert memory_cap._cgroup(tmp_path / "root", tmp_path / "none") == (None, 0)
-
-
-def _group(folder: Path, *, limit: str, used: int, cache: int = 0) -> None:
-    (folder / "memory.max").write_text(f"{limit}\n")
-    (folder / "memory.current").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 1\ninactive_file {cache}\nactive_file 0\n")
