@@ -115,6 +115,8 @@ def free_port() -> int:
 def server_events(http: httpx.Client, path: str, body: object) -> Iterator[dict[str, Any]]:
     """The data of the server-sent events that answer a POST, as they come."""
     with http.stream("POST", path, json=body) as response:
+        if response.is_error:
+            response.read()
         response.raise_for_status()
         for line in response.iter_lines():
             if line.startswith("data: ") and line != "data: [DONE]":

@@ -1,0 +1,172 @@
+"""A server under a memory limit, attacked: what the limit leaves, and what the judge expects."""
+
+from __future__ import annotations
+
+import random
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import LinearRegression, linear_regression
+from typing import Any
+
+import psutil
+
+from tests.support.chaos import Outcome, scored, summary
+from tests.support.engine_server import EngineServer
+from tests.support.engines import Engine
+from tests.support.gate_models import DENSE, PINNED_ALLOCATOR, GateModel
+
+__all__ = ["ROOM_BYTES", "Judgement", "Siege", "besieged", "judged", "measured_line"]
+
+MIB = 1 << 20
+ROOM_BYTES = 600 * MIB
+"""What an engine may take beyond what it has when nothing runs.
+
+2,048 plain tokens fit, and 2,048 with the logits of each do not: of 32,768 words, 10 bytes each.
+"""
+SIZES = (64, 128, 256, 512, 1024, 2048)
+_ARGUMENTS = {
+    "vllm": ("--max-model-len", "8192", "--max-num-batched-tokens", "4096"),
+    "sglang": ("--max-total-tokens", "16384", "--chunked-prefill-size", "4096"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Siege:
+    """A server that may not grow.
+
+    Attributes:
+        server: to be attacked.
+        engine_pid: of the process that computes.
+        model: that it serves.
+    """
+
+    server: EngineServer
+    engine_pid: int
+    model: GateModel
+
+    def prompt(self, tokens: int, seed: int = 0) -> list[int]:
+        """A prompt that no other shares the beginning of."""
+        chance = random.Random(f"{tokens} {seed}")
+        return [chance.randrange(1, self.model.vocab) for _ in range(tokens)]
+
+    def gate(self) -> dict[str, Any]:
+        """What the gate says of itself."""
+        response = self.server.admin.get("/prefill-gate")
+        response.raise_for_status()
+        return dict(response.json())
+
+    def configure(self, **changes: Any) -> None:
+        """Change the gate's settings."""
+        response = self.server.admin.patch("/prefill-gate", json=changes)
+        assert response.status_code == 200, response.text
+
+    def calibrate(self) -> None:
+        """Three steps of each size, plain and with the logits of every token."""
+        for tokens in SIZES:
+            for seed in range(3):
+                self.server.greedy(self.prompt(tokens, seed), 1)
+                scored(self.server, self.prompt(tokens, 10 + seed)).raise_for_status()
+
+    def limit_addresses(self, room_bytes: int = ROOM_BYTES) -> None:
+        """From now on the engine's process may map so much more than it has, and no more."""
+        limit = psutil.Process(self.engine_pid).memory_info().vms + room_bytes
+        resource.prlimit(self.engine_pid, resource.RLIMIT_AS, (limit, limit))
+
+    def lives(self) -> bool:
+        """Whether the engine still generates."""
+        if not psutil.pid_exists(self.engine_pid):
+            return False
+        return self.server.complete([3, 1, 4], 2).status_code == 200
+
+
+@contextmanager
+def besieged(
+    engine: Engine,
+    folder: Path,
+    *,
+    mode: str,
+    model: GateModel = DENSE,
+    arguments: Sequence[str] = (),
+    **settings: object,
+) -> Iterator[Siege]:
+    """A server whose allocator shows every transient; not limited yet."""
+    environment = {
+        **PINNED_ALLOCATOR,
+        "ENGINE_PLUGINS_PREFILL_GATE": mode,
+        "ENGINE_PLUGINS_PREFILL_MARGIN_BYTES": str(16 * MIB),
+        "ENGINE_PLUGINS_PREFILL_CALIBRATION_DIR": str(folder / "calibration"),
+        **{f"ENGINE_PLUGINS_{name.upper()}": str(value) for name, value in settings.items()},
+    }
+    flags = engine.serve.keywords.get("arguments", ())  # type: ignore[attr-defined]
+    with engine.serve(
+        model.copy_to(folder / "model"),
+        folder / "server.log",
+        arguments=[*flags, *_ARGUMENTS[engine.kind], *arguments],
+        environment=environment,
+    ) as server:
+        workers = server.state()["workers"]
+        yield Siege(server=server, engine_pid=int(workers[0]["pid"]), model=model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What the mixture has shown.
+
+    Attributes:
+        table: how many of each kind met each end.
+        unanswered_small: small requests that were not answered in full.
+        false_refusals: refused requests that an idle engine had room for, with a margin of 5 %.
+        broken: answers that ended with an error after they had begun.
+        lost: connections that broke.
+        untold: refusals that do not say what fits, or when to come back.
+    """
+
+    table: dict[str, dict[str, int]]
+    unanswered_small: int
+    false_refusals: int
+    broken: int
+    lost: int
+    untold: int
+
+
+def judged(outcomes: Sequence[Outcome], *, needs: LinearRegression, room_bytes: int) -> Judgement:
+    """Hold outcomes against what was measured.
+
+    Args:
+        outcomes: of the mixture.
+        needs: bytes over tokens of a prompt with all its logits in one step; plain ones need
+            less.
+        room_bytes: that an idle engine has.
+    """
+
+    def fits(outcome: Outcome) -> bool:
+        if outcome.attack.kind != "logprobs":
+            return True
+        needed = needs.intercept + needs.slope * len(outcome.attack.prompt)
+        return needed < 0.95 * room_bytes
+
+    refused = [each for each in outcomes if each.refused]
+    return Judgement(
+        table=summary(outcomes),
+        unanswered_small=sum(
+            each.attack.kind in ("chat", "stream") and not each.answered for each in outcomes
+        ),
+        false_refusals=sum(map(fits, refused)),
+        broken=sum(bool(each.broken) and each.status == 200 for each in outcomes),
+        lost=sum(each.status == 0 or each.status == 500 for each in outcomes),
+        untold=sum(
+            each.retry_after is None if each.status == 503 else "tokens" not in each.body
+            for each in refused
+        ),
+    )
+
+
+def measured_line(gate: dict[str, Any]) -> LinearRegression:
+    """Bytes of a prompt with its logits over its tokens, from what the kernel measured."""
+    steps = [step for step in gate["recent"] if step["prompt_logprob_rows"] >= 256]
+    return linear_regression(
+        [step["prompt_logprob_rows"] for step in steps], [step["measured_bytes"] for step in steps]
+    )
