@@ -39,11 +39,6 @@ def register() -> None:
 
 
 def _speak_through_vllm() -> None:
-    """Have our loggers answer to vLLM's handlers: its processes show no others."""
-    vllm_logger = logging.getLogger("vllm")
+    """Hang our loggers below vLLM's, whose level and handlers are set later than this."""
     for name in ("engine_plugins", "vllm_ext"):
-        ours = logging.getLogger(name)
-        if not ours.handlers:
-            ours.handlers = vllm_logger.handlers
-            ours.setLevel(vllm_logger.level)
-            ours.propagate = False
+        logging.getLogger(name).parent = logging.getLogger("vllm")
