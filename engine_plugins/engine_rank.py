@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import socket
@@ -24,6 +25,8 @@ from engine_plugins.weights.weight_installer import WeightInstaller
 from engine_plugins.weights.worker_service import WorkerService
 
 __all__ = ["TaggedTensors", "make_rank_service"]
+
+logger = logging.getLogger(__name__)
 
 TaggedTensors = Mapping[MemoryTag, Callable[[], Iterable[torch.Tensor]]]
 """What lies in an engine rank's memory, by tag; asked anew each time."""
@@ -66,6 +69,9 @@ def make_rank_service(
         expected_link_gbps=settings.expected_link_gbps,
     )
     ledger = None if backend is None else MemoryLedger(backend)
+    if ledger is not None:
+        how = type(backend).__name__
+        logger.info("rank %d can release %s, by %s", tp_rank, ", ".join(ledger.tags), how)
     sleep = RankSleep(ledger, memory, receiver, sizes=lambda tag: _size(tensors.get(tag)))
     return WorkerService(receiver, tp_rank=tp_rank, calls={**sleep.calls, **(calls or {})})
 

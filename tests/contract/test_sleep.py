@@ -274,6 +274,13 @@ def test_a_trainer_shares_time_through_the_client(awake: Served) -> None:
 
 
 @on(DENSE)
+def test_the_log_says_what_releases_memory(awake: Served) -> None:
+    """On the CPU it is ours, whatever the engine has for GPUs."""
+    said = awake.server.log.read_text()
+    assert "rank 0 can release weights, kv_cache, by HostMemory" in said
+
+
+@on(DENSE)
 def test_memory_says_where_its_figures_come_from(awake: Served) -> None:
     """Per rank: process, source, quality and parts; the same while asleep."""
     server = awake.server

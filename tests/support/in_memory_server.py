@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -238,6 +239,7 @@ def _serve(
 ) -> None:
     """Serve until a signal comes; all API servers are in the one process."""
     torch.set_num_threads(1)
+    logging.basicConfig(level=logging.INFO)
     ensure_runtime_dir()
     shared = shared_state()
     engine = ServedEngine(model, tensor_parallel, shared)
