@@ -11,7 +11,7 @@ ARGS ?=
 OR_NONE_HERE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench fmt setup setup-vllm setup-sglang setup-megatron \
+.PHONY: help demo test check lint bench chaos fmt setup setup-vllm setup-sglang setup-megatron \
   no-such-engine clean
 
 help: ## show this list
@@ -35,6 +35,10 @@ lint: setup-vllm ## ruff, mypy and the import contracts
 
 bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, Megatron to HF, memory
 	$(VLLM_PYTHON) tests/benchmarks/run.py $(ARGS)
+
+chaos: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
+	$(VLLM_PYTHON) -m tests.support.chaos_run $(ARGS)
+	$(SGLANG_PYTHON) -m tests.support.chaos_run $(ARGS)
 
 fmt: setup-vllm ## format, and fix what ruff can fix by itself
 	$(VLLM_ENV)/bin/ruff check --fix .

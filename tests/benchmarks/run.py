@@ -17,6 +17,7 @@ from rich.console import Console
 
 from tests.benchmarks.event_loop import event_loop
 from tests.benchmarks.gate_cost import gate_cost
+from tests.benchmarks.gate_error import gate_error
 from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.peaks import peaks
 from tests.benchmarks.plan_scale import plan_scale
@@ -38,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--only",
-        choices=[*BESIDE_OTHERS, "rows", "probe", "gate", "plan", "phases", "peaks"],
+        choices=[*BESIDE_OTHERS, "rows", "probe", "gate", "plan", "phases", "peaks", "gate-error"],
         help="default: all",
     )
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
@@ -72,6 +73,8 @@ def main() -> None:
             console.print(update_phases(Path(folder), pairs=pairs))
         if chosen.only in (None, "peaks"):
             console.print(peaks(Path(folder), SGLANG_PYTHON))
+        if chosen.only in (None, "gate-error"):
+            console.print(gate_error(Path(folder), SGLANG_PYTHON))
 
 
 if __name__ == "__main__":

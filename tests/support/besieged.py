@@ -29,7 +29,13 @@ ROOM_BYTES = 600 * MIB
 SIZES = (64, 128, 256, 512, 1024, 2048)
 _ARGUMENTS = {
     "vllm": ("--max-model-len", "8192", "--max-num-batched-tokens", "4096"),
-    "sglang": ("--max-total-tokens", "16384", "--chunked-prefill-size", "4096"),
+    "sglang": (
+        "--engine-plugins-enable",
+        "--max-total-tokens",
+        "16384",
+        "--chunked-prefill-size",
+        "4096",
+    ),
 }
 
 
@@ -100,11 +106,10 @@ def besieged(
         "ENGINE_PLUGINS_PREFILL_CALIBRATION_DIR": str(folder / "calibration"),
         **{f"ENGINE_PLUGINS_{name.upper()}": str(value) for name, value in settings.items()},
     }
-    flags = engine.serve.keywords.get("arguments", ())  # type: ignore[attr-defined]
     with engine.serve(
         model.copy_to(folder / "model"),
         folder / "server.log",
-        arguments=[*flags, *_ARGUMENTS[engine.kind], *arguments],
+        arguments=[*_ARGUMENTS[engine.kind], *arguments],
         environment=environment,
     ) as server:
         workers = server.state()["workers"]

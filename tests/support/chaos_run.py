@@ -1,0 +1,89 @@
+"""`make chaos`: thousands of hostile requests against an engine that may not grow.
+
+Prints what became of each kind, and ends with 1 if anything of what must hold did not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tests.support.besieged import ROOM_BYTES, Judgement, besieged, judged, measured_line
+from tests.support.chaos import Outcome, mixture, sent
+from tests.support.engines import Engine, engines_here
+
+__all__ = ["attacked"]
+
+CLIENTS = 8
+LONGEST = 3000
+
+
+def main() -> None:
+    """Attack every engine of this environment."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=1000, help="of each engine")
+    parser.add_argument("--seed", type=int, default=1)
+    chosen = parser.parse_args()
+    console = Console(width=100)
+    failed = False
+    for engine in engines_here():
+        if engine.kind == "in_memory":
+            continue
+        with tempfile.TemporaryDirectory(prefix="engine-plugins-chaos-") as folder:
+            began = time.monotonic()
+            alive, judgement, _ = attacked(
+                engine, Path(folder), requests=chosen.requests, seed=chosen.seed
+            )
+            console.print(_table(engine, judgement, time.monotonic() - began))
+        faults = _faults(judgement, chosen.requests, alive=alive)
+        console.print(*faults or ["held"], sep="\n")
+        failed = failed or bool(faults)
+    raise SystemExit(failed)
+
+
+def attacked(
+    engine: Engine, folder: Path, *, requests: int, seed: int
+) -> tuple[bool, Judgement, list[Outcome]]:
+    """Attack one server under a limit of its addresses; whether it lives, and what has shown."""
+    with besieged(engine, folder, mode="enforce") as siege:
+        siege.calibrate()
+        needs = measured_line(siege.gate())
+        siege.limit_addresses()
+        attacks = mixture(requests, seed=seed, vocab=siege.model.vocab, longest=LONGEST)
+        outcomes = sent(siege.server, attacks, clients=CLIENTS)
+        judgement = judged(outcomes, needs=needs, room_bytes=ROOM_BYTES)
+        return siege.lives(), judgement, outcomes
+
+
+def _table(engine: Engine, judgement: Judgement, took_s: float) -> Table:
+    table = Table(title=f"{engine.kind}: what became of them ({took_s:.0f} s)")
+    table.add_column("kind")
+    table.add_column("ends")
+    for kind, ends in judgement.table.items():
+        table.add_row(kind, ", ".join(f"{count} {end}" for end, count in sorted(ends.items())))
+    return table
+
+
+def _faults(judgement: Judgement, requests: int, *, alive: bool) -> list[str]:
+    found = {
+        "the engine died": not alive,
+        f"{judgement.unanswered_small} small requests without their answer": (
+            judgement.unanswered_small
+        ),
+        f"{judgement.false_refusals} refused that would have fitted": (
+            judgement.false_refusals > 0.005 * requests
+        ),
+        f"{judgement.broken} broken off after a 200": judgement.broken,
+        f"{judgement.lost} lost": judgement.lost,
+        f"{judgement.untold} refusals that do not say what to do": judgement.untold,
+    }
+    return [fault for fault, is_so in found.items() if is_so]
+
+
+if __name__ == "__main__":
+    main()
