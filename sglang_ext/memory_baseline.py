@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed
 
+from engine_plugins.admin.runtime_dir import first_process
 from engine_plugins.sleep.gpu_device import rank_memory
 from engine_plugins.sleep.rank_memory import RankMemory
 
@@ -23,7 +24,8 @@ def memory_of(runner: Any) -> RankMemory:
     """The measure of a model runner; without a baseline where it had loaded before it was asked."""
     memory: RankMemory | None = getattr(runner, _MEMORY, None)
     if memory is None:
-        memory = rank_memory(torch.distributed.get_rank(), _device(runner))
+        tp_rank = torch.distributed.get_rank()
+        memory = rank_memory(tp_rank, _device(runner), engine=first_process())
         setattr(runner, _MEMORY, memory)
     return memory
 

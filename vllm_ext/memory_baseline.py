@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from engine_plugins.admin.runtime_dir import first_process
 from engine_plugins.sleep.gpu_device import rank_memory
 from engine_plugins.sleep.rank_memory import RankMemory
 from vllm_ext.versions import VLLM
@@ -41,6 +42,6 @@ def memory_of(worker: Any) -> RankMemory:
     memory: RankMemory | None = getattr(worker, _MEMORY, None)
     if memory is None:
         tp_rank = int(worker.rank) % int(worker.vllm_config.parallel_config.tensor_parallel_size)
-        memory = rank_memory(tp_rank, worker.device)
+        memory = rank_memory(tp_rank, worker.device, engine=first_process())
         setattr(worker, _MEMORY, memory)
     return memory

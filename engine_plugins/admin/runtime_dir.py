@@ -11,12 +11,16 @@ import multiprocessing
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from engine_plugins.admin.shared_state import SharedState, create_runtime_dir
 from engine_plugins.settings import PREFIX
+from engine_plugins.sleep.process_identity import ProcessIdentity, identify
 
-__all__ = ["RUNTIME_DIR", "ensure_runtime_dir", "shared_state"]
+__all__ = ["RUNTIME_DIR", "ensure_runtime_dir", "first_process", "shared_state"]
 
 RUNTIME_DIR = PREFIX + "RUNTIME_DIR"
 _OWNER = PREFIX + "RUNTIME_OWNER"
@@ -26,6 +30,18 @@ def ensure_runtime_dir() -> None:
     """Lay the directory out, if this is the first process of a server; repeating is harmless."""
     if _is_first_process():
         _lay_out()
+
+
+def first_process() -> ProcessIdentity | None:
+    """The process that laid the directory out, if it is this one or one above it.
+
+    Any other pid may be of another pid namespace, or used again.
+    """
+    with suppress(OSError, psutil.Error):
+        for each in (psutil.Process(), *psutil.Process().parents()):
+            if str(each.pid) == os.environ.get(_OWNER):
+                return identify(each.pid)
+    return None
 
 
 def shared_state() -> SharedState:

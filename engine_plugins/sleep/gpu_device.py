@@ -8,14 +8,17 @@ import psutil
 import torch
 
 from engine_plugins.sleep.memory_report import GpuDevice
+from engine_plugins.sleep.process_identity import ProcessIdentity
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.weights.cuda_runtime import gpu_pci_address
 
 __all__ = ["free_bytes", "gpu_device", "rank_memory"]
 
 
-def rank_memory(tp_rank: int, device: torch.device | str) -> RankMemory:
-    """The measure of a rank that computes on a device of torch's.
+def rank_memory(
+    tp_rank: int, device: torch.device | str, *, engine: ProcessIdentity | None = None
+) -> RankMemory:
+    """The measure of a rank that computes on a device of torch's; `engine` as for `RankMemory`.
 
     torch's allocator is not asked: what a memory saver has released still counts as reserved there.
     """
@@ -24,7 +27,10 @@ def rank_memory(tp_rank: int, device: torch.device | str) -> RankMemory:
         return RankMemory(tp_rank, None)
     ordinal = torch.cuda.current_device() if device == torch.device("cuda") else device.index
     return RankMemory(
-        tp_rank, gpu_device(ordinal), whole_gpu_bytes=partial(_used_by_everybody, ordinal)
+        tp_rank,
+        gpu_device(ordinal),
+        whole_gpu_bytes=partial(_used_by_everybody, ordinal),
+        engine=engine,
     )
 
 

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from engine_plugins.admin.runtime_dir import first_process
+from engine_plugins.sleep.process_identity import identify
+
 SHOW = (
     "import os; from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir; "
     "ensure_runtime_dir(); "
@@ -25,10 +28,11 @@ def _in_a_program_of_its_own(environment: dict[str, str]) -> Path:
 
 
 def _in_a_child(folder: str) -> None:
-    from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir
+    from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir, first_process
 
     ensure_runtime_dir()
     Path(folder, "seen").write_text(os.environ[RUNTIME_DIR])
+    Path(folder, "first").write_text(str(first_process()))
 
 
 @pytest.fixture
@@ -67,3 +71,26 @@ def test_the_processes_that_a_server_starts_share_its_directory(
     child.start()
     child.join(60)
     assert (tmp_path / "seen").read_text() == str(tmp_path)
+    assert (tmp_path / "first").read_text() == str(identify())
+
+
+@pytest.mark.parametrize("owner", ["stranger", "ended", "unset"])
+def test_a_pid_that_is_not_above_is_not_the_first_process(
+    monkeypatch: pytest.MonkeyPatch, owner: str
+) -> None:
+    """A pid may be used again, and names another process in another pid namespace."""
+    monkeypatch.delenv("ENGINE_PLUGINS_RUNTIME_OWNER", raising=False)
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        if owner == "ended":
+            stranger.kill()
+            stranger.wait()
+        if owner != "unset":
+            monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", str(stranger.pid))
+        assert first_process() is None
+        stranger.kill()
+
+
+def test_the_first_process_knows_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine may run all in one process."""
+    monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", str(os.getpid()))
+    assert first_process() == identify()
