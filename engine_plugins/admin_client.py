@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Literal, Self, TypeVar, Unpack
 
 import httpx
 import msgspec
@@ -30,6 +30,7 @@ from engine_plugins.errors import (
     NotConfiguredError,
     SettingsError,
 )
+from engine_plugins.prefill_gate.gate_report import GateChanges, GateReport
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.weights.manifest import MSGPACK
@@ -156,6 +157,22 @@ class AdminClient:
     def memory(self) -> ResidualReport:
         """Ask what is resident of every rank, where the figures come from, how good they are."""
         return self._call("GET", "/memory", ResidualReport, scope="read")
+
+    def prefill_gate(self) -> GateReport:
+        """Ask for the prefill gate's settings, calibration and counters."""
+        return self._call("GET", "/prefill-gate", GateReport, scope="read")
+
+    def set_prefill_gate(self, **changes: Unpack[GateChanges]) -> GateReport:
+        """Change settings of the prefill gate until the server ends; what is not named stays.
+
+        Raises:
+            AdminAnswerError: also with code `refused_setting`, where nothing has changed.
+        """
+        return self._call("PATCH", "/prefill-gate", GateReport, json=changes)
+
+    def reset_prefill_gate(self) -> GateReport:
+        """Have the prefill gate forget what it measured, who waits, and its counters."""
+        return self._call("POST", "/prefill-gate/reset", GateReport)
 
     def put_source(self, manifest: bytes) -> str:
         """Offer one trainer process's manifest (msgpack); returns the engine's source_id."""

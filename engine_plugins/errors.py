@@ -24,6 +24,7 @@ __all__ = [
     "PeerLostError",
     "PlanError",
     "PromptTooLargeError",
+    "RefusedSettingError",
     "ResidualMemoryError",
     "SettingsError",
     "SleepRefusedError",
@@ -60,6 +61,12 @@ class SettingsError(EnginePluginError):
     """A setting has a value that cannot be used."""
 
     code = "bad_setting"
+
+
+class RefusedSettingError(SettingsError):
+    """A caller wants to change a setting to a value that cannot be used; nothing has changed."""
+
+    code = "refused_setting"
 
 
 class HookModeError(SettingsError, RuntimeError):

@@ -24,6 +24,7 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.WeightMismatchError: 422,
     errors.PeerError: 422,
     errors.UnsupportedError: 422,
+    errors.RefusedSettingError: 422,
     errors.SettingsError: 503,
     errors.NotConfiguredError: 503,
     errors.PeerLostError: 503,

@@ -16,6 +16,8 @@ from engine_plugins.admin.schemas import (
     ConnectBody,
     FlushBody,
     Flushed,
+    GateBody,
+    GateView,
     PauseBody,
     SleepAnswer,
     SleepBody,
@@ -40,6 +42,9 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
     ("POST", "/sleep"): "control",
     ("POST", "/wake"): "control",
     ("GET", "/memory"): "read",
+    ("GET", "/prefill-gate"): "read",
+    ("PATCH", "/prefill-gate"): "control",
+    ("POST", "/prefill-gate/reset"): "control",
     ("POST", SOURCES_PATH): "weights",
     ("POST", "/weights/connect"): "weights",
     ("GET", "/weights/manifest"): "weights",
@@ -103,6 +108,21 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
     async def memory() -> Response:
         """What is resident of every rank, where the figure comes from and how good it is."""
         return _json(await service.memory())
+
+    @router.get("/prefill-gate")
+    async def prefill_gate() -> GateView:
+        """The gate's settings, calibration and counters."""
+        return await service.prefill_gate()
+
+    @router.patch("/prefill-gate")
+    async def configure_prefill_gate(body: GateBody) -> GateView:
+        """Change settings of the gate until the server ends; 422 changes nothing."""
+        return await service.configure_prefill_gate(body)
+
+    @router.post("/prefill-gate/reset")
+    async def reset_prefill_gate() -> GateView:
+        """Forget measurements, kept ones too, who waits, and counters."""
+        return await service.reset_prefill_gate()
 
     @router.post(SOURCES_PATH, openapi_extra=_MANIFEST_BODY)
     async def sources(request: Request) -> SourceAccepted:

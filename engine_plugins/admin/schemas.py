@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from engine_plugins.admin.engine_control import InFlightKV, PauseMode
 from engine_plugins.admin.state import StateName
+from engine_plugins.prefill_gate.decision import Outcome
+from engine_plugins.prefill_gate.model_memory import Regime
+from engine_plugins.settings import GATE_MODES
 from engine_plugins.sleep.memory_backend import MemoryTag
 
 __all__ = [
@@ -19,6 +22,8 @@ __all__ = [
     "FenceView",
     "FlushBody",
     "Flushed",
+    "GateBody",
+    "GateView",
     "PauseBody",
     "ProgressView",
     "RequestsView",
@@ -31,6 +36,11 @@ __all__ = [
     "WeightsView",
     "WorkerView",
 ]
+
+
+_EXACT = 1 << 53
+"""Below it every number of JSON is exact, wherever it is read."""
+_Bytes = Annotated[int, Field(strict=True, gt=-_EXACT, lt=_EXACT)]
 
 
 class _Body(BaseModel):
@@ -126,6 +136,26 @@ class WakeBody(_Body):
 
     tags: list[MemoryTag] | None = Field(
         default=None, min_length=1, description="null: everything that is released"
+    )
+
+
+class GateBody(_Body):
+    """What to change of the prefill gate until the server ends; what is left out stays.
+
+    The types are checked here, the values where the server's own settings are.
+    """
+
+    mode: str = Field(
+        default_factory=str, max_length=64, json_schema_extra={"enum": list(GATE_MODES)}
+    )
+    cap_bytes: _Bytes | None = Field(
+        default_factory=lambda: None, description="of a rank; null: what is free"
+    )
+    margin_quantile: float = Field(
+        default_factory=float, strict=True, description="of prediction errors; over 0, at most 1"
+    )
+    margin_bytes: _Bytes = Field(
+        default_factory=int, description="what the margin never falls below"
     )
 
 
@@ -240,3 +270,49 @@ class WeightsView(BaseModel):
     version: int | None
     history: list[dict[str, object]] = Field(description="reports, newest first")
     plans: list[dict[str, object]]
+
+
+class GateSettingsView(BaseModel):
+    """What is in force of the prefill gate."""
+
+    mode: str
+    cap_bytes: int | None
+    margin_quantile: float
+    margin_bytes: int
+
+
+class LineView(BaseModel):
+    """What is known of one phase of a step."""
+
+    samples: int
+    intercept_bytes: int
+    slope: float
+    proven: bool
+    error_p95: float
+    margin_bytes: int
+
+
+class MeasuredStepView(BaseModel):
+    """A step that was measured, beside what was predicted for it."""
+
+    tokens: int
+    prompt_logprob_rows: int
+    regime: Regime
+    predicted_bytes: int
+    margin_bytes: int
+    measured_bytes: int
+
+
+class GateView(BaseModel):
+    """The prefill gate as of the engine's latest step; bytes are of the rank with least room."""
+
+    settings: GateSettingsView
+    used_bytes: int
+    cap_bytes: int
+    calibration: dict[Regime, LineView] = Field(description="by phase of a step")
+    decisions: dict[Outcome, int] = Field(description="how many of each; a wait counts once")
+    exceeded: int = Field(description="measured steps that took more than predicted with margin")
+    waiting: int
+    longest_wait_s: float
+    deferred_s: float = Field(description="that requests which were let in had waited, in all")
+    recent: list[MeasuredStepView] = Field(description="measured lately, oldest first")

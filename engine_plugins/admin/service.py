@@ -21,6 +21,8 @@ from engine_plugins.admin.schemas import (
     ConnectBody,
     EngineView,
     FlushBody,
+    GateBody,
+    GateView,
     PauseBody,
     RequestsView,
     SleepAnswer,
@@ -41,13 +43,21 @@ from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
+    RefusedSettingError,
+    SettingsError,
     WeightMismatchError,
 )
+from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.weights.model_facts import compare_facts
 from engine_plugins.weights.report import PlanSummary, UpdateReport
-from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescription
+from engine_plugins.weights.worker_service import (
+    ConnectAnswer,
+    WorkerDescription,
+    encode_call,
+    read_answer,
+)
 
 __all__ = ["AdminService"]
 
@@ -164,6 +174,33 @@ class AdminService:
     async def memory(self) -> dict[str, object]:
         """What is resident of every rank, now."""
         return memory_answer(await self._sleeping.memory(), self._sleeping.leaks())
+
+    async def prefill_gate(self) -> GateView:
+        """The gate as the engine's scheduler says it is, between two steps."""
+        return await self._call_gate("gate_report")
+
+    async def configure_prefill_gate(self, body: GateBody) -> GateView:
+        """Change settings of the gate, whatever state the engine is in.
+
+        Raises:
+            RefusedSettingError: a value that makes no sense on this machine.
+        """
+        try:
+            return await self._call_gate(
+                "gate_configure", changes=body.model_dump(exclude_unset=True)
+            )
+        except SettingsError as error:
+            raise RefusedSettingError(
+                error.message, remedy=error.remedy or "GET /admin/v1/prefill-gate says what holds"
+            ) from error
+
+    async def reset_prefill_gate(self) -> GateView:
+        """Forget what was measured, and count from 0."""
+        return await self._call_gate("gate_reset")
+
+    async def _call_gate(self, call: str, **arguments: Any) -> GateView:
+        answer = await self._control.call_gate(call, encode_call(**arguments))
+        return GateView(**msgspec.to_builtins(read_answer(answer, GateReport)))
 
     async def flush(self, body: FlushBody) -> list[str]:
         """Empty caches, whatever the engine is doing short of an update."""

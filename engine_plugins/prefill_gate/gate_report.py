@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import msgspec
 
 from engine_plugins.prefill_gate.decision import Outcome
 from engine_plugins.prefill_gate.model_memory import Regime
 
-__all__ = ["GateReport", "GateSettings", "LineReport", "MeasuredStep"]
+__all__ = ["GateChanges", "GateReport", "GateSettings", "LineReport", "MeasuredStep"]
 
 
 class LineReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +41,15 @@ class GateSettings(msgspec.Struct, frozen=True, kw_only=True):
         margin_quantile: of prediction errors, which the margin covers.
         margin_bytes: what the margin never falls below.
     """
+
+    mode: str
+    cap_bytes: int | None
+    margin_quantile: float
+    margin_bytes: int
+
+
+class GateChanges(TypedDict, total=False):
+    """Fields of `GateSettings` to change."""
 
     mode: str
     cap_bytes: int | None

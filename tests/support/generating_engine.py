@@ -16,18 +16,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine_plugins.admin.engine_control import EngineInfo, PauseMode, RequestCounts
+from engine_plugins.errors import EnginePluginError
 from engine_plugins.prefill_gate.engine_gate import EngineGate, make_engine_gate
-from engine_plugins.prefill_gate.entry import EntryKind
+from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
 from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.rank_meter import OwnRank, RankMeter
 from engine_plugins.prefill_gate.step_memory import HostStepMemory
+from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, answer_call
 
-__all__ = ["TICK_S", "GeneratingEngine", "Request"]
+__all__ = ["SMALLEST_CHUNK", "TICK_S", "GeneratingEngine", "Request"]
 
 TICK_S = 0.002
 ENDLESS = 1 << 30
+SMALLEST_CHUNK = 16
+"""Tokens of the largest prompt that an idle engine runs whatever the gate predicts."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -37,12 +41,22 @@ class Request:
     prompt: tuple[int, ...]
     max_tokens: int
     salt: str | None
+    request_id: str
+    refusable: bool = True
+    """Whether its answer has not begun."""
     tokens: list[Any] = field(default_factory=list)
     kv: list[Any] = field(default_factory=list)
     """What was computed for each position."""
     admitted: bool = False
     finish_reason: str | None = None
+    refusal: EnginePluginError | None = None
+    """Why the gate ended it."""
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def missing(self) -> int:
+        """Tokens that the next step computes; 1 of a request that decodes."""
+        return max(len(self.prompt) + len(self.tokens) - len(self.kv), 1)
 
     def end(self, reason: str) -> None:
         self.finish_reason = reason
@@ -55,6 +69,7 @@ class GeneratingEngine(ABC):
     Args:
         services: what answers the calls of each worker, in rank order.
         generation: mark of the weights that new KV is of, read as each request arrives.
+        board: where its gate tells the API processes of limits.
 
     Attributes:
         versions: labels published, in order.
@@ -62,10 +77,16 @@ class GeneratingEngine(ABC):
     """
 
     def __init__(
-        self, services: Sequence[WorkerService], *, generation: Callable[[], str | None]
+        self,
+        services: Sequence[WorkerService],
+        *,
+        generation: Callable[[], str | None],
+        board: GateBoard | None = None,
     ) -> None:
         self.versions: list[int] = []
-        self.gate = _gate()
+        self._meter = RankMeter(HostStepMemory(ranks=1))
+        self.gate = _gate(self._meter, board)
+        self._numbers = itertools.count()
         self.prefix_cache: dict[tuple[str | None, tuple[int, ...]], list[Any]] = {}
         self._services = services
         self._generation = generation
@@ -101,9 +122,15 @@ class GeneratingEngine(ABC):
         if not loop.cancelled():
             loop.result()
 
-    def submit(self, *prompt: int, max_tokens: int = ENDLESS) -> Request:
+    def submit(self, *prompt: int, max_tokens: int = ENDLESS, refusable: bool = True) -> Request:
         """Queue a request."""
-        request = Request(prompt=prompt, max_tokens=max_tokens, salt=self._generation())
+        request = Request(
+            prompt=prompt,
+            max_tokens=max_tokens,
+            salt=self._generation(),
+            request_id=str(next(self._numbers)),
+            refusable=refusable,
+        )
         self._requests.append(request)
         return request
 
@@ -167,18 +194,62 @@ class GeneratingEngine(ABC):
 
     def _end_all(self, reason: str) -> int:
         ended = len(self._requests)
-        for request in self._requests:
-            request.end(reason)
-        self._requests.clear()
+        for request in list(self._requests):
+            self._end(request, reason)
         return ended
+
+    def _end(self, request: Request, reason: str) -> None:
+        self._requests.remove(request)
+        request.end(reason)
+        self.gate.forget([request.request_id], idle=not self._requests)
 
     async def _generate(self) -> None:
         for _ in itertools.count():
             async with self._core:
-                for request in list(self._requests):
-                    if self._pause is None or (self._pause == "wait" and request.admitted):
+                waiting = [
+                    request
+                    for request in self._requests
+                    if self._pause is None or (self._pause == "wait" and request.admitted)
+                ]
+                if self.gate.is_on and waiting:
+                    self._gated(waiting)
+                else:
+                    for request in waiting:
                         self._step(request)
             await asyncio.sleep(TICK_S)
+
+    def _gated(self, requests: Sequence[Request]) -> None:
+        """One step of those that the gate lets in, each with all that it lacks."""
+        for request in requests:
+            request.kv = request.kv or self._cached(request)
+        decoding = [each for each in requests if each.admitted and each.missing == 1]
+        running = StepShape(tokens=len(decoding), rows=len(decoding))
+        self.gate.begin(self.gate.figures(), running=running, in_flight=bool(decoding))
+        let_in = [each for each in requests if each in decoding or self._may_prefill(each)]
+        order = self.gate.order(self.gate.gate.planned)
+        if order is not None:
+            self._meter.before(order)
+        for request in let_in:
+            self._step(request)
+        self._meter.after()
+
+    def _may_prefill(self, request: Request) -> bool:
+        """Ask the gate; a refused request ends here."""
+        known = len(request.prompt) + len(request.tokens)
+        decision = self.gate.decide(
+            Candidate(
+                request.request_id,
+                request.missing,
+                known,
+                computed=known - request.missing,
+                divisible=False,
+                refusable=request.refusable and not request.tokens,
+            )
+        )
+        request.refusal = decision.error()
+        if request.refusal is not None:
+            self._end(request, "error")
+        return decision.outcome == "run"
 
     def _step(self, request: Request) -> None:
         """One token, computed from KV that may be shared with an earlier request's."""
@@ -190,8 +261,7 @@ class GeneratingEngine(ABC):
         self.prefix_cache[request.salt, request.prompt] = request.kv[: len(request.prompt)]
         request.tokens.append(token)
         if len(request.tokens) >= request.max_tokens:
-            self._requests.remove(request)
-            request.end("length")
+            self._end(request, "length")
 
     def _cached(self, request: Request) -> list[Any]:
         """KV of the longest prompt that this one begins with, under the same salt."""
@@ -200,15 +270,15 @@ class GeneratingEngine(ABC):
         return list(next((kv for kv in found if kv is not None), []))
 
 
-def _gate() -> EngineGate:
+def _gate(meter: RankMeter, board: GateBoard | None) -> EngineGate:
     sizes = ModelSizes(hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, vocab=512)
     return make_engine_gate(
         ModelMemory(sizes, itemsize=4),
         Settings.load(),
-        OwnRank(RankMeter(HostStepMemory(ranks=1))),
-        smallest_chunk=16,
-        entry=EntryKind(max_prompt=4096, divisible=True, logprobs_held_bytes=24),
+        OwnRank(meter),
+        smallest_chunk=SMALLEST_CHUNK,
+        entry=EntryKind(max_prompt=4096, divisible=False, logprobs_held_bytes=0),
         samples={},
-        board=None,
+        board=board,
         keep=None,
     )

@@ -30,6 +30,7 @@ STATUS = {
     "PeerLostError": 503,
     "PlanError": 422,
     "PromptTooLargeError": 413,
+    "RefusedSettingError": 422,
     "ResidualMemoryError": 507,
     "SettingsError": 503,
     "SleepRefusedError": 507,
