@@ -24,6 +24,7 @@ from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.late_admin import LateAdmin
 from engine_plugins.settings import Settings
 from vllm_ext.engine_control import VllmEngineControl
+from vllm_ext.prefill_refusal import answer_refusals
 from vllm_ext.versions import VLLM
 
 __all__ = ["EndpointPlugin", "endpoint_plugin", "hook_app"]
@@ -62,6 +63,7 @@ def hook_app() -> None:
     @functools.wraps(original)
     def attach_endpoint_plugins(app: FastAPI, *args: Any, **kwargs: Any) -> None:
         original(app, *args, **kwargs)
+        answer_refusals(app)
         mount(app)
 
     attach_endpoint_plugins.engine_plugins_hooked = True  # type: ignore[attr-defined]

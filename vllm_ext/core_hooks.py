@@ -1,7 +1,7 @@
-"""What is added to vLLM's engine core: KV kept apart by weights, and an end for held requests.
+"""What is added to vLLM's engine core: KV kept apart by weights, an end for requests, the gate.
 
-Patches of `EngineCore`, each idempotent. The core has no plugin point for either; remove them
-when it does.
+Patches of `EngineCore`, each idempotent. The core has no plugin point for any; remove them when it
+does.
 """
 
 from __future__ import annotations
@@ -16,9 +16,15 @@ from vllm.v1.request import Request, RequestStatus
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.errors import UnsupportedError
+from engine_plugins.prefill_gate.engine_gate import EngineGate
+from engine_plugins.settings import Settings
+from engine_plugins.weights.worker_service import answer_call, refuse
 from vllm_ext.versions import VLLM
 
 __all__ = ["hook_engine_core"]
+
+_GATE = "_engine_plugins_gate"
 
 
 def hook_engine_core() -> None:
@@ -31,6 +37,8 @@ def hook_engine_core() -> None:
     EngineCore.engine_plugins_request_counts = _request_counts
     EngineCore.engine_plugins_isolate_waiting = functools.partialmethod(_isolate_waiting, shared)
     EngineCore.engine_plugins_fail_requests = _fail_requests
+    EngineCore.engine_plugins_gate_call = _gate_call
+    _gate_prefills()
 
 
 def _salt_new_requests(shared: SharedState) -> None:
@@ -82,3 +90,40 @@ def _fail_requests(self: EngineCoreProc) -> int:
     for client, request_ids in by_client.items():
         self._send_finish_outputs_to_client(request_ids, client, FinishReason.ERROR)
     return len(ended)
+
+
+def _gate_prefills() -> None:
+    """Put the prefill gate in front of the scheduler as soon as both it and the ranks are there.
+
+    The core loads plugins within its `__init__`: what is wrapped is a method that this calls then.
+    """
+    original = EngineCore._initialize_effective_attention_block_size
+
+    @functools.wraps(original)
+    def initialize(self: EngineCore) -> None:
+        original(self)
+        config = self.vllm_config
+        settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
+        if settings.prefill_gate != "off" or config.parallel_config.worker_extension_cls:
+            setattr(self, _GATE, _gate_or_reason(self, settings))
+
+    EngineCore._initialize_effective_attention_block_size = initialize
+
+
+def _gate_or_reason(core: EngineCore, settings: Settings) -> EngineGate | UnsupportedError:
+    """A gate that is off must not keep an engine from serving."""
+    from vllm_ext.prefill_gate import install_gate  # an API process has no use for it
+
+    try:
+        return install_gate(core, settings)
+    except UnsupportedError as error:
+        if settings.prefill_gate != "off":
+            raise
+        return error
+
+
+def _gate_call(self: EngineCore, call: str, arguments: bytes) -> bytes:
+    gate: EngineGate | UnsupportedError = getattr(self, _GATE)
+    if isinstance(gate, UnsupportedError):
+        return refuse(gate)
+    return answer_call(gate.calls, call, arguments, who="the engine core")

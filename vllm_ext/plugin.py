@@ -28,8 +28,10 @@ def register() -> None:
         hook_engine_core()
     if "vllm.v1.worker.worker_base" in sys.modules:
         from vllm_ext.memory_baseline import hook_load_model
+        from vllm_ext.step_hook import hook_steps
 
         hook_load_model()
+        hook_steps()
     if "vllm.entrypoints.launchers.app" in sys.modules:
         from vllm_ext.admin_mount import hook_app
         from vllm_ext.admission_hook import hook_admission

@@ -1,0 +1,231 @@
+"""The prefill gate in front of a vLLM scheduler.
+
+The scheduler walks its queues as ever. It is answered at the two places where it asks itself about
+one request: whether a waiting one may join the step, and how much of one is computed. So what waits
+keeps its place, and what the gate does not touch is computed as without it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.prefill_gate.engine_gate import EngineGate
+from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
+from vllm_ext.prefill_refusal import stop_reason_of
+from vllm_ext.step_order import attach_order
+
+__all__ = ["GatedScheduler", "held_bytes_per_token"]
+
+
+class GatedScheduler:
+    """One scheduler and its gate; takes the place of six of the scheduler's methods.
+
+    Args:
+        scheduler: vLLM's, of either kind.
+        gate: asked about each prefill.
+        on_host: whether what prompt logprobs keep lies in the memory that the gate watches.
+    """
+
+    def __init__(self, scheduler: Scheduler, gate: EngineGate, *, on_host: bool) -> None:
+        self._scheduler, self._gate, self._on_host = scheduler, gate, on_host
+        self._divisible = bool(scheduler.scheduler_config.enable_chunked_prefill)
+        self._asking = False
+        self._let_in: dict[str, Candidate] = {}
+        self._cut: dict[str, int] = {}
+        self._refused: dict[str, EnginePluginError] = {}
+        self._ended: list[tuple[Request, EnginePluginError]] = []
+        self._hit: tuple[str, Any] = ("", None)
+        self._take_over()
+
+    def _take_over(self) -> None:
+        scheduler: Any = self._scheduler
+        self._schedule = scheduler.schedule
+        self._is_ready = scheduler._handle_blocked_waiting_request
+        self._look_up = scheduler._get_local_prefix_cache_hit
+        self._size = scheduler._reserve_prefill_lookahead
+        self._update = scheduler.update_from_output
+        self._free = scheduler._free_request
+        scheduler.schedule = self.schedule
+        scheduler._handle_blocked_waiting_request = self.is_ready
+        scheduler._get_local_prefix_cache_hit = self.look_up
+        scheduler._reserve_prefill_lookahead = self.size
+        scheduler.update_from_output = self.update_from_output
+        scheduler._free_request = self.free_request
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        """Put a step together, with the prefills that the gate lets in."""
+        if not self._gate.is_on:
+            return self._schedule(*args, **kwargs)
+        self._begin()
+        try:
+            output: SchedulerOutput = self._schedule(*args, **kwargs)
+        finally:
+            self._asking = False
+        if self._refused:
+            self._end_refused()
+        shape = self._shape(output)
+        order = self._gate.order(shape)
+        if order is not None and (shape.tokens or order.give_back):
+            attach_order(output, order)
+        return output
+
+    def is_ready(self, request: Request) -> bool:
+        """Whether a waiting request may join this step."""
+        if not self._is_ready(request):
+            return False
+        if not self._asking:
+            return True
+        computed = request.num_computed_tokens or self._cached(request)
+        room = self._scheduler.max_num_scheduled_tokens - self._gate.gate.planned.tokens
+        return self._ask(request, computed, min(request.num_tokens - computed, max(room, 1))) > 0
+
+    def look_up(self, request: Request) -> Any:
+        """The prefix cache's hit, once for the gate and the scheduler."""
+        known, hit = self._hit
+        if known != request.request_id:
+            return self._look_up(request)
+        self._hit = ("", None)
+        return hit
+
+    def size(self, request: Request, computed: int, tokens: int) -> int:
+        """How many tokens of a request are computed now."""
+        if self._asking and tokens:
+            if request.status == RequestStatus.RUNNING and request.is_prefill_chunk:
+                self._ask(request, computed, tokens)
+                tokens = min(tokens, self._cut.get(request.request_id, tokens))
+            elif request.request_id in self._cut:
+                tokens = min(tokens, self._cut[request.request_id])
+        return int(self._size(request, computed, tokens))
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        """Add the ends of refused requests to what a step gave."""
+        outputs: dict[int, EngineCoreOutputs] = self._update(scheduler_output, model_runner_output)
+        for request, refusal in self._ended:
+            to_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            to_client.outputs.append(
+                EngineCoreOutput(
+                    request_id=request.request_id,
+                    new_token_ids=[],
+                    finish_reason=FinishReason.ERROR,
+                    stop_reason=stop_reason_of(refusal),
+                    events=request.take_events(),
+                    trace_headers=request.trace_headers,
+                )
+            )
+        self._ended.clear()
+        return outputs
+
+    def free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
+        """A request has ended."""
+        freed = self._free(request, *args, **kwargs)
+        if self._gate.is_on:
+            self._gate.forget([request.request_id], idle=not self._scheduler.requests)
+        return freed
+
+    def _begin(self) -> None:
+        self._let_in.clear()
+        self._cut.clear()
+        self._hit = ("", None)
+        decodes = sum([not each.is_prefill_chunk for each in self._scheduler.running])
+        tokens = decodes * (1 + self._scheduler.num_spec_tokens)
+        self._gate.begin(
+            self._gate.figures(),
+            running=StepShape(tokens=tokens, rows=tokens),
+            in_flight=decodes > 0,
+        )
+        self._asking = True
+
+    def _cached(self, request: Request) -> int:
+        self._hit = (request.request_id, self._look_up(request))
+        return int(self._hit[1][1])
+
+    def _ask(self, request: Request, computed: int, wanted: int) -> int:
+        """Ask the gate about a prefill; the tokens that it grants."""
+        candidate = self._candidate(request, computed, wanted)
+        decision = self._gate.decide(candidate)
+        if decision.outcome == "run":
+            self._let_in[request.request_id] = candidate
+            return wanted
+        granted = self._aligned(computed, decision.tokens)
+        self._cut[request.request_id] = granted
+        if granted:
+            self._let_in[request.request_id] = candidate
+        refusal = decision.error()
+        if refusal is not None:
+            self._refused[request.request_id] = refusal
+        return granted
+
+    def _aligned(self, computed: int, tokens: int) -> int:
+        """Chunks of some models end where their state is kept."""
+        if not self._scheduler.need_mamba_block_aligned_split:
+            return tokens
+        return max(tokens - (computed + tokens) % int(self._scheduler.block_size), 0)
+
+    def _candidate(self, request: Request, computed: int, wanted: int) -> Candidate:
+        params = request.sampling_params
+        logprobs = params is not None and params.prompt_logprobs is not None
+        return Candidate(
+            request.request_id,
+            wanted,
+            request.num_tokens,
+            computed,
+            prompt_logprobs=logprobs and not request.num_output_tokens,
+            held_bytes_per_token=held_bytes_per_token(params.prompt_logprobs)
+            if logprobs and self._on_host
+            else 0,
+            multimodal_tokens=_encoder_tokens(request, computed, wanted),
+            lora=request.lora_request is not None,
+            divisible=self._divisible,
+            refusable=_is_refusable(request),
+        )
+
+    def _shape(self, output: SchedulerOutput) -> StepShape:
+        """Of the step as it runs: let in does not mean that there was room for its KV."""
+        scheduled = output.num_scheduled_tokens
+        prefills = [
+            (candidate, scheduled[request_id])
+            for request_id, candidate in self._let_in.items()
+            if request_id in scheduled
+        ]
+        decodes = output.total_num_scheduled_tokens - sum(tokens for _, tokens in prefills)
+        shape = StepShape(tokens=decodes, rows=decodes)
+        for candidate, tokens in prefills:
+            shape = candidate.joined_to(shape, tokens)
+        return shape
+
+    def _end_refused(self) -> None:
+        ended = self._scheduler.finish_requests(self._refused, RequestStatus.FINISHED_ERROR)
+        self._ended += [(request, self._refused[request.request_id]) for request in ended]
+        self._refused.clear()
+
+
+def held_bytes_per_token(prompt_logprobs: int) -> int:
+    """What vLLM keeps of a prompt token's log-probabilities: ids, values and a rank."""
+    return 8 * (prompt_logprobs + 1) + 4
+
+
+def _is_refusable(request: Request) -> bool:
+    """Whether nothing of an answer can have been sent."""
+    params = request.sampling_params
+    return params is None or (
+        params.output_kind == RequestOutputKind.FINAL_ONLY and not request.resumable
+    )
+
+
+def _encoder_tokens(request: Request, computed: int, wanted: int) -> int:
+    return sum(
+        feature.mm_position.get_num_embeds()
+        for feature in request.mm_features
+        if feature.mm_position.offset < computed + wanted
+        and feature.mm_position.offset + feature.mm_position.length > computed
+    )

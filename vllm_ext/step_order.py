@@ -1,0 +1,57 @@
+"""Orders of the prefill gate to vLLM's workers, and the meters that follow them.
+
+An order travels on the scheduler's output, to workers in other processes too.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.prefill_gate.rank_meter import RankMeter, StepOrder, rank_page
+from engine_plugins.prefill_gate.step_memory import step_memory
+
+__all__ = ["attach_order", "meter_of", "order_of", "own_meter", "paged_meter"]
+
+_ORDER = "engine_plugins_order"
+_METER = "_engine_plugins_meter"
+
+
+def attach_order(scheduler_output: SchedulerOutput, order: StepOrder) -> None:
+    """Have the workers that run a step follow an order."""
+    setattr(scheduler_output, _ORDER, order)
+
+
+def order_of(scheduler_output: SchedulerOutput) -> StepOrder | None:
+    """The order that came with a step, if any did."""
+    return getattr(scheduler_output, _ORDER, None)
+
+
+def meter_of(worker: Any) -> RankMeter | None:
+    """The meter of a worker; `None` where no gate has asked for one."""
+    return getattr(worker, _METER, None)
+
+
+def own_meter(worker: Any) -> RankMeter:
+    """Give a worker in the scheduler's process a meter."""
+    return _make_meter(worker, None)
+
+
+def paged_meter(worker: Any) -> str:
+    """Give a worker in a process of its own a meter; the page that it keeps."""
+    page = rank_page(Path(os.environ[RUNTIME_DIR]), int(worker.rank))
+    _make_meter(worker, page)
+    return str(page)
+
+
+def _make_meter(wrapper: Any, page: Path | None) -> RankMeter:
+    """VLLM hands out the wrapper of a worker; steps run in the worker itself."""
+    worker = wrapper.worker
+    ranks = int(worker.vllm_config.parallel_config.tensor_parallel_size)
+    meter = RankMeter(step_memory(worker.device, ranks=ranks), page)
+    setattr(worker, _METER, meter)
+    return meter
