@@ -9,7 +9,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from engine_plugins import errors
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EnginePluginError, MemoryPressureError, PromptTooLargeError
 
 __all__ = ["problem", "problem_from", "status_of"]
 
@@ -70,7 +70,18 @@ def problem(
 
 
 def problem_from(error: EnginePluginError, *, state: str | None, **more: Any) -> JSONResponse:
-    """The answer that an error becomes."""
+    """The answer that an error becomes, with what a refused prefill says beside its words."""
+    headers = {}
+    if isinstance(error, PromptTooLargeError):
+        more["largest_prompt"] = error.largest_prompt
+    elif isinstance(error, MemoryPressureError):
+        headers["Retry-After"] = str(error.retry_after_s)
     return problem(
-        status_of(error), error.code, error.message, remedy=error.remedy, state=state, **more
+        status_of(error),
+        error.code,
+        error.message,
+        remedy=error.remedy,
+        state=state,
+        headers=headers,
+        **more,
     )

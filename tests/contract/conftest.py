@@ -41,8 +41,12 @@ def servers(
     pool.close()
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """End the server after the suite's last test: what comes next starts servers of its own."""
+    """End the server after the suite's last test: what comes next starts servers of its own.
+
+    Last of all, since fixtures put the server back as it was.
+    """
     suite = Path(__file__).parent
     if nextitem is None or suite not in nextitem.path.parents:
         pool = item.config.stash.get(_POOL, None)

@@ -69,6 +69,10 @@ class EngineServer(abc.ABC):
         """The generated ids in such an answer."""
 
     @abc.abstractmethod
+    def oversized(self, *, stream: bool = False) -> httpx.Response:
+        """The answer to a request that fits nowhere where the prefill gate has no room."""
+
+    @abc.abstractmethod
     def finish_reason(self, response: httpx.Response) -> str:
         """Why such an answer ended; an answer that is an HTTP error ended by `error`."""
 

@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 import msgspec
+import prometheus_client
 import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -27,11 +29,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 import engine_plugins
 from engine_plugins.admin.app import PREFIX, create_admin_app
 from engine_plugins.admin.engine_control import EngineInfo
-from engine_plugins.admin.runtime_dir import ensure_runtime_dir, shared_state
+from engine_plugins.admin.error_responses import problem_from
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir, shared_state
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import refusal
 from engine_plugins.engine_rank import TaggedTensors, make_rank_service
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.prefill_gate.entry import GateBoard, refusal_at_entry
+from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.host_memory import HostMemory
 from engine_plugins.sleep.rank_memory import RankMemory
@@ -46,7 +52,7 @@ from tests.support.engine_server import (
     server_events,
 )
 from tests.support.forked_process import ForkedProcess
-from tests.support.generating_engine import TICK_S, GeneratingEngine
+from tests.support.generating_engine import SMALLEST_CHUNK, TICK_S, GeneratingEngine
 from tests.support.hf_forward import HfForward
 from tests.support.in_memory_model import InMemoryInstaller, LoadableModel
 from tests.support.sharded_model import ShardedModel, gathered
@@ -67,6 +73,12 @@ class InMemoryServer(EngineServer):
 
     def tokens_of(self, response: httpx.Response) -> list[int]:
         return list(response.json()["token_ids"])
+
+    def oversized(self, *, stream: bool = False) -> httpx.Response:
+        """A prompt over what an idle engine runs without room; it is computed whole or not."""
+        prompt = list(range(1, SMALLEST_CHUNK + 2))
+        body = {"prompt": prompt, "max_tokens": 1, "stream": stream}
+        return self.http.post("/generate", json=body)
 
     def finish_reason(self, response: httpx.Response) -> str:
         return "error" if response.is_error else str(response.json()["finish_reason"])
@@ -139,7 +151,11 @@ class ServedEngine(GeneratingEngine):
                     tensors=tensors,
                 )
             )
-        super().__init__(services, generation=lambda: shared.read().kv_generation)
+        super().__init__(
+            services,
+            generation=lambda: shared.read().kv_generation,
+            board=GateBoard(Path(os.environ[RUNTIME_DIR])),
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -183,9 +199,13 @@ class _Api:
     def __init__(self, engine: ServedEngine, shared: SharedState, api_key: str | None) -> None:
         self._engine, self._shared, self._api_key = engine, shared, api_key
         settings = Settings.load()
+        runtime_dir = Path(os.environ[RUNTIME_DIR])
+        self._board = GateBoard(runtime_dir)
+        tell_gate_metrics(runtime_dir)
         self.app = FastAPI()
         self.app.add_api_route("/health", self._health, methods=["GET"])
         self.app.add_api_route("/generate", self._generate, methods=["POST"])
+        self.app.add_api_route("/metrics", self._metrics, methods=["GET"])
         self.app.mount(PREFIX, create_admin_app(AdminService(engine, shared, settings), settings))
 
     async def _health(self) -> Response:
@@ -196,13 +216,29 @@ class _Api:
             raise HTTPException(401, "no key, or not this engine's")
         self._refuse_while_fenced()
         body = await request.json()
-        held = self._engine.submit(*body["prompt"], max_tokens=body["max_tokens"])
+        refused = self._refusal(len(body["prompt"]))
+        if refused is not None:
+            return problem_from(refused, state=None)
+        held = self._engine.submit(
+            *body["prompt"], max_tokens=body["max_tokens"], refusable=not body.get("stream")
+        )
         if body.get("stream"):
             return StreamingResponse(self._events(held), media_type="text/event-stream")
         await held.ended.wait()
+        if held.refusal is not None:
+            return problem_from(held.refusal, state=None)
         if held.finish_reason == "error":
             self._refuse_while_fenced()
         return JSONResponse({"token_ids": held.tokens, "finish_reason": held.finish_reason})
+
+    async def _metrics(self) -> Response:
+        return Response(prometheus_client.generate_latest(), media_type="text/plain")
+
+    def _refusal(self, prompt_tokens: int) -> EnginePluginError | None:
+        status = self._board.read()
+        if status is None:
+            return None
+        return refusal_at_entry(status.limits, prompt_tokens=prompt_tokens, prompt_logprobs=False)
 
     def _refuse_while_fenced(self) -> None:
         refused = refusal(self._shared.read())

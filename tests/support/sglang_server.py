@@ -55,6 +55,11 @@ class SglangServer(EngineServer):
     def tokens_of(self, response: httpx.Response) -> list[int]:
         return list(response.json()["output_ids"])
 
+    def oversized(self, *, stream: bool = False) -> httpx.Response:
+        """Logprobs of the prompt, whose results are kept; a plain prompt is cut until it fits."""
+        scored = {"return_logprob": True, "logprob_start_len": 0, "stream": stream}
+        return self.http.post("/generate", json={**_generation(range(1, 33), 1), **scored})
+
     def finish_reason(self, response: httpx.Response) -> str:
         return "error" if response.is_error else _finish_reason(response.json())["type"]
 

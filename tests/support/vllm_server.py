@@ -51,6 +51,11 @@ class VllmServer(EngineServer):
     def tokens_of(self, response: httpx.Response) -> list[int]:
         return list(response.json()["choices"][0]["token_ids"])
 
+    def oversized(self, *, stream: bool = False) -> httpx.Response:
+        """Prompt logprobs, whose results are kept; a plain prompt is cut until it fits."""
+        scored = {"prompt_logprobs": 0, "stream": stream}
+        return self.http.post("/v1/completions", json={**_completion(range(1, 33), 1), **scored})
+
     def finish_reason(self, response: httpx.Response) -> str:
         return "error" if response.is_error else response.json()["choices"][0]["finish_reason"]
 

@@ -77,12 +77,22 @@ def test_every_class_becomes_a_problem_with_its_status(name: str) -> None:
     body = json.loads(bytes(answer.body))
     assert answer.status_code == status_of(error) == STATUS[name]
     assert answer.media_type == answer.headers["content-type"] == "application/problem+json"
-    assert set(body) == FIELDS
+    assert set(body) - {"largest_prompt"} == FIELDS
     assert body["status"] == STATUS[name]
     assert body["code"] == error.code
     assert body["type"].endswith(error.code)
     assert body["detail"] == error.message
     assert (body["state"], body["remedy"]) == ("paused", "do")
+
+
+def test_a_refused_prefill_says_what_fits_or_when() -> None:
+    """As a field and as the header that clients know."""
+    large = problem_from(errors.PromptTooLargeError("x", largest_prompt=700), state=None)
+    assert json.loads(bytes(large.body))["largest_prompt"] == 700
+    assert "retry-after" not in large.headers
+    pressed = problem_from(errors.MemoryPressureError("x", retry_after_s=9), state=None)
+    assert pressed.headers["retry-after"] == "9"
+    assert "largest_prompt" not in json.loads(bytes(pressed.body))
 
 
 def test_a_class_of_later_days_has_its_parents_status() -> None:
