@@ -1,0 +1,44 @@
+"""Block-FP8 quantization of whole tensors: what every way to cut them has to come to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from engine_plugins.weights.block_fp8 import BLOCK, SCALE_SUFFIX, BlockFp8
+
+__all__ = ["quantized_whole", "reference"]
+
+
+def reference(weights: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+    """A `Quantize` in plain torch, strict about the memory that it is given."""
+    assert values.data_ptr() % 16 == 0
+    assert values.stride(-1) == 1
+    if weights.ndim == 3:
+        for each in zip(weights, values, scales, strict=True):
+            reference(*each)
+        return
+    rows, columns = weights.shape
+    finite = torch.where(weights.isfinite(), weights, 0).float()
+    padded = torch.nn.functional.pad(finite, (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+    scale = blocks.abs().amax((1, 3)).clamp_min(1e-4) / 448
+    each = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
+    scaled = (weights.float() / each).nan_to_num(float("nan"), float("nan"), float("nan"))
+    values.copy_(scaled.clamp(-448, 448).to(torch.float8_e4m3fn))
+    scales.copy_(scale)
+
+
+def quantized_whole(tensors: Mapping[str, torch.Tensor], form: BlockFp8) -> dict[str, torch.Tensor]:
+    """A checkpoint in block-FP8 form, each tensor quantized as a whole."""
+    made: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if not form.quantizes(name, tensor.shape):
+            made[name] = tensor.to(form.dtype_of(name, tensor.dtype))
+            continue
+        made[name] = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
+        grid = [-(-extent // BLOCK) for extent in tensor.shape]
+        made[name + SCALE_SUFFIX] = torch.empty(grid)
+        reference(tensor.contiguous(), made[name], made[name + SCALE_SUFFIX])
+    return made
