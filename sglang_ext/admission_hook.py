@@ -1,7 +1,7 @@
-"""A fenced engine takes no request: 503 before any stream opens, and for those held here.
+"""What an API process refuses before any stream opens: all while fenced, and what cannot be held.
 
 SGLang holds new requests of a paused engine in its API process; they never reached a scheduler
-that could end them.
+that could end them. How long a prompt is, is known when it has been tokenized.
 """
 
 from __future__ import annotations
@@ -16,14 +16,26 @@ from typing import Any
 
 from fastapi import HTTPException
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.managers.utils import is_health_check_generate_req
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, refusal
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.prefill_gate.entry import EntryLimits, GateBoard, refusal_at_entry
+from sglang_ext.refused_prefill import answer_to, refusal_in
 
-__all__ = ["RefuseBeforeStream", "generate_request"]
+__all__ = [
+    "HeldAnswer",
+    "RefuseBeforeStream",
+    "abort_reason",
+    "generate_request",
+    "send_batch",
+    "send_one",
+]
 
 LOOK_AGAIN_S = 0.25
 """How often a request of a paused engine looks whether the engine has been fenced."""
@@ -32,14 +44,18 @@ HOLDING_POLL_S = 0.02
 _SHOWN = "engine_plugins_version"
 _shared = functools.cache(shared_state)
 
-_refused: ContextVar[list[str] | None] = ContextVar("engine_plugins_refused", default=None)
-"""Why the HTTP request that is being answered was refused, for `RefuseBeforeStream`."""
+_board = functools.cache(lambda: GateBoard(_shared().runtime_dir))
+_held: ContextVar[HeldAnswer | None] = ContextVar("engine_plugins_held_answer", default=None)
+"""The answer to the HTTP request that is being handled, where it may have to be a refusal."""
 
 
 async def generate_request(
     original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
     """Around `TokenizerManager.generate_request`, through which every route generates."""
+    held = _held.get()
+    if held is not None:
+        held.request = request
     await _admitted(manager, _shared(), request)
     async with aclosing(original(manager, request, *args, **kwargs)) as outputs:
         async for output in outputs:
@@ -62,7 +78,10 @@ async def _admitted(manager: Any, shared: SharedState, request: Any) -> None:
         state = shared.read()
         why = refusal(state)
         if why is not None and not _is_health_check(request):
-            raise _refused_with(why, request)
+            if getattr(request, "stream", False):
+                # SGLang does it first of all; what runs after a stream asks for the outcome.
+                request.normalize_batch_and_arguments()
+            raise _refused_with(problem(503, "fenced", why, state="fenced"), why, request)
         if state.holding:
             await asyncio.sleep(HOLDING_POLL_S)
         elif manager.is_pause:
@@ -72,21 +91,68 @@ async def _admitted(manager: Any, shared: SharedState, request: Any) -> None:
             return
 
 
+async def send_one(original: Any, manager: Any, tokenized: Any) -> None:
+    """Around `TokenizerManager._send_one_request`."""
+    await send_batch(functools.partial(_only, original), manager, [tokenized])
+
+
+async def _only(original: Any, manager: Any, tokenized: list[Any]) -> None:
+    await original(manager, tokenized[0])
+
+
+async def send_batch(original: Any, manager: Any, tokenized: list[Any]) -> None:
+    """Around `TokenizerManager._send_batch_request`: what the gate has no room for stays here.
+
+    Raises:
+        HTTPException: 413 or 503.
+        _StreamRefusedError: the same, for a request whose answer may have begun.
+    """
+    status = _board().read()
+    if status is not None and status.limits.enforced:
+        for each in tokenized:
+            refusal = None if is_health_check_generate_req(each) else _refusal(status.limits, each)
+            if refusal is not None:
+                raise _refused_with(answer_to(refusal), str(refusal), each)
+    await original(manager, tokenized)
+    held = _held.get()
+    if held is not None:
+        await held.taken()
+
+
+async def abort_reason(
+    original: Any, manager: Any, out: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Around `TokenizerManager._handle_abort_finish_reason`: the scheduler's refusals."""
+    refusal = refusal_in(out["meta_info"]["finish_reason"])
+    held = _held.get()
+    if refusal is not None and held is not None:
+        held.refuse(answer_to(refusal))
+    return await original(manager, out, *args, **kwargs)
+
+
+def _refusal(limits: EntryLimits, tokenized: Any) -> EnginePluginError | None:
+    prompt = len(tokenized.input_ids or ())
+    logprobs = getattr(tokenized, "return_logprob", False) and (
+        0 <= tokenized.logprob_start_len < prompt - 1
+    )
+    return refusal_at_entry(limits, prompt_tokens=prompt, prompt_logprobs=logprobs)
+
+
 class _StreamRefusedError(ValueError):
     """What SGLang's streams turn into a last event, with this status in it."""
 
-    status_code = HTTPStatus.SERVICE_UNAVAILABLE
+    def __init__(self, why: str, status: int) -> None:
+        super().__init__(why)
+        self.status_code = HTTPStatus(status)
 
 
-def _refused_with(why: str, request: Any) -> Exception:
-    note = _refused.get()
-    if note is not None:
-        note.append(why)
-    if not getattr(request, "stream", False):
-        return HTTPException(HTTPStatus.SERVICE_UNAVAILABLE, why)
-    # SGLang does it first of all; what a route runs after a stream asks for the outcome.
-    request.normalize_batch_and_arguments()
-    return _StreamRefusedError(why)
+def _refused_with(answer: Response, why: str, request: Any) -> Exception:
+    held = _held.get()
+    if held is not None:
+        held.refuse(answer)
+    if getattr(request, "stream", False):
+        return _StreamRefusedError(why, answer.status_code)
+    return HTTPException(answer.status_code, why)
 
 
 async def _resumed(manager: Any) -> None:
@@ -104,11 +170,52 @@ def _show_version(manager: Any, state: EngineState) -> None:
         setattr(manager, _SHOWN, version)
 
 
-class RefuseBeforeStream:
-    """Answers 503 where a fenced engine's refusal would come too late.
+class HeldAnswer:
+    """One HTTP answer whose beginning is kept back until its request is taken, or refused.
 
-    A streaming route sends its 200 before it asks for the first token. While the engine is
-    fenced that start is kept back until the route has either sent something or been refused.
+    A streaming route sends its 200 before it asks for the first token.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self.request: Any = None
+        """What SGLang was asked to generate, once it was."""
+        self.refusal: Response | None = None
+        self._send = send
+        self._kept: list[Message] = []
+        self._taken = self._begun = False
+
+    async def send(self, message: Message) -> None:
+        """Pass a message of the route's on, or keep it back."""
+        if self.refusal is not None:
+            return
+        if message["type"] == "http.response.start" and not self._taken:
+            self._kept.append(message)
+            return
+        await self._begin()
+        await self._send(message)
+
+    async def taken(self) -> None:
+        """Nothing will be refused any more; of several prompts a later one still may be."""
+        if self.request is not None and self.request.is_single:
+            self._taken = True
+            await self._begin()
+
+    def refuse(self, answer: Response) -> None:
+        """Answer this instead, unless the other answer has begun."""
+        if not self._begun:
+            self.refusal = answer
+
+    async def _begin(self) -> None:
+        while self._kept:
+            self._begun = True
+            await self._send(self._kept.pop(0))
+
+
+class RefuseBeforeStream:
+    """Answers 413 or 503 where SGLang's own answer to a refusal would come too late.
+
+    Answers are held while the engine is fenced or its prefill gate refuses; otherwise this does
+    nothing.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -116,26 +223,19 @@ class RefuseBeforeStream:
         self._shared = _shared()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._shared.read().fence is None:
+        if scope["type"] != "http" or not self._may_refuse():
             await self._app(scope, receive, send)
             return
-        refused: list[str] = []
-        _refused.set(refused)
-        kept: list[Message] = []
-
-        async def watched(message: Message) -> None:
-            if refused:
-                return
-            if message["type"] == "http.response.start":
-                kept.append(message)
-                return
-            while kept:
-                await send(kept.pop(0))
-            await send(message)
-
+        held = HeldAnswer(send)
+        _held.set(held)
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, receive, held.send)
         finally:
-            if refused:
-                answer = problem(503, "fenced", refused[0], state="fenced")
-                await answer(scope, receive, send)
+            if held.refusal is not None:
+                await held.refusal(scope, receive, send)
+
+    def _may_refuse(self) -> bool:
+        if self._shared.read().fence is not None:
+            return True
+        status = _board().read()
+        return status is not None and status.limits.enforced

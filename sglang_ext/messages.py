@@ -1,10 +1,12 @@
-"""Our two messages between SGLang's API processes and its schedulers."""
+"""Our messages between SGLang's API processes and its schedulers, and among those."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from sglang.srt.managers.io_struct import BaseReq, hook_custom_types
 
-__all__ = ["EngineAnswer", "EngineCall", "register_messages"]
+__all__ = ["EngineAnswer", "EngineCall", "GateFigures", "register_messages"]
 
 
 class EngineCall(BaseReq, kw_only=True):  # type: ignore[call-arg]
@@ -21,6 +23,13 @@ class EngineAnswer(BaseReq, kw_only=True):  # type: ignore[call-arg]
 
     serial: int
     ranks: list[bytes]
+
+
+class GateFigures(BaseReq, kw_only=True):  # type: ignore[call-arg]
+    """What the first scheduler rank has read of all ranks' memory, for all to decide by."""
+
+    figures: Any
+    """`StepFigures`. It never leaves the schedulers, which pickle what they hand on."""
 
 
 def register_messages() -> None:

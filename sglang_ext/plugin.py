@@ -65,6 +65,11 @@ def _hook_first_process() -> None:
 def _hook_api_process() -> None:
     from sglang_ext import admission_hook, own_sleep_routes, scheduler_calls
 
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    install(f"{manager}._send_one_request", HookType.AROUND, admission_hook.send_one)
+    install(f"{manager}._send_batch_request", HookType.AROUND, admission_hook.send_batch)
+    install(f"{manager}._handle_abort_finish_reason", HookType.AROUND, admission_hook.abort_reason)
+
     for method in ("release_memory_occupation", "resume_memory_occupation"):
         install(
             f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{method}",
@@ -85,7 +90,30 @@ def _hook_api_process() -> None:
 
 
 def _hook_scheduler() -> None:
-    from sglang_ext import core_hooks, memory_baseline, memory_saver, scheduler_extension
+    from sglang_ext import (
+        core_hooks,
+        memory_baseline,
+        memory_saver,
+        prefill_gate,
+        prefill_hook,
+        scheduler_extension,
+        step_hook,
+    )
+
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    install(
+        f"{scheduler}._get_new_batch_prefill_raw",
+        HookType.AROUND,
+        prefill_hook.get_new_batch_prefill,
+    )
+    install(f"{scheduler}.run_batch", HookType.AROUND, step_hook.run_batch)
+    install(f"{scheduler}.event_loop_normal", HookType.AROUND, step_hook.run_loop)
+    install(
+        "sglang.srt.managers.scheduler_components.request_receiver"
+        ".SchedulerRequestReceiver._pull_raw_reqs",
+        HookType.AFTER,
+        prefill_gate.after_pull,
+    )
 
     install(
         "sglang.srt.model_executor.model_runner.ModelRunner.load_model",

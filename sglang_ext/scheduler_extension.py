@@ -21,6 +21,7 @@ from sglang_ext.engine_memory import memory_backend, tagged_tensors
 from sglang_ext.hooks import missing
 from sglang_ext.memory_baseline import memory_of
 from sglang_ext.messages import EngineAnswer, EngineCall, register_messages
+from sglang_ext.prefill_gate import SchedulerGate, make_scheduler_gate
 from sglang_ext.roll_call import report_present
 from sglang_ext.versions import SGLANG
 from sglang_ext.weight_installer import SglangWeightInstaller
@@ -35,10 +36,11 @@ class SchedulerExtension:
 
     Args:
         scheduler: SGLang's scheduler of this process.
+        gate: of its prefills.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self._scheduler = scheduler
+    def __init__(self, scheduler: Any, gate: SchedulerGate) -> None:
+        self._scheduler, self._gate = scheduler, gate
         self._group = scheduler.tp_cpu_group
         self._service: WorkerService | None = None
 
@@ -85,13 +87,13 @@ class SchedulerExtension:
             settings=settings,
             backend=memory_backend(self._scheduler, tensors, settings),
             tensors=tensors,
-            calls=SchedulerHooks(self._scheduler).calls,
+            calls={**SchedulerHooks(self._scheduler).calls, **self._gate.engine.calls},
         )
 
 
 def attach_to_scheduler(result: None, scheduler: Any) -> None:
     """After `Scheduler.init_request_dispatcher`: our message has a handler on this rank."""
     register_messages()
-    extension = SchedulerExtension(scheduler)
+    extension = SchedulerExtension(scheduler, make_scheduler_gate(scheduler))
     scheduler._request_dispatcher += TypeBasedDispatcher([(EngineCall, extension.answer)])
     report_present(torch.distributed.get_rank(scheduler.tp_cpu_group), missing())

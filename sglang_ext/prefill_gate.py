@@ -1,0 +1,227 @@
+"""The prefill gate of an SGLang scheduler: made with it, and the same on every rank.
+
+Each rank has a scheduler of its own, and all have to decide alike. With several ranks the first one
+reads the memory of all, and what it read comes to every rank among SGLang's own messages.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import sglang
+import torch
+import torch.distributed
+from sglang.srt.environ import envs
+from sglang.utils import TypeBasedDispatcher
+
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.prefill_gate.calibration_file import CalibrationFile, CalibrationKey
+from engine_plugins.prefill_gate.engine_gate import (
+    EngineGate,
+    StepFigures,
+    calibration_file,
+    make_engine_gate,
+)
+from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
+from engine_plugins.prefill_gate.model_memory import AttentionMemory, ModelMemory, ModelSizes
+from engine_plugins.prefill_gate.rank_meter import OwnRank, PagedRanks, RankMeter, rank_page
+from engine_plugins.prefill_gate.step_memory import step_memory
+from engine_plugins.settings import Settings
+from sglang_ext.messages import GateFigures
+from sglang_ext.prefill_shapes import HELD_BYTES_PER_LOGPROB, PrefillShapes
+
+__all__ = ["SchedulerGate", "after_pull", "cut_step", "gate_of", "make_scheduler_gate"]
+
+SMALLEST_CHUNK = 32
+"""Tokens that an idle engine computes of any prompt."""
+
+_ATTRIBUTE = "engine_plugins_gate"
+_SCHEDULER = "scheduler"
+_of_this_process: dict[str, Any] = {}
+"""SGLang's receiver does not know the scheduler that it receives for; a process has one."""
+_GATHERING = ("torch_native",)
+"""Attention backends that gather a prompt's context before they attend to it."""
+
+
+class SchedulerGate:
+    """The gate of one rank's scheduler.
+
+    Args:
+        engine: decides.
+        meter: of this rank's memory.
+        shapes: of its steps.
+        smallest_chunk: tokens that an idle engine computes of any prompt.
+        told: whether figures come as messages, because there are several ranks.
+    """
+
+    def __init__(
+        self,
+        engine: EngineGate,
+        meter: RankMeter,
+        shapes: PrefillShapes,
+        *,
+        smallest_chunk: int,
+        told: bool,
+    ) -> None:
+        self.engine, self.meter, self.shapes = engine, meter, shapes
+        self.smallest_chunk = smallest_chunk
+        self.deferred: set[str] = set()
+        """Requests that were told to wait, by id."""
+        self._told = told
+        self._latest: StepFigures | None = None
+        self._idle = True
+
+    @property
+    def sends_figures(self) -> bool:
+        """Whether other ranks wait for what the first one reads."""
+        return self._told and self.engine.is_on
+
+    def take(self, message: GateFigures) -> None:
+        """The first rank's figures have come."""
+        self._latest = StepFigures(*message.figures)
+
+    def figures(self) -> StepFigures | None:
+        """To begin a step with; the same on all ranks."""
+        return self._latest if self._told else self.engine.figures()
+
+    def forget_gone(self, scheduler: Any, *, idle: bool) -> None:
+        """Of those who waited some may have been aborted."""
+        gone: set[str] = set()
+        if self.deferred:
+            gone = self.deferred.difference(request.rid for request in scheduler.waiting_queue)
+            self.deferred -= gone
+        if gone or (idle and not self._idle):
+            self.engine.forget(sorted(gone), idle=idle)
+        self._idle = idle
+
+
+def gate_of(scheduler: Any) -> SchedulerGate | None:
+    """The gate of a scheduler; `None` before it has been made."""
+    gate: SchedulerGate | None = getattr(scheduler, _ATTRIBUTE, None)
+    return gate
+
+
+def make_scheduler_gate(scheduler: Any) -> SchedulerGate:
+    """Make a scheduler's gate, on all ranks at the same time.
+
+    Raises:
+        SettingsError: a cap that this machine cannot hold.
+    """
+    settings = Settings.load()
+    group = scheduler.tp_cpu_group
+    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    first, told = rank == 0, ranks > 1
+    runtime_dir = Path(os.environ[RUNTIME_DIR])
+    runner = scheduler.tp_worker.model_runner
+    meter = RankMeter(
+        step_memory(torch.device(runner.device), ranks=ranks),
+        rank_page(runtime_dir, rank) if told else None,
+    )
+    model = _model_memory(runner, ranks)
+    file = _calibration(scheduler, settings, ranks, model)
+    samples = _from_first_rank(file.read(now=time.time()) if first else None, group)
+    smallest = _smallest_chunk(scheduler)
+    pages = [rank_page(runtime_dir, each) for each in range(ranks)]
+    engine = make_engine_gate(
+        model,
+        settings,
+        PagedRanks(pages) if told else OwnRank(meter),
+        smallest_chunk=smallest,
+        entry=EntryKind(
+            max_prompt=min(scheduler.model_config.context_len, scheduler.max_total_num_tokens),
+            divisible=scheduler.chunked_prefill_size is not None,
+            logprobs_held_bytes=2 * HELD_BYTES_PER_LOGPROB,
+        ),
+        samples=samples,
+        board=GateBoard(runtime_dir) if first else None,
+        keep=file.write if first else None,
+    )
+    shapes = PrefillShapes(one_by_one=_backend(runner) in _GATHERING)
+    gate = SchedulerGate(engine, meter, shapes, smallest_chunk=smallest, told=told)
+    setattr(scheduler, _ATTRIBUTE, gate)
+    _of_this_process[_SCHEDULER] = scheduler
+    scheduler._request_dispatcher += TypeBasedDispatcher([(GateFigures, gate.take)])
+    return gate
+
+
+def after_pull(pulled: list[Any] | None, receiver: Any) -> list[Any] | None:
+    """After `SchedulerRequestReceiver._pull_raw_reqs`: figures, if there is anything to decide.
+
+    What the first rank has pulled goes to all ranks; the others have pulled nothing, which is None.
+    """
+    scheduler = _of_this_process.get(_SCHEDULER)
+    if pulled is None or scheduler is None:
+        return pulled
+    gate = gate_of(scheduler)
+    if gate is None or not gate.sends_figures:
+        return pulled
+    compiling = scheduler.grammar_manager.grammar_queue
+    if pulled or scheduler.waiting_queue or scheduler.chunked_req is not None or compiling:
+        return [*pulled, GateFigures(figures=gate.engine.figures())]
+    return pulled
+
+
+def _from_first_rank(value: Any, group: torch.distributed.ProcessGroup) -> Any:
+    """The first rank's value on all; once they have it, all ranks have come this far."""
+    values = [value]
+    source = torch.distributed.get_global_rank(group, 0)
+    torch.distributed.broadcast_object_list(values, src=source, group=group)
+    torch.distributed.barrier(group)
+    return values[0]
+
+
+def _model_memory(runner: Any, ranks: int) -> ModelMemory:
+    config = runner.model_config
+    sizes = ModelSizes.from_config(
+        config.hf_text_config, getattr(config.hf_config, "vision_config", None)
+    )
+    itemsize = config.dtype.itemsize
+    attention = AttentionMemory()
+    if _backend(runner) in _GATHERING:
+        # Queries and outputs as long as the context, and its keys and values.
+        heads = 2 * sizes.heads + 2 * sizes.kv_heads
+        attention = AttentionMemory(per_context_token=heads * sizes.head_dim * itemsize // ranks)
+    return ModelMemory(
+        sizes,
+        itemsize=itemsize,
+        tp_size=ranks,
+        attention=attention,
+        fused_logprobs=runner.device != "cpu",
+        lora_rank=int(runner.server_args.max_lora_rank or 0),
+        logprob_rows_at_once=(
+            envs.SGLANG_LOGPROB_CHUNK_SIZE.get() if envs.SGLANG_ENABLE_LOGPROB_CHUNK.get() else None
+        ),
+    )
+
+
+def _calibration(
+    scheduler: Any, settings: Settings, ranks: int, model: ModelMemory
+) -> CalibrationFile:
+    runner = scheduler.tp_worker.model_runner
+    key = CalibrationKey(
+        model=str(scheduler.server_args.model_path),
+        engine=f"sglang {sglang.__version__}",
+        tp_size=ranks,
+        backend=f"{runner.device} {_backend(runner)}",
+        prior=model.description,
+    )
+    return calibration_file(settings, key)
+
+
+def _backend(runner: Any) -> str:
+    return str(runner.server_args.attention_backend)
+
+
+def _smallest_chunk(scheduler: Any) -> int:
+    """Such that SGLang can cut it from a prompt."""
+    step = cut_step(scheduler)
+    return -(-SMALLEST_CHUNK // step) * step
+
+
+def cut_step(scheduler: Any) -> int:
+    """What the length of a chunk has to be a multiple of."""
+    return math.lcm(scheduler.page_size, scheduler.truncation_align_size or 1)
