@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -22,6 +24,8 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 from engine_plugins.admin.app import PREFIX
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.late_admin import LateAdmin
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
 from vllm_ext.engine_control import VllmEngineControl
 from vllm_ext.prefill_refusal import answer_refusals
@@ -77,6 +81,7 @@ def mount(app: FastAPI) -> None:
     if any(isinstance(route, Mount) and route.path == PREFIX for route in app.routes):
         return
     app.mount(PREFIX, LateAdmin(functools.partial(_find_engine, app)))
+    tell_gate_metrics(Path(os.environ[RUNTIME_DIR]))
     logger.info("admin routes are at %s", PREFIX)
     if VLLM.warning() is not None:
         logger.warning(VLLM.warning())

@@ -16,13 +16,17 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EnginePluginError, MemoryPressureError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
-from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
+from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
+from vllm_ext.lost_step import is_lost, take_back
 from vllm_ext.prefill_refusal import stop_reason_of
-from vllm_ext.step_order import attach_order
+from vllm_ext.step_order import Order, attach_order
 
 __all__ = ["GatedScheduler", "held_bytes_per_token"]
+
+MAX_LOST = 16
+"""Steps in a row that may run out of memory: each gives up a prefill, if it has one."""
 
 
 class GatedScheduler:
@@ -43,6 +47,9 @@ class GatedScheduler:
         self._refused: dict[str, EnginePluginError] = {}
         self._ended: list[tuple[Request, EnginePluginError]] = []
         self._hit: tuple[str, Any] = ("", None)
+        self._ran = NOTHING
+        self._needed_bytes = 0
+        self._lost = 0
         self._take_over()
 
     def _take_over(self) -> None:
@@ -71,10 +78,10 @@ class GatedScheduler:
             self._asking = False
         if self._refused:
             self._end_refused()
-        shape = self._shape(output)
-        order = self._gate.order(shape)
-        if order is not None and (shape.tokens or order.give_back):
-            attach_order(output, order)
+        self._ran = self._shape(output)
+        order = self._gate.order(self._ran)
+        if order is not None and (self._ran.tokens or order.give_back):
+            attach_order(output, Order(order, self._needed_bytes))
         return output
 
     def is_ready(self, request: Request) -> bool:
@@ -108,7 +115,11 @@ class GatedScheduler:
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        """Add the ends of refused requests to what a step gave."""
+        """Add the ends of refused requests to what a step gave; take a lost step back."""
+        if is_lost(model_runner_output):
+            self._recover(scheduler_output)
+        else:
+            self._lost = 0
         outputs: dict[int, EngineCoreOutputs] = self._update(scheduler_output, model_runner_output)
         for request, refusal in self._ended:
             to_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
@@ -136,6 +147,7 @@ class GatedScheduler:
         self._let_in.clear()
         self._cut.clear()
         self._hit = ("", None)
+        self._needed_bytes = 0
         decodes = sum([not each.is_prefill_chunk for each in self._scheduler.running])
         tokens = decodes * (1 + self._scheduler.num_spec_tokens)
         self._gate.begin(
@@ -153,6 +165,8 @@ class GatedScheduler:
         """Ask the gate about a prefill; the tokens that it grants."""
         candidate = self._candidate(request, computed, wanted)
         decision = self._gate.decide(candidate)
+        if decision.tokens:
+            self._needed_bytes = decision.peak_bytes + decision.margin_bytes
         if decision.outcome == "run":
             self._let_in[request.request_id] = candidate
             return wanted
@@ -202,6 +216,31 @@ class GatedScheduler:
         for candidate, tokens in prefills:
             shape = candidate.joined_to(shape, tokens)
         return shape
+
+    def _recover(self, scheduler_output: SchedulerOutput) -> None:
+        """All is computed again but what needed most, and what left results in the worker.
+
+        Raises:
+            MemoryError: it was tried often, and nothing is left to be given up.
+        """
+        self._lost += 1
+        if self._lost > MAX_LOST:
+            raise MemoryError(f"{self._lost} steps in a row found no memory")
+        prefills = {
+            request_id: candidate
+            for request_id, candidate in self._let_in.items()
+            if request_id in scheduler_output.num_scheduled_tokens
+        }
+        take_back(self._scheduler, scheduler_output, set(prefills))
+        self._gate.ran_out(self._ran)
+        largest = max(prefills, key=scheduler_output.num_scheduled_tokens.__getitem__, default=None)
+        for request_id, candidate in prefills.items():
+            if candidate.prompt_logprobs or request_id == largest:
+                self._refused[request_id] = MemoryPressureError(
+                    "the engine ran out of memory while it computed the prompt",
+                    remedy="try again, or send fewer tokens",
+                )
+        self._end_refused()
 
     def _end_refused(self) -> None:
         ended = self._scheduler.finish_requests(self._refused, RequestStatus.FINISHED_ERROR)

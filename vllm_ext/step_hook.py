@@ -1,4 +1,4 @@
-"""A vLLM worker around its steps: it measures them for the prefill gate, where the gate says so.
+"""A vLLM worker around its steps: measured for the prefill gate, and a step may be lost alone.
 
 Patches of `Worker`, idempotent, since vLLM has no plugin point around a step; remove when it has.
 """
@@ -6,17 +6,24 @@ Patches of `Worker`, idempotent, since vLLM has no plugin point around a step; r
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
+from engine_plugins.prefill_gate.rank_meter import RankMeter
+from vllm_ext.lost_step import can_be_taken_back, is_out_of_memory, lose
 from vllm_ext.step_order import meter_of, order_of
 from vllm_ext.versions import VLLM
 
 __all__ = ["hook_steps"]
 
 _HOOKED = "_engine_plugins_measured"
+_STEP = "_engine_plugins_step"
+
+logger = logging.getLogger(__name__)
 
 
 def hook_steps() -> None:
@@ -31,19 +38,55 @@ def hook_steps() -> None:
         order, meter = order_of(scheduler_output), meter_of(self)
         if order is None or meter is None:
             return execute_model(self, scheduler_output)
-        meter.before(order)
-        output = execute_model(self, scheduler_output)
+        meter.before(order.step)
+        setattr(self, _STEP, scheduler_output)
+        output = _survived(self, meter, functools.partial(execute_model, self, scheduler_output))
         if output is not None:
             meter.after()
         return output
 
     @functools.wraps(sample_tokens)
     def sample(self: Any, grammar_output: Any) -> Any:
-        output = sample_tokens(self, grammar_output)
         meter = meter_of(self)
-        if meter is not None:
-            meter.after()
+        if meter is None or not meter.is_measuring:
+            return sample_tokens(self, grammar_output)
+        output = _survived(self, meter, functools.partial(sample_tokens, self, grammar_output))
+        meter.after()
         return output
 
     setattr(execute, _HOOKED, True)
     Worker.execute_model, Worker.sample_tokens = execute, sample
+
+
+def _survived(worker: Any, meter: RankMeter, work: Callable[[], Any]) -> Any:
+    """What a part of a step gives; that the step is lost, where memory ran out and it may be."""
+    try:
+        return work()
+    except Exception as error:
+        step: SchedulerOutput = getattr(worker, _STEP)
+        if not is_out_of_memory(error):
+            raise
+        taken_back = can_be_taken_back(worker.vllm_config, step)
+        _tell(worker, meter, step, error, taken_back=taken_back)
+        if not taken_back:
+            raise
+    meter.after(completed=False)
+    meter.memory.give_back()  # the error, and all that its frames held, is gone by now
+    return lose(worker.model_runner, step)
+
+
+def _tell(
+    worker: Any, meter: RankMeter, step: SchedulerOutput, error: Exception, *, taken_back: bool
+) -> None:
+    order, figures = order_of(step), meter.memory.figures()
+    logger.error(
+        "rank %d ran out of memory in a step of %d tokens: %d bytes were predicted with their "
+        "margin, %d of %d are in use now. %s: %s",
+        worker.rank,
+        step.total_num_scheduled_tokens,
+        0 if order is None else order.needed_bytes,
+        figures.used_bytes,
+        figures.cap_bytes,
+        "The step is taken back" if taken_back else "It cannot be taken back, vLLM ends",
+        str(error).partition("\n")[0],
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -15,18 +15,25 @@ from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.prefill_gate.rank_meter import RankMeter, StepOrder, rank_page
 from engine_plugins.prefill_gate.step_memory import step_memory
 
-__all__ = ["attach_order", "meter_of", "order_of", "own_meter", "paged_meter"]
+__all__ = ["Order", "attach_order", "meter_of", "order_of", "own_meter", "paged_meter"]
 
 _ORDER = "engine_plugins_order"
 _METER = "_engine_plugins_meter"
 
 
-def attach_order(scheduler_output: SchedulerOutput, order: StepOrder) -> None:
+class Order(NamedTuple):
+    """What to do about a step, and what it was predicted to need; 0 for one without prefills."""
+
+    step: StepOrder
+    needed_bytes: int
+
+
+def attach_order(scheduler_output: SchedulerOutput, order: Order) -> None:
     """Have the workers that run a step follow an order."""
     setattr(scheduler_output, _ORDER, order)
 
 
-def order_of(scheduler_output: SchedulerOutput) -> StepOrder | None:
+def order_of(scheduler_output: SchedulerOutput) -> Order | None:
     """The order that came with a step, if any did."""
     return getattr(scheduler_output, _ORDER, None)
 

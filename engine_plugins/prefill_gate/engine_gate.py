@@ -158,11 +158,22 @@ class EngineGate:
             self._await(shape)
         return StepOrder(self._number, measure, give_back)
 
+    def ran_out(self, shape: StepShape) -> None:
+        """A step found no memory, though it was let in.
+
+        It is learned as one that took a little more than was predicted. What was free says less:
+        whoever took that may have been another process.
+        """
+        needed = self.gate.memory.predict(shape).needed_bytes
+        self._learn(shape, round(needed) + 1, time.time())
+
     def forget(self, request_ids: Sequence[str], *, idle: bool) -> None:
         """Requests have ended; `idle` says whether none is left."""
         for request_id in request_ids:
             self.gate.forget(request_id)
         if idle:
+            if self._limits is not None and self._limits.waiting_s:
+                self._limits = None
             self._publish()
 
     @property

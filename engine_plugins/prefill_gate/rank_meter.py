@@ -87,12 +87,17 @@ class RankMeter:
         if order.measure:
             self.memory.start()
 
-    def after(self) -> None:
-        """It has run; without a step before this does nothing."""
+    @property
+    def is_measuring(self) -> bool:
+        """Whether a step is under way."""
+        return self._order is not None
+
+    def after(self, *, completed: bool = True) -> None:
+        """It has run, or failed on the way; without a step before this does nothing."""
         order = self._order
         if order is None:
             return
-        if order.measure:
+        if order.measure and completed:
             peak = self.memory.peak_bytes()
             if peak >= 0:
                 self.peaks.append(Measured(order.number, peak))

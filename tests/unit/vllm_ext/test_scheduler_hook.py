@@ -1,0 +1,319 @@
+"""The gate in front of vLLM's own scheduler; what the model would compute is made up."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
+from engine_plugins.prefill_gate.engine_gate import EngineGate, StepFigures, make_engine_gate
+from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
+from engine_plugins.prefill_gate.gate import MAX_WAIT_S
+from engine_plugins.prefill_gate.memory_cap import Reading
+from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
+from engine_plugins.prefill_gate.rank_meter import Measured
+from engine_plugins.settings import Settings
+from tests.support.megatron_hf import dense_config
+from tests.unit.vllm_ext.test_kv_scales import SERVED
+from vllm_ext.lost_step import lose
+from vllm_ext.prefill_refusal import refusal_of
+from vllm_ext.scheduler_hook import MAX_LOST, GatedScheduler
+from vllm_ext.step_order import order_of
+
+MIB = 1 << 20
+TOKEN = 3 * 4096 * 4 + 2 * 1024 * 4
+"""Bytes of a token by the prior, of the sizes below."""
+BLOCK, BUDGET = 16, 1024
+
+
+@dataclass
+class Ranks:
+    """Ranks with as much room as a test says, on its clock."""
+
+    room_bytes: int = 1 << 40
+    now: float = field(default_factory=time.monotonic)
+    done: list[Measured] = field(default_factory=list)
+
+    def reading(self, configured_cap: int | None) -> Reading:
+        return Reading(0, self.room_bytes)
+
+    def measured(self) -> list[Measured]:
+        return self.done
+
+
+@dataclass
+class Engine:
+    """A scheduler behind its gate, and a model that says 7."""
+
+    scheduler: Scheduler
+    gate: EngineGate
+    ranks: Ranks
+    board: GateBoard
+    outputs: list[EngineCoreOutput] = field(default_factory=list)
+
+    def add(self, name: str, prompt: Sequence[int], **params: Any) -> Request:
+        kind = params.pop("output_kind", RequestOutputKind.FINAL_ONLY)
+        sampling = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **params)
+        request = Request(
+            name,
+            list(prompt),
+            sampling,
+            None,
+            block_hasher=get_request_block_hasher(BLOCK, sha256),
+        )
+        self.scheduler.add_request(request)
+        return request
+
+    def step(self, *, lost: bool = False) -> dict[str, int]:
+        """One step; the tokens of each request that it computed."""
+        output = self.scheduler.schedule()
+        made = self._lost(output) if lost else self._made(output)
+        for each in self.scheduler.update_from_output(output, made).values():
+            self.outputs += each.outputs
+        self.last = output
+        return dict(output.num_scheduled_tokens)
+
+    def _made(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        names = list(output.num_scheduled_tokens)
+        sampled = [[] if self.scheduler.requests[name].is_prefill_chunk else [7] for name in names]
+        places = {name: place for place, name in enumerate(names)}
+        return ModelRunnerOutput(names, places, sampled_token_ids=sampled)
+
+    def _lost(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        class Runner:
+            execute_model_state: object = "begun"
+
+        return lose(Runner(), output)
+
+    def said(self, name: str) -> list[int]:
+        return [
+            token
+            for output in self.outputs
+            if output.request_id == name
+            for token in output.new_token_ids
+        ]
+
+    def end(self, name: str) -> EngineCoreOutput:
+        return next(each for each in self.outputs if each.request_id == name and each.finish_reason)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    return _engine(tmp_path, monkeypatch, mode="enforce")
+
+
+def _engine(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, mode: str, **arguments: Any
+) -> Engine:
+    served = {key: value for key, value in SERVED.items() if key != "quantization_config"}
+    (folder / "config.json").write_text(json.dumps({**dense_config(), **served}))
+    (folder / "gate").mkdir()
+    config = EngineArgs(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        max_num_batched_tokens=BUDGET,
+        max_num_seqs=8,
+        hf_overrides={"max_position_embeddings": 4096},
+        **arguments,
+    ).create_engine_config()
+    config.cache_config.num_gpu_blocks = 2048
+    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
+    init_none_hash(sha256)
+    scheduler = Scheduler(
+        config,
+        KVCacheConfig(
+            num_blocks=2048,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+        ),
+        StructuredOutputManager(config),
+        BLOCK,
+        log_stats=False,
+    )
+    sizes = ModelSizes(
+        hidden=1024, intermediate=4096, heads=16, kv_heads=16, head_dim=64, vocab=32_768
+    )
+    ranks, board = Ranks(), GateBoard(folder)
+    gate = make_engine_gate(
+        ModelMemory(sizes, itemsize=4),
+        Settings(prefill_gate=mode, prefill_margin_bytes=MIB),
+        ranks,
+        smallest_chunk=64,
+        entry=EntryKind(max_prompt=4096, divisible=True, logprobs_held_bytes=20),
+        samples={},
+        board=board,
+        keep=None,
+    )
+
+    def figures() -> StepFigures:
+        return StepFigures(ranks.reading(None), ranks.now, ranks.now, ranks.measured())
+
+    monkeypatch.setattr(gate, "figures", figures)
+    GatedScheduler(scheduler, gate, on_host=True)
+    return Engine(scheduler, gate, ranks, board)
+
+
+def _room_for(tokens: int) -> int:
+    """Bytes that a gate which has measured nothing wants for so many tokens: twice the prior."""
+    return 2 * TOKEN * tokens + 4 * MIB
+
+
+def test_with_room_for_all_the_engine_does_as_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step for step, of prompts longer and shorter than a step and one that others begin like."""
+    steps = []
+    for mode in ("off", "observe", "enforce"):
+        (tmp_path / mode).mkdir()
+        engine = _engine(tmp_path / mode, monkeypatch, mode=mode)
+        engine.add("long", range(1500))
+        engine.add("short", range(9, 40))
+        steps.append([engine.step() for _ in range(3)])
+        engine.add("like", range(1200))
+        steps[-1] += [engine.step() for _ in range(6)]
+        assert engine.said("long") == engine.said("like") == [7] * 4
+    assert steps[0] == steps[1] == steps[2]
+    assert steps[0][3]["like"] == 1200 - 1200 // BLOCK * BLOCK + BLOCK
+
+
+def test_off_puts_nothing_on_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = _engine(tmp_path, monkeypatch, mode="off")
+    engine.add("one", range(100))
+    engine.step()
+    assert order_of(engine.last) is None
+    assert sum(engine.gate.gate.decisions.values()) == 0
+
+
+def test_a_chunk_is_cut_to_the_room_that_there_is(engine: Engine) -> None:
+    """From the first to the last, and the same tokens are said."""
+    engine.ranks.room_bytes = _room_for(200)
+    engine.add("long", range(900))
+    chunks = [engine.step()["long"] for _ in range(7)]
+    assert sum(chunks[:5]) >= 900 - 64
+    assert all(180 <= each <= 200 for each in chunks[:4])
+    while not any(each.finish_reason for each in engine.outputs):
+        engine.step()
+    assert engine.said("long") == [7] * 4
+    order = order_of(engine.last)
+    assert order is not None
+
+
+def test_a_small_prompt_passes_one_that_waits_and_order_is_kept(engine: Engine) -> None:
+    """While another decodes, what has no room waits in its place; the small one runs."""
+    engine.add("decoding", range(40))
+    engine.step()
+    engine.ranks.room_bytes = _room_for(40)
+    engine.add("waits", range(900))
+    engine.add("waits_too", range(1000, 1900))
+    engine.add("small", range(2000, 2020))
+    ran = engine.step()
+    assert ran.keys() == {"decoding", "small"}
+    assert [each.request_id for each in engine.scheduler.waiting] == ["waits", "waits_too"]
+    engine.ranks.room_bytes = 1 << 40
+    steps = [engine.step().keys() for _ in range(10)]
+    assert steps[3].isdisjoint({"decoding", "small"}), "an idle engine forgets what it read"
+    assert steps[3] == {"waits", "waits_too"}
+    assert engine.said("waits") == engine.said("waits_too") == [7] * 4
+
+
+def test_what_never_fits_ends_with_the_largest_prompt_that_does(engine: Engine) -> None:
+    """Logits of a prompt are kept to the end: there is no cutting those."""
+    engine.ranks.room_bytes = 20_000
+    engine.add("plain", range(50))
+    engine.add("logprobs", range(2000), prompt_logprobs=1)
+    while len([each for each in engine.outputs if each.finish_reason]) < 2:
+        engine.step()
+    assert engine.said("plain") == [7] * 4
+    end = engine.end("logprobs")
+    assert end.finish_reason == FinishReason.ERROR
+    refusal = refusal_of(end.stop_reason)
+    assert isinstance(refusal, PromptTooLargeError)
+    assert refusal.largest_prompt == 1000
+    assert not engine.scheduler.requests
+
+
+def test_who_waits_for_too_long_is_refused_for_now_unless_its_answer_may_have_begun(
+    engine: Engine,
+) -> None:
+    engine.add("decoding", range(40), min_tokens=1)
+    engine.step()
+    engine.ranks.room_bytes = _room_for(20)
+    engine.add("waits", range(600))
+    engine.add("stream", range(700, 1300), output_kind=RequestOutputKind.DELTA)
+    running = engine.scheduler.requests["decoding"]
+    running.max_tokens = 10_000
+    for _ in range(8):
+        engine.ranks.now += MAX_WAIT_S / 6
+        engine.step()
+    refusal = refusal_of(engine.end("waits").stop_reason)
+    assert isinstance(refusal, MemoryPressureError)
+    assert refusal.retry_after_s >= 1
+    assert [each.request_id for each in engine.scheduler.waiting] == ["stream"]
+    status = engine.board.read()
+    assert status is not None
+    assert status.limits.waiting_s >= MAX_WAIT_S
+    for name in ("stream", "decoding"):
+        engine.scheduler.finish_requests(name, running.status.FINISHED_ABORTED)
+    status = engine.board.read()
+    assert status is not None
+    assert status.limits.waiting_s == 0
+
+
+def test_memory_is_given_back_before_anything_is_refused(engine: Engine) -> None:
+    """An order without tokens reaches the ranks, and the request is asked about again."""
+    engine.ranks.room_bytes = -1
+    engine.add("one", range(100), prompt_logprobs=1)
+    assert engine.step() == {}
+    order = order_of(engine.last)
+    assert order is not None
+    assert order.step.give_back
+    engine.ranks.room_bytes = 1 << 40
+    assert engine.step() == {"one": 100}
+
+
+def test_a_lost_step_is_computed_again_without_what_needed_most(engine: Engine) -> None:
+    """Those that decode, and small prompts, say what they would have said; nothing is reused."""
+    engine.add("decoding", range(40))
+    engine.step()
+    engine.add("largest", range(1000, 1600))
+    engine.add("small", range(300, 330))
+    before = engine.gate.gate.exceeded
+    assert engine.step(lost=True) == {"decoding": 1, "largest": 600, "small": 30}
+    refusal = refusal_of(engine.end("largest").stop_reason)
+    assert isinstance(refusal, MemoryPressureError)
+    assert engine.gate.gate.exceeded == before + 1
+    assert engine.step() == {"decoding": 1, "small": 30}
+    engine.add("like", range(1000, 1600))
+    assert engine.step()["like"] == 600
+    for _ in range(4):
+        engine.step()
+    assert engine.said("decoding") == engine.said("small") == engine.said("like") == [7] * 4
+    assert not engine.scheduler.requests
+
+
+def test_an_engine_that_loses_every_step_ends(engine: Engine) -> None:
+    engine.add("decoding", range(40))
+    engine.step()
+    for _ in range(MAX_LOST):
+        engine.step(lost=True)
+    with pytest.raises(MemoryError, match="in a row"):
+        engine.step(lost=True)
