@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 from rich.table import Table
 
-from tests.support.besieged import Siege, besieged
+from tests.support.besieged import FITTED, Siege, besieged
 from tests.support.chaos import scored
 from tests.support.engines import SGLANG, VLLM, Engine
 from tests.support.gate_models import DENSE, MOE, GateModel
@@ -25,9 +25,8 @@ from tests.support.sglang_server import sglang_server
 
 __all__ = ["gate_error"]
 
-PER_SIZE = 4
-"""Prompts of each power of two: with the calibration's, no more than a line keeps of a size."""
-SIZES = (64, 128, 256, 512, 1024, 2048)
+PREDICTED = 24
+"""Prompts of other lengths: so few that each is measured; of sizes known well one in a few is."""
 
 
 def gate_error(folder: Path, sglang_python: Path) -> Table:
@@ -47,15 +46,14 @@ def gate_error(folder: Path, sglang_python: Path) -> Table:
 
 def _rows(engine: Engine, name: str, model: GateModel, folder: Path) -> Iterator[list[str]]:
     with besieged(engine, folder, mode="observe", model=model) as siege:
-        calibrated = "3 each of " + ", ".join(map(str, SIZES))
+        calibrated = f"{len(FITTED)} lengths"
         asks: dict[str, Callable[[list[int]], httpx.Response]] = {
             "plain": lambda prompt: siege.server.complete(prompt, 1),
             "prompt_logprobs": lambda prompt: scored(siege.server, prompt),
         }
         for kind, ask in asks.items():
-            for tokens in SIZES:
-                for seed in range(3):
-                    ask(siege.prompt(tokens, seed)).raise_for_status()
+            for tokens in FITTED:
+                ask(siege.prompt(tokens)).raise_for_status()
             steps = list(_measured(siege, ask, logprobs=kind != "plain"))
             errors = sorted(
                 abs(step["predicted_bytes"] / step["measured_bytes"] - 1) for step in steps
@@ -71,13 +69,14 @@ def _measured(
 ) -> Iterator[dict[str, Any]]:
     """Prompts of lengths that the line was not drawn from, as the gate saw them."""
     chance = random.Random(7)
-    for size in SIZES:
-        for _ in range(PER_SIZE):
-            tokens = chance.randint(size + 1, 2 * size - 1)
-            ask(siege.prompt(tokens, chance.randrange(1 << 30))).raise_for_status()
-            ask(siege.prompt(4)).raise_for_status()  # what was measured is told at the next step
-            for step in reversed(siege.gate()["recent"]):
-                rows = step["prompt_logprob_rows"]
-                if step["tokens"] == tokens and bool(rows) == logprobs:
-                    yield step
-                    break
+    least, most = min(FITTED), max(FITTED)
+    for place in range(PREDICTED):
+        tokens = round(least * (most / least) ** ((place + chance.random()) / PREDICTED))
+        if tokens in FITTED:
+            tokens += 1
+        ask(siege.prompt(tokens, 2)).raise_for_status()
+        ask(siege.prompt(4)).raise_for_status()  # what was measured is told at the next step
+        for step in reversed(siege.gate()["recent"]):
+            if step["tokens"] == tokens and bool(step["prompt_logprob_rows"]) == logprobs:
+                yield step
+                break

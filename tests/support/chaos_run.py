@@ -16,6 +16,7 @@ from rich.table import Table
 from tests.support.besieged import ROOM_BYTES, Judgement, besieged, judged, measured_line
 from tests.support.chaos import Outcome, mixture, sent
 from tests.support.engines import Engine, engines_here
+from tests.support.gate_models import QUICK
 
 __all__ = ["attacked"]
 
@@ -50,7 +51,7 @@ def attacked(
     engine: Engine, folder: Path, *, requests: int, seed: int
 ) -> tuple[bool, Judgement, list[Outcome]]:
     """Attack one server under a limit of its addresses; whether it lives, and what has shown."""
-    with besieged(engine, folder, mode="enforce") as siege:
+    with besieged(engine, folder, mode="enforce", model=QUICK) as siege:
         siege.calibrate()
         needs = measured_line(siege.gate())
         siege.limit_addresses()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["DENSE", "MOE", "PINNED_ALLOCATOR", "GateModel"]
+__all__ = ["DENSE", "MOE", "PINNED_ALLOCATOR", "QUICK", "GateModel"]
 
 PINNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -23,6 +23,7 @@ class GateModel:
     """A Qwen3 of random weights: small, with a large vocabulary and a long context."""
 
     moe: bool = False
+    hidden: int = 512
     vocab: int = 32_768
     context: int = 8192
 
@@ -42,7 +43,7 @@ def _made(model: GateModel) -> Any:
     )
 
     sizes: dict[str, Any] = {
-        "hidden_size": 512,
+        "hidden_size": model.hidden,
         "intermediate_size": 2048,
         "num_hidden_layers": 2,
         "num_attention_heads": 8,
@@ -64,3 +65,5 @@ def _made(model: GateModel) -> Any:
 
 
 DENSE, MOE = GateModel(), GateModel(moe=True)
+QUICK = GateModel(hidden=256)
+"""For thousands of requests."""
