@@ -26,17 +26,21 @@ from engine_plugins.sender.engines import EngineLink, links_to
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology, ranks_of
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.push import Push
+from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Offer, Round, checked_version, drive, offer_to
 from engine_plugins.sender.tree_update import TreeUpdate
 from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
+from engine_plugins.weights.block_fp8 import BlockFp8
+from engine_plugins.weights.block_fp8_source import quantized_source
 from engine_plugins.weights.fsdp_source import fsdp_tensors
 from engine_plugins.weights.megatron_source import megatron_boxes
 from engine_plugins.weights.model_facts import model_facts
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.shared_blocks import SharedBlocks
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.base import Transport
@@ -65,6 +69,10 @@ class SenderOptions(TypedDict, total=False):
     direction: Direction
     """`pull` (the default) has the engines read the trainer's memory, `push` has every rank write
     into the engines'. A push is always in two phases."""
+    quantization: Literal["fp8"] | BlockFp8 | None
+    """Send matrices as an engine of the model's block-FP8 checkpoint holds them, quantized anew for
+    every update into slots of this process's: `fp8` as the config's `quantization_config` says (the
+    usual form where it has none), or a `BlockFp8`. The same on every rank."""
     two_phase: bool | None
     """Have no engine install a version before all are ready to; if one is not, all keep their old
     weights. It costs the memory of mode staged. None: only for a push."""
@@ -112,6 +120,8 @@ class WeightSender:
         two_phase = options.get("two_phase")
         self._two_phase = self._direction == "push" if two_phase is None else two_phase
         self._push: Push | None = None
+        form = options.get("quantization")
+        self._quantizer = None if form is None else quantized_source(boxes, form)
         self._owned_transport: Transport | None = None
         self._source: WeightSource | None = None
         self._links: dict[str, EngineLink] = {}
@@ -121,7 +131,12 @@ class WeightSender:
             check_topology([place for told_by_one in told for place in told_by_one])
             self._ranks.agree(
                 "registering the weights",
-                partial(self._open, boxes, engines, options.get("transport")),
+                partial(
+                    self._open,
+                    boxes if self._quantizer is None else self._quantizer.boxes,
+                    engines,
+                    options.get("transport"),
+                ),
                 None,
             )
         except BaseException:  # an interrupt too must leave nothing registered
@@ -153,7 +168,7 @@ class WeightSender:
             partial(hf_boxes, kept, model_type=_model_type(config)),
             engines=engines,
             model=model_facts(config),
-            **options,
+            **_of_config(options, config),
         )
 
     @classmethod
@@ -185,7 +200,7 @@ class WeightSender:
             lambda: hf_boxes(fsdp_tensors(model), model_type=family),
             engines=engines,
             model=model_facts(config),
-            **options,
+            **_of_config(options, config),
         )
 
     @classmethod
@@ -211,7 +226,7 @@ class WeightSender:
             places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
             engines=engines,
             model=model_facts(config),
-            **options,
+            **_of_config(options, config),
         )
 
     def update(
@@ -302,6 +317,7 @@ class WeightSender:
         if len(set(asked)) > 1:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
+        self._quantize()
         self._ranks.agree("refreshing the weights", self._refresh, None)
         result = self._in_two_phases(request) if self._two_phase else self._rounds(request)
         if result.failures:
@@ -314,8 +330,20 @@ class WeightSender:
         # The leading rank's clock, so that the report is the same everywhere.
         seconds = self._ranks.lead("timing", lambda: time.perf_counter() - started, float)
         return SenderReport.of(
-            request.version, result.reports, result.plans, seconds, fed_by=result.fed_by
+            request.version,
+            result.reports,
+            result.plans,
+            seconds,
+            fed_by=result.fed_by,
+            push=None if self._push is None else PushReport.of(self._push.costs),
         )
+
+    def _quantize(self) -> None:
+        """Agree on blocks that several ranks share; the refresh that follows fills the slots."""
+        if self._quantizer is not None:
+            measure = self._quantizer.measure
+            told = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
+            self._quantizer.settle(blocks for each in told for blocks in each)
 
     def _open(
         self,
@@ -442,6 +470,13 @@ class WeightSender:
 
     def _shown(self, urls: Sequence[str], version: int) -> AbstractContextManager[None]:
         return progress_of(urls, version=version, token=self._token, shown=self._progress)
+
+
+def _of_config(options: SenderOptions, config: object) -> SenderOptions:
+    """The options, with the form that a model's config speaks of."""
+    if options.get("quantization") != "fp8":
+        return options
+    return {**options, "quantization": BlockFp8.of_config(config)}
 
 
 def _nixl() -> Transport:

@@ -14,10 +14,12 @@ from functools import partial
 
 from engine_plugins.errors import EnginePluginError, PeerError, TransferTimeoutError
 from engine_plugins.sender.engines import EngineLink
+from engine_plugins.sender.peer_writes import PeerWrites
+from engine_plugins.sender.push_report import WriteCost
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.weights.destinations import Destination, Writes
 from engine_plugins.weights.report import PlanSummary
-from engine_plugins.weights.transport.base import PreparedTransfer, Transport
+from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.meeting import Greeting, meet_agent
 from engine_plugins.weights.transport.transfers import run_transfers
 
@@ -32,7 +34,7 @@ class _Target:
     """One engine's plan, and this rank's writes for it."""
 
     plan_id: str
-    writes: Sequence[PreparedTransfer]
+    peers: list[PeerWrites]
 
 
 class Push:
@@ -44,6 +46,7 @@ class Push:
 
     Attributes:
         ended: whether no rank's write of the last push can be under way.
+        costs: what the last push took of each rank.
     """
 
     def __init__(self, ranks: TrainerRanks, transport: Transport) -> None:
@@ -51,6 +54,7 @@ class Push:
         self._transport = transport
         self._targets: dict[str, _Target] = {}
         self.ended = True
+        self.costs: list[WriteCost] = []
 
     def run(self, links: Mapping[str, EngineLink], *, deadline: float) -> None:
         """Write to every engine. Writes are prepared once for each plan.
@@ -64,7 +68,7 @@ class Push:
             PeerLostError: an engine rank died.
             TransferTimeoutError: the deadline passed; writes may still be under way.
         """
-        self.ended = True
+        self.ended, self.costs = True, []
         try:
             news = partial(self._news, links)
             plans = self._ranks.lead("sharing the engines' plans", news, dict[str, PlanSummary])
@@ -94,22 +98,22 @@ class Push:
     def _learn(self, plans: Mapping[str, PlanSummary]) -> None:
         for url, plan in plans.items():
             self._forget(url)
-            writes: list[PreparedTransfer] = []
-            # Kept before it is full: what a failure leaves prepared is released with it.
-            self._targets[url] = _Target(plan_id=plan.plan_id, writes=writes)
+            target = self._targets[url] = _Target(plan_id=plan.plan_id, peers=[])
             for destination in plan.destinations:
                 mine = destination.writes.get(self._transport.agent)
                 if mine is not None:
-                    self._prepare(url, destination, mine, writes)
+                    who = f"rank {destination.tp_rank} of {url}"
+                    peer = PeerWrites(who, destination.agent, self._transport)
+                    # Kept before it is full: what a failure leaves prepared is released with it.
+                    target.peers.append(peer)
+                    self._prepare(peer, destination, mine)
 
-    def _prepare(
-        self, url: str, destination: Destination, mine: Writes, writes: list[PreparedTransfer]
-    ) -> None:
+    def _prepare(self, peer: PeerWrites, destination: Destination, mine: Writes) -> None:
         """Meet one engine rank and prepare what is written to it."""
         agent, metadata = destination.agent, destination.agent_metadata
         if hashlib.sha256(metadata).hexdigest() != destination.agent_metadata_sha256:
             raise PeerError(
-                f"the description of rank {destination.tp_rank} of {url} (agent {agent}) has "
+                f"the description of {peer.who} (agent {agent}) has "
                 f"{len(metadata)} bytes and another checksum than was told with it",
                 remedy="look for a proxy that changes answers, and update again",
             )
@@ -119,36 +123,57 @@ class Push:
                 greeting = Greeting(
                     address=int(rows[0, 1]), nbytes=int(rows[0, 2]), device=remote_device
                 )
-                who = f"rank {destination.tp_rank} of {url}"
-                meet_agent(self._transport, agent, metadata, greeting=greeting, who=who)
+                meet_agent(self._transport, agent, metadata, greeting=greeting, who=peer.who)
                 met = True
-            writes.append(
-                self._transport.prepare_write(
-                    agent, rows, local_device=local_device, remote_device=remote_device
-                )
-            )
+            peer.add(rows, local_device=local_device, remote_device=remote_device)
 
     def _write(self, deadline: float) -> None:
-        writes = [write for target in self._targets.values() for write in target.writes]
+        peers = [peer for target in self._targets.values() for peer in target.peers]
         failure: Exception | None = None
         self.ended = False
+        cost = WriteCost()
         try:
-            left = (deadline - time.monotonic()) * (1 - MARGIN)
-            run_transfers(writes, deadline_s=max(left, 0.0))
+            cost = _written(peers, deadline)
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
+            left = [peer.progress() for peer in peers if peer.unfinished]
+            if isinstance(error, EnginePluginError):
+                error.message += f"; not written in full: {'; '.join(left[:8])}"
         stopped = failure is None or (
             isinstance(failure, EnginePluginError) and not isinstance(failure, TransferTimeoutError)
         )
         self.ended = all(self._ranks.agree("ending the writes", lambda: stopped, bool))
 
-        def outcome() -> None:
+        def outcome() -> WriteCost:
             if failure is not None:
                 raise failure
+            return cost
 
-        self._ranks.agree("writing the weights", outcome, None)
+        self.costs = self._ranks.agree("writing the weights", outcome, WriteCost)
 
     def _forget(self, url: str) -> None:
         target = self._targets.pop(url, None)
-        for write in target.writes if target is not None else ():
-            write.release()
+        for peer in target.peers if target is not None else ():
+            peer.release(ended=self.ended)
+
+
+def _written(peers: Sequence[PeerWrites], deadline: float) -> WriteCost:
+    """Write everything; what it took is read before anything is given back or counted anew."""
+    began = time.perf_counter()
+    for peer in peers:
+        peer.begin()
+    gathered = time.perf_counter()
+    writes = [write for peer in peers for write in peer.writes]
+    left = (deadline - time.monotonic()) * (1 - MARGIN)
+    nbytes = run_transfers(writes, deadline_s=max(left, 0.0))
+    ended = time.perf_counter()
+    posted_s = sum(write.posted_s for write in writes)
+    return WriteCost(
+        bytes=nbytes,
+        writes=len(writes),
+        ranges=sum(peer.ranges for peer in peers),
+        gathered=sum(peer.gathered for peer in peers),
+        gathered_s=gathered - began,
+        posted_s=posted_s,
+        waited_s=ended - gathered - posted_s,
+    )

@@ -10,6 +10,7 @@ import msgspec
 
 from engine_plugins.errors import UpdateFailedError
 from engine_plugins.sender.fan_out import TRAINER
+from engine_plugins.sender.push_report import PushReport
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
 __all__ = ["EngineFailure", "EnginesFailedError", "SenderReport"]
@@ -41,6 +42,7 @@ class SenderReport:
         gbps: gigabytes (1e9 bytes) per second over all of `seconds`; the engines' own reports
             have the rate on the wire.
         fed_by: whose memory each engine read, by its url: another engine's url, or `trainer`.
+        push: of a push, what its writes took; None for a pull.
     """
 
     version: int
@@ -50,6 +52,7 @@ class SenderReport:
     seconds: float
     gbps: float
     fed_by: dict[str, str]
+    push: PushReport | None = None
 
     @classmethod
     def of(
@@ -60,6 +63,7 @@ class SenderReport:
         seconds: float,
         *,
         fed_by: Mapping[str, str],
+        push: PushReport | None = None,
     ) -> Self:
         """Sum up the engines' own reports; who is not in `fed_by` was fed by the trainer."""
         moved = sum(report.bytes_moved for report in engines.values())
@@ -71,6 +75,7 @@ class SenderReport:
             seconds=seconds,
             gbps=moved / max(seconds, 1e-9) / 1e9,
             fed_by=_fed_by(engines, fed_by),
+            push=push,
         )
 
     @property
@@ -94,12 +99,18 @@ class SenderReport:
             f"{self.bytes / 1e6:.1f} MB, {self.gbps:.3g} GB/s"
         )
         lines = [
-            f"{url}: {report.bytes_moved / 1e6:.1f} MB in {report.seconds:.2f} s "
-            f"({report.gbps:.3g} GB/s on the wire), paused {report.paused_s:.2f} s{self._plan(url)}"
+            f"{url}: {report.bytes_moved / 1e6:.1f} MB in {report.seconds:.2f} s"
+            f"{self._wire(report)}, paused {report.paused_s:.2f} s{self._plan(url)}"
             f"{self._fed(url)}"
             for url, report in self.engines.items()
         ]
+        if self.push is not None:
+            head = f"{head}; {self.push}"
         return "; ".join([head, *lines]) if len(lines) == 1 else "\n  ".join([head, *lines])
+
+    def _wire(self, report: UpdateReport) -> str:
+        """An engine that is written to cannot say how fast that was."""
+        return "" if self.push is not None else f" ({report.gbps:.3g} GB/s on the wire)"
 
     def _fed(self, url: str) -> str:
         return "" if self.fed_by[url] == TRAINER else f", fed by {self.fed_by[url]}"

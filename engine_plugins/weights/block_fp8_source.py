@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from engine_plugins.errors import SourceError
+from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.weights.block_fp8 import BLOCK, SCALE_SUFFIX, BlockFp8
 from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.quantize_jobs import Job, Quantize, joined
+from engine_plugins.weights.quantize_jobs import Job, Quantize, block_quantizer, joined
 from engine_plugins.weights.shared_blocks import Maxima, Piece, Run, SharedBlocks, pieces_of
 from engine_plugins.weights.source_memory import copy_memory
 
-__all__ = ["BlockFp8Source"]
+__all__ = ["BlockFp8Source", "quantized_source"]
 
 ALIGNMENT_BYTES = 256
 VALUES_AT_BYTES = 16
@@ -179,6 +179,30 @@ class BlockFp8Source:
         job.values.view(torch.uint8).copy_(values.view(torch.uint8)[inside])
         owned = piece.owned_blocks(BLOCK)
         job.scales.copy_(scales[owned.within((blocks.rows.start, blocks.columns.start))])
+
+
+def quantized_source(
+    describe: Callable[[], Sequence[SourceBox]], form: BlockFp8 | str
+) -> BlockFp8Source:
+    """Make a source whose matrices are quantized by this project's kernels.
+
+    Args:
+        describe: this process's boxes as they are now.
+        form: which tensors are quantized; `fp8` is the usual form.
+
+    Raises:
+        SettingsError: a form that does not exist.
+        NotConfiguredError: the kernels are not installed.
+    """
+    if form == "fp8":
+        form = BlockFp8()
+    if not isinstance(form, BlockFp8):
+        raise SettingsError(
+            f"quantization is {form!r}, which is none that weights can be sent in",
+            remedy="give 'fp8', a BlockFp8, or None",
+        )
+    quantize = block_quantizer(powers_of_two=form.ue8m0)
+    return BlockFp8Source(describe, form, quantize)
 
 
 class _Memory:

@@ -111,12 +111,22 @@ def parameters_by_coverage(trace: LoaderTrace) -> tuple[int, list[str]]:
 
 
 def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> list[str]:
-    """A cast is right only where the engine would cast its own checkpoint as well."""
+    """A cast is right only where the engine would cast its own checkpoint as well.
+
+    To or from bytes it never is: such values mean nothing without their scales.
+    """
+
+    def is_right(copy: TracedCopy) -> bool:
+        bytewise = 1 in (copy.source_dtype.itemsize, copy.parameter_dtype.itemsize)
+        return copy.source_dtype == copy.parameter_dtype or (
+            copy.source_dtype == model_dtype and not bytewise
+        )
+
     return [
         f"{'+'.join(copy.sources)} is {_say(copy.source_dtype)}, "
         f"{copy.parameter} wants {_say(copy.parameter_dtype)}"
         for copy in copies
-        if copy.source_dtype not in (copy.parameter_dtype, model_dtype)
+        if not is_right(copy)
     ]
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 
-__all__ = ["Job", "Quantize", "joined"]
+from engine_plugins.errors import NotConfiguredError
+
+__all__ = ["Job", "Quantize", "block_quantizer", "joined"]
 
 
 class Quantize(Protocol):
@@ -27,6 +30,30 @@ class Job(NamedTuple):
     weights: torch.Tensor
     values: torch.Tensor
     scales: torch.Tensor
+
+
+def block_quantizer(*, powers_of_two: bool) -> Quantize:
+    """Take `quantize_blocks` of the kernels package: on a GPU its kernel, on the CPU plain torch.
+
+    Args:
+        powers_of_two: what scales are rounded up to.
+
+    Raises:
+        NotConfiguredError: the package is not installed.
+    """
+    try:
+        kernels = importlib.import_module("engine_kernels")
+    except ImportError as error:
+        raise NotConfiguredError(
+            f"engine_kernels cannot be imported ({error}), so nothing can be quantized",
+            remedy="install this project's package of kernels beside engine-plugins",
+        ) from error
+    block_format = kernels.BlockFormat(powers_of_two=powers_of_two)
+
+    def quantize(weights: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, /) -> None:
+        kernels.quantize_blocks(weights, values, scales, block_format)
+
+    return quantize
 
 
 def joined(jobs: Iterable[Job]) -> Iterator[Job]:
@@ -50,14 +77,14 @@ def _continues(group: list[Job], job: Job) -> bool:
 
 def _steps(one: Job, other: Job) -> list[int] | None:
     """Elements from each tensor of a job to that of the next; None where they do not fit."""
-    steps = []
+    steps: list[int] = []
     for mine, theirs in zip(one, other, strict=True):
         same = (mine.shape, mine.stride(), mine.dtype) == (
             theirs.shape,
             theirs.stride(),
             theirs.dtype,
         )
-        step = theirs.storage_offset() - mine.storage_offset()
+        step = int(theirs.storage_offset() - mine.storage_offset())
         storages = (each.untyped_storage().data_ptr() for each in (mine, theirs))
         if not same or len(set(storages)) > 1 or step < mine.stride(0) * len(mine):
             return None

@@ -186,6 +186,54 @@ def test_a_push_writes_only_once_all_are_ready(
         assert not any(tensor.any() for tensor in target.tensors().values())
 
 
+def test_nobody_writes_while_an_engine_still_prepares(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Looked at where the slower one is about to answer: the other has been ready for long."""
+    engines[1].prepare_s = 0.5
+    told = engines[1]._report
+    written: list[bool] = []
+
+    def look(body: dict[str, Any], outcome: Any) -> Any:
+        if outcome == "prepared":
+            targets = [each for engine in engines for each in engine.pushed.values()]
+            assert len(targets) == 2
+            assert all(engine.pushed for engine in engines)
+            tensors = [tensor for each in targets for tensor in each.tensors().values()]
+            written.append(any(bool(tensor.any()) for tensor in tensors))
+        return told(body, outcome)
+
+    monkeypatch.setattr(engines[1], "_report", look)
+    with sender_of(model, engines, transport, direction="push") as sender:
+        sender.update(1)
+    assert written == [False]
+    assert all(holds(engine, model) for engine in engines)
+
+
+def test_a_push_says_what_its_writes_took(
+    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+) -> None:
+    """Counted before anything is given back; each update anew, whatever was prepared earlier."""
+    nbytes = sum(parameter.nbytes for parameter in model.parameters())
+    with sender_of(model, engines, transport, direction="push") as sender:
+        for version in (1, 2, 3):
+            report = sender.update(version)
+            assert report.push is not None
+            (rank,) = report.push.ranks
+            assert rank.bytes == report.push.bytes >= 2 * nbytes
+            assert (rank.writes, rank.ranges) == (2, 2 * len(list(model.parameters())))
+            assert rank.posted_s > 0
+            assert rank.waited_s >= 0
+            assert report.push.gbps == pytest.approx(rank.bytes / rank.wire_s / 1e9)
+            assert f"written by 1 rank at {report.push.gbps:.3g} GB/s on the wire" in str(report)
+            assert "2 writes" in str(report)
+    with sender_of(model, engines[:1], transport) as pulled:
+        assert pulled.update(9).push is None
+
+
 @pytest.mark.parametrize(("bytes_per_s", "ended"), [(None, True), (0.0, False)])
 def test_a_push_that_fails_aborts_every_engine(
     engines: list[FakeEngine],
@@ -205,6 +253,8 @@ def test_a_push_that_fails_aborts_every_engine(
         train(model)
         with pytest.raises(Exception, match=target.transport.agent) as caught:
             sender.update(3, timeout_s=1.0)
+        assert f"rank 0 of {engines[1].url}: 0 of 1 writes, 0 of " in str(caught.value)
+        assert f"rank 0 of {engines[0].url}" not in str(caught.value)
         assert isinstance(caught.value, TransferTimeoutError) != ended
         for engine in engines:
             assert [told["writes_ended"] for told in engine.aborts] == [ended]
