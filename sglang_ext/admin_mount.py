@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,6 +13,8 @@ from sglang.srt.entrypoints import http_server
 from engine_plugins.admin.app import PREFIX
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.late_admin import LateAdmin
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
 from sglang_ext.admission_hook import RefuseBeforeStream
 from sglang_ext.engine_control import SglangEngineControl
@@ -47,8 +50,9 @@ def after_key_check(result: None, app: FastAPI, **keys: Any) -> None:
 
 
 def add_routes(app: FastAPI) -> None:
-    """Register the admin routes and the refusals of a fenced engine."""
+    """Register the admin routes and the refusals, and tell the gate's series."""
     _routes.register(app)
+    tell_gate_metrics(Path(os.environ[RUNTIME_DIR]))
     app.add_middleware(RefuseBeforeStream)
 
 

@@ -63,7 +63,9 @@ VLLM = Engine(
 )
 SGLANG = Engine(
     kind="sglang",
-    serve=functools.partial(sglang_server, arguments=["--engine-plugins-enable"], preload=True),
+    serve=functools.partial(
+        sglang_server, arguments=["--engine-plugins-enable", "--enable-metrics"], preload=True
+    ),
     peak_modules=1.5,
     watched={"launcher": "tests.support.stepping_sglang"},
     keyed={"api_key": API_KEY, "admin_api_key": ADMIN_KEY},
