@@ -21,7 +21,7 @@ _MARK = "engine_plugins: "
 
 
 class RefusedPrefillError(GracefulHTTPError):
-    """What vLLM turns into the answer: 413 for good, 503 with Retry-After for now."""
+    """What vLLM turns into the answer: 413 for good, 503 for now."""
 
     def __init__(self, refusal: EnginePluginError) -> None:
         fits_never = isinstance(refusal, PromptTooLargeError)
@@ -30,7 +30,10 @@ class RefusedPrefillError(GracefulHTTPError):
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE if fits_never else HTTPStatus.SERVICE_UNAVAILABLE,
         )
         self.headers: dict[str, str] = {}
-        if isinstance(refusal, MemoryPressureError):
+        self.figures: dict[str, str | int] = {"code": refusal.code}
+        if isinstance(refusal, PromptTooLargeError):
+            self.figures["largest_prompt"] = refusal.largest_prompt
+        elif isinstance(refusal, MemoryPressureError):
             self.headers["Retry-After"] = str(refusal.retry_after_s)
 
 
@@ -65,11 +68,18 @@ def refusal_of(stop_reason: object) -> EnginePluginError | None:
 
 
 def answer_refusals(app: FastAPI) -> None:
-    """Have an application of vLLM answer refusals with their headers, which it would drop."""
+    """Have an application of vLLM answer refusals with their headers and figures.
+
+    Its own answer has words only.
+    """
     app.add_exception_handler(RefusedPrefillError, _answer)
 
 
 async def _answer(_: Request, error: Exception) -> JSONResponse:
     body = create_error_response(error)
-    headers = error.headers if isinstance(error, RefusedPrefillError) else None
-    return JSONResponse(body.model_dump(), status_code=body.error.code, headers=headers)
+    told = error if isinstance(error, RefusedPrefillError) else None
+    return JSONResponse(
+        {**body.model_dump(), **(told.figures if told else {})},
+        status_code=body.error.code,
+        headers=told.headers if told else None,
+    )
