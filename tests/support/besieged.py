@@ -17,6 +17,7 @@ from tests.support.chaos import Outcome, scored, summary
 from tests.support.engine_server import EngineServer
 from tests.support.engines import Engine
 from tests.support.gate_models import DENSE, PINNED_ALLOCATOR, GateModel
+from tests.support.waiting import until
 
 __all__ = ["FITTED", "ROOM_BYTES", "Judgement", "Siege", "besieged", "judged", "measured_line"]
 
@@ -112,6 +113,9 @@ def besieged(
         arguments=[*_ARGUMENTS[engine.kind], *arguments],
         environment=environment,
     ) as server:
+        until(
+            lambda: bool(server.state()["workers"]), otherwise=lambda: f"no rank: {server.state()}"
+        )
         workers = server.state()["workers"]
         yield Siege(server=server, engine_pid=int(workers[0]["pid"]), model=model)
 

@@ -158,8 +158,7 @@ def _started(
     command: Sequence[str], log: Path, environment: Mapping[str, str], nursery: Nursery | None
 ) -> ServerProcess:
     with log.open("w") as output:
-        # glibc reads these when a program starts; a fork keeps its parent's.
-        if nursery is not None and not any(name.startswith("MALLOC_") for name in environment):
+        if nursery is not None:
             with open(os.devnull) as nothing:
                 files = (nothing.fileno(), output.fileno(), output.fileno())
                 return PreloadedProcess(nursery, command[1:], environment=environment, files=files)

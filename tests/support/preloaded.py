@@ -37,7 +37,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-__all__ = ["Nursery", "PreloadedProcess", "preloaded"]
+__all__ = ["Nursery", "PreloadedProcess", "of_the_allocator", "preloaded"]
 
 _PROJECT = Path(__file__).parents[2]
 _REQUEST_BYTES = 1 << 17
@@ -157,6 +157,12 @@ def preloaded(*modules: str, **environment: str) -> Nursery:
             pass_fds=[theirs.fileno()],
         )
     return Nursery(ours, program)
+
+
+def of_the_allocator(environment: Mapping[str, str] | None) -> dict[str, str]:
+    """The settings that glibc reads when a program starts: a nursery's forks keep those it had."""
+    named = (environment or {}).items()
+    return {name: value for name, value in named if name.startswith("MALLOC_")}
 
 
 def main() -> None:

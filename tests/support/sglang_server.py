@@ -23,7 +23,7 @@ from tests.support.engine_server import (
     running,
     server_events,
 )
-from tests.support.preloaded import preloaded
+from tests.support.preloaded import of_the_allocator, preloaded
 
 __all__ = ["SGLANG_SHIMS", "SglangServer", "sglang_server"]
 
@@ -136,7 +136,9 @@ def sglang_server(
             **(environment or {}),
         },
         api_key=api_key,
-        nursery=preloaded(*IMPORTED, OMP_NUM_THREADS="1", **ON_CPU) if preload else None,
+        nursery=preloaded(*IMPORTED, OMP_NUM_THREADS="1", **ON_CPU, **of_the_allocator(environment))
+        if preload
+        else None,
     )
 
 

@@ -17,7 +17,7 @@ from tests.support.engine_server import (
     running,
     server_events,
 )
-from tests.support.preloaded import preloaded
+from tests.support.preloaded import of_the_allocator, preloaded
 
 __all__ = ["VllmServer", "vllm_server"]
 
@@ -115,5 +115,7 @@ def vllm_server(
         api_servers=api_servers,
         environment={**QUIET, **(environment or {})},
         api_key=api_key,
-        nursery=preloaded(*IMPORTED, OMP_NUM_THREADS="1", **QUIET) if preload else None,
+        nursery=preloaded(*IMPORTED, OMP_NUM_THREADS="1", **QUIET, **of_the_allocator(environment))
+        if preload
+        else None,
     )
