@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from sglang.srt.environ import envs
 
 from engine_plugins.errors import EnginePluginError, SettingsError
+from engine_plugins.prefill_gate.engine_gate import require_cap
 from engine_plugins.settings import PREFIX, Settings
 from sglang_ext.hooks import missing
 from sglang_ext.memory_saver import prepare_memory_saver
@@ -58,6 +59,7 @@ def prepare_server_args(original: Callable[..., Any], argv: Sequence[str]) -> An
     refuse_unsupported(arguments)
     try:
         prepare_memory_saver(arguments)
+        require_cap(Settings.load())
     except EnginePluginError as error:
         refuse_to_start(f"{error.message}; {error.remedy}")
     return arguments
