@@ -23,9 +23,10 @@ def reference(weights: torch.Tensor, values: torch.Tensor, scales: torch.Tensor)
     finite = torch.where(weights.isfinite(), weights, 0).float()
     padded = torch.nn.functional.pad(finite, (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
-    scale = blocks.abs().amax((1, 3)).clamp_min(1e-4) / 448
+    scale = blocks.abs().amax((1, 3)).clamp_min(1e-4) / 448.0
     each = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
-    scaled = (weights.float() / each).nan_to_num(float("nan"), float("nan"), float("nan"))
+    scaled = weights.float() * each.reciprocal()
+    scaled = torch.where(scaled.isfinite(), scaled, torch.nan)
     values.copy_(scaled.clamp(-448, 448).to(torch.float8_e4m3fn))
     scales.copy_(scale)
 

@@ -21,7 +21,7 @@ _MODULES = (
 )
 """Ends of HF names, and the parameters that hold them; all others keep their names."""
 _COLUMN_PARALLEL = re.compile(r"(embed_tokens|lm_head|[qkv]_proj|gate_proj|up_proj)\.\w+$")
-_ROW_PARALLEL = re.compile(r"(o_proj|down_proj)\.weight$")
+_ROW_PARALLEL = re.compile(r"(o_proj|down_proj)\.weight(_scale_inv)?$")
 
 
 class ShardedModel:
@@ -32,22 +32,38 @@ class ShardedModel:
         tied: whether the output head is the embedding.
         tp_rank: this rank.
         tp_size: how many there are.
+        dtypes: of the parameters that are not float32, by HF name.
     """
 
     def __init__(
-        self, shapes: Mapping[str, torch.Size], *, tied: bool, tp_rank: int, tp_size: int
+        self,
+        shapes: Mapping[str, torch.Size],
+        *,
+        tied: bool,
+        tp_rank: int,
+        tp_size: int,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.tied = tied
         self._shapes, self._tp_rank, self._tp_size = shapes, tp_rank, tp_size
+        self._dtypes = dict(dtypes or {})
         self._shards = {
-            name: torch.full(self._shard_shape(name, shape), float("nan"))
+            name: torch.full(
+                self._shard_shape(name, shape),
+                float("nan"),
+                dtype=self._dtypes.get(name, torch.float32),
+            )
             for name, shape in shapes.items()
         }
 
     def twin(self) -> ShardedModel:
         """A model of the same layout."""
         return ShardedModel(
-            self._shapes, tied=self.tied, tp_rank=self._tp_rank, tp_size=self._tp_size
+            self._shapes,
+            tied=self.tied,
+            tp_rank=self._tp_rank,
+            tp_size=self._tp_size,
+            dtypes=self._dtypes,
         )
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
