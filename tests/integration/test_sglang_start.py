@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.admin.shared_state import create_runtime_dir
 from sglang_ext.roll_call import absences, report_present
-from sglang_ext.server_flags import refuse_unsupported, take_flags
+from sglang_ext.server_flags import prepare_server_args, refuse_unsupported, take_flags
 from tests.support.live_models import LiveModel
 from tests.support.sglang_server import sglang_server
 
@@ -46,6 +47,8 @@ def test_flags_are_taken_out_and_handed_on() -> None:
         (["--engine-plugins-speed", "9"], "there is no flag --engine-plugins-speed"),
         (["--engine-plugins-admin-token", "x"], "there is no flag --engine-plugins-admin-token"),
         (["--engine-plugins-enable=yes"], "ignored explicit argument"),
+        (["--engine-plugins-prefill-gate", "maybe"], "PREFILL_GATE must be one of"),
+        (["--engine-plugins-prefill-margin-bytes", "-1"], "PREFILL_MARGIN_BYTES must"),
     ],
 )
 def test_a_bad_flag_ends_the_start_with_one_line(
@@ -57,6 +60,15 @@ def test_a_bad_flag_ends_the_start_with_one_line(
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not any(name.startswith(OURS) for name in os.environ)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of SGLang's import, without a GPU
+def test_a_cap_above_the_machine_ends_the_start_with_one_line() -> None:
+    """The gate would let in what cannot fit."""
+    argv = ["--engine-plugins-prefill-cap-bytes", str(1 << 60)]
+    arguments = SimpleNamespace(device="cpu", enable_memory_saver=False)
+    with pytest.raises(SystemExit, match=r"PREFILL_CAP_BYTES is .* above the machine's memory"):
+        prepare_server_args(lambda rest: arguments, argv)
 
 
 @pytest.mark.parametrize(
