@@ -284,6 +284,19 @@ class WeightSender:
         )
         return self._update(request)
 
+    def add_engines(self, engines: Engines) -> None:
+        """Have further engines take the updates from the next one on.
+
+        Collective, between updates. An engine that restarted under its url need not be added.
+
+        Args:
+            engines: base urls that this sender has not been given.
+
+        Raises:
+            SettingsError: a url that is none, or given before; then none is added.
+        """
+        self._ranks.agree("adding engines", partial(self._add_engines, engines), None)
+
     def close(self) -> None:
         """Take the memory back from the wire. Repeating it does nothing.
 
@@ -337,6 +350,17 @@ class WeightSender:
             fed_by=result.fed_by,
             push=None if self._push is None else PushReport.of(self._push.costs),
         )
+
+    def _add_engines(self, engines: Engines) -> None:
+        added = links_to(engines, self._token)
+        known = [link.url for link in added if link.url in self._links]
+        if known:
+            for link in added:
+                link.client.close()
+            raise SettingsError(
+                f"engines were given before: {known}", remedy="add only those that are new"
+            )
+        self._links |= {link.url: link for link in added}
 
     def _quantize(self) -> None:
         """Agree on blocks that several ranks share; the refresh that follows fills the slots."""

@@ -124,6 +124,28 @@ def test_an_engine_that_restarted_is_told_anew_while_the_other_waits(
     assert not engines[1].aborts
 
 
+@DIRECTIONS
+def test_an_engine_may_join_between_updates(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    direction: str,
+) -> None:
+    """The next version is on both; the one that was there keeps its plan."""
+    with sender_of(model, engines[:1], transport, direction=direction) as sender:
+        sender.update(1)
+        sender.update(2)
+        plans = len(engines[0].plans)
+        with pytest.raises(SettingsError, match="given before"):
+            sender.add_engines([engines[1].url, engines[0].url])
+        sender.add_engines(engines[1].url)
+        train(model)
+        report = sender.update(3)
+        assert list(report.engines) == [engine.url for engine in engines]
+        assert all(holds(engine, model) and engine.version == 3 for engine in engines)
+        assert len(engines[0].plans) == plans
+
+
 def test_an_engine_that_fails_to_commit_is_named(
     engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
 ) -> None:
