@@ -59,7 +59,8 @@ def prepare_server_args(original: Callable[..., Any], argv: Sequence[str]) -> An
     refuse_unsupported(arguments)
     try:
         prepare_memory_saver(arguments)
-        require_cap(Settings.load())
+        if arguments.device == "cpu":  # of a GPU its ranks know the size
+            require_cap(Settings.load())
     except EnginePluginError as error:
         refuse_to_start(f"{error.message}; {error.remedy}")
     return arguments

@@ -24,7 +24,7 @@ from engine_plugins.prefill_gate.entry import EntryKind, EntryLimits, GateBoard,
 from engine_plugins.prefill_gate.fitted_line import Sample
 from engine_plugins.prefill_gate.gate import PrefillGate
 from engine_plugins.prefill_gate.gate_report import GateReport, MeasuredStep
-from engine_plugins.prefill_gate.memory_cap import HostFigures, Reading, resolve_cap
+from engine_plugins.prefill_gate.memory_cap import HostFigures, Reading, require_within, resolve_cap
 from engine_plugins.prefill_gate.model_memory import ModelMemory, Regime
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
 from engine_plugins.prefill_gate.rank_meter import Measured, Ranks, StepOrder
@@ -199,7 +199,7 @@ class EngineGate:
             self._settings,
             **{f"prefill_{_SETTING.get(name, name)}": changes[name] for name in changes},
         )
-        require_cap(settings)
+        require_cap(settings, self._ranks.device_bytes())
         self.gate.configure(settings)
         self._settings = settings
         self._limits = None
@@ -274,7 +274,7 @@ def make_engine_gate(
     Raises:
         SettingsError: a cap that this machine cannot hold.
     """
-    require_cap(settings)
+    require_cap(settings, ranks.device_bytes())
     memory = PrefillMemory(
         model,
         margin_quantile=settings.prefill_margin_quantile,
@@ -293,10 +293,14 @@ def calibration_file(settings: Settings, key: CalibrationKey) -> CalibrationFile
     return CalibrationFile(folder, key, expire_s=CALIBRATION_LASTS_S)
 
 
-def require_cap(settings: Settings) -> None:
-    """Refuse a cap that this machine, or this process, cannot hold.
+def require_cap(settings: Settings, device_bytes: int | None = None) -> None:
+    """Refuse a cap that the GPU, or without one this machine or process, cannot hold.
 
     Raises:
         SettingsError: the text says which limit.
     """
-    resolve_cap(settings.prefill_cap_bytes, HostFigures.now())
+    cap = settings.prefill_cap_bytes
+    if device_bytes is None:
+        resolve_cap(cap, HostFigures.now())
+    else:
+        require_within(cap, device_bytes, "the GPU's memory")

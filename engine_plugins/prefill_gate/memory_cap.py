@@ -19,6 +19,7 @@ __all__ = [
     "MemoryFigures",
     "Reading",
     "read_host",
+    "require_within",
     "resolve_cap",
     "resolve_device_cap",
 ]
@@ -43,12 +44,14 @@ class MemoryFigures(NamedTuple):
     """What a rank holds between two steps, and what it may come to hold, in bytes.
 
     `addresses` are those of its process; `address_limit` is `None` where they have none.
+    `device_bytes` is the size of the GPU that the figures are of, `None` for the host.
     """
 
     used_bytes: int
     cap_bytes: int
     addresses: int = 0
     address_limit: int | None = None
+    device_bytes: int | None = None
 
     def reading(self, configured_cap: int | None) -> Reading:
         """Against the cap with the least room; a configured one stands for what is free."""
@@ -132,7 +135,7 @@ def resolve_cap(configured: int | None, figures: HostFigures, *, ranks: int = 1)
         ("RLIMIT_AS", figures.address_space_limit, None),
     ]
     for what, limit, _ in room:
-        _require_within(configured, limit, what)
+        require_within(configured, limit, what)
     reason, free = min(
         ((what, free) for what, limit, free in room if limit is not None and free is not None),
         key=lambda each: each[1],
@@ -160,7 +163,7 @@ def resolve_device_cap(
     Raises:
         SettingsError: the configured cap is above the GPU's memory.
     """
-    _require_within(configured, total, "the GPU's memory")
+    require_within(configured, total, "the GPU's memory")
     if configured is not None:
         return MemoryCap(resident_bytes=configured, reason=f"{PREFIX}PREFILL_CAP_BYTES")
     return MemoryCap(resident_bytes=ours + free // ranks, reason="the GPU's free memory")
@@ -172,7 +175,12 @@ def read_host(cap: MemoryCap) -> MemoryFigures:
     return MemoryFigures(resident, cap.resident_bytes, addresses, cap.address_space_bytes)
 
 
-def _require_within(configured: int | None, limit: int | None, what: str) -> None:
+def require_within(configured: int | None, limit: int | None, what: str) -> None:
+    """Refuse a configured cap above a limit.
+
+    Raises:
+        SettingsError: the text says which limit.
+    """
     if configured is not None and limit is not None and configured > limit:
         raise SettingsError(
             f"{PREFIX}PREFILL_CAP_BYTES is {configured}, above {what} of {limit} bytes: the gate "

@@ -57,6 +57,10 @@ class Ranks(Protocol):
         """Steps that all ranks have measured lately, each with its largest peak."""
         ...
 
+    def device_bytes(self) -> int | None:
+        """Size of the smallest of their GPUs; `None` for ranks on the host."""
+        ...
+
 
 class RankMeter:
     """One rank's: follows orders around its steps.
@@ -128,6 +132,10 @@ class OwnRank:
         """As of now."""
         return self._meter.memory.figures().reading(configured_cap)
 
+    def device_bytes(self) -> int | None:
+        """Of its GPU."""
+        return self._meter.memory.figures().device_bytes
+
     def measured(self) -> list[Measured]:
         """Since the last time."""
         found = list(self._meter.peaks)
@@ -152,6 +160,12 @@ class PagedRanks:
         self._look()
         readings = (page.figures.reading(configured_cap) for page in self._newest)
         return min(readings, key=lambda each: each.headroom_bytes)
+
+    def device_bytes(self) -> int | None:
+        """Of the rank whose GPU is smallest."""
+        self._look()
+        sizes = [page.figures.device_bytes for page in self._newest]
+        return min((size for size in sizes if size is not None), default=None)
 
     def measured(self) -> list[Measured]:
         """Those that every rank still has on its page."""

@@ -105,7 +105,7 @@ class DeviceStepMemory:
         allocated = torch.cuda.memory_allocated()
         reserve = torch.cuda.memory_reserved() - allocated
         cap = resolve_device_cap(None, total=total, free=free + reserve, ours=allocated)
-        return MemoryFigures(allocated, cap.resident_bytes)
+        return MemoryFigures(allocated, cap.resident_bytes, device_bytes=total)
 
     def start(self) -> None:
         """Reset the allocator's high-water mark."""

@@ -22,6 +22,7 @@ from engine_plugins.prefill_gate.engine_gate import (
     StepFigures,
     calibration_file,
     make_engine_gate,
+    require_cap,
 )
 from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
 from engine_plugins.prefill_gate.fitted_line import Sample
@@ -42,6 +43,9 @@ class ToldRanks:
         self.now = reading
         self.peaks: list[Measured] = []
 
+    def device_bytes(self) -> int | None:
+        return None
+
     def reading(self, configured_cap: int | None) -> Reading:
         if configured_cap is None:
             return self.now
@@ -53,6 +57,9 @@ class ToldRanks:
 
 class SilentRanks:
     """Of a scheduler that is handed another rank's figures."""
+
+    def device_bytes(self) -> int | None:
+        return None
 
     def reading(self, configured_cap: int | None) -> Reading:
         raise AssertionError("asked for a reading")
@@ -330,3 +337,13 @@ def test_a_folder_that_cannot_be_written_hurts_nothing(
 
 
 KEY = CalibrationKey(model="m", engine="e 1", tp_size=1, backend="cpu", prior={})
+
+
+def test_a_cap_is_held_against_the_gpu_where_there_is_one() -> None:
+    """A GPU may be larger than the host's memory, and smaller."""
+    beyond = 1 << 50
+    require_cap(Settings(prefill_cap_bytes=beyond), device_bytes=beyond)
+    with pytest.raises(SettingsError, match="GPU's memory"):
+        require_cap(Settings(prefill_cap_bytes=101), device_bytes=100)
+    with pytest.raises(SettingsError, match="machine's memory"):
+        require_cap(Settings(prefill_cap_bytes=beyond))

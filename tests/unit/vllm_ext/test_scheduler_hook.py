@@ -52,6 +52,9 @@ class Ranks:
     now: float = field(default_factory=time.monotonic)
     done: list[Measured] = field(default_factory=list)
 
+    def device_bytes(self) -> int | None:
+        return None
+
     def reading(self, configured_cap: int | None) -> Reading:
         return Reading(0, self.room_bytes)
 
