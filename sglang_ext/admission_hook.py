@@ -53,9 +53,6 @@ async def generate_request(
     original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
     """Around `TokenizerManager.generate_request`, through which every route generates."""
-    held = _held.get()
-    if held is not None:
-        held.request = request
     await _admitted(manager, _shared(), request)
     async with aclosing(original(manager, request, *args, **kwargs)) as outputs:
         async for output in outputs:
@@ -114,9 +111,6 @@ async def send_batch(original: Any, manager: Any, tokenized: list[Any]) -> None:
             if refusal is not None:
                 raise _refused_with(answer_to(refusal), str(refusal), each)
     await original(manager, tokenized)
-    held = _held.get()
-    if held is not None:
-        await held.taken()
 
 
 async def abort_reason(
@@ -171,44 +165,34 @@ def _show_version(manager: Any, state: EngineState) -> None:
 
 
 class HeldAnswer:
-    """One HTTP answer whose beginning is kept back until its request is taken, or refused.
+    """One HTTP answer whose beginning is kept back until there is something to send with it.
 
-    A streaming route sends its 200 before it asks for the first token.
+    A streaming route sends its 200 before it asks for the first token, and a scheduler may refuse
+    later still. The first token comes no later for it.
     """
 
     def __init__(self, send: Send) -> None:
-        self.request: Any = None
-        """What SGLang was asked to generate, once it was."""
         self.refusal: Response | None = None
         self._send = send
         self._kept: list[Message] = []
-        self._taken = self._begun = False
+        self._begun = False
 
     async def send(self, message: Message) -> None:
         """Pass a message of the route's on, or keep it back."""
         if self.refusal is not None:
             return
-        if message["type"] == "http.response.start" and not self._taken:
+        if message["type"] == "http.response.start":
             self._kept.append(message)
             return
-        await self._begin()
+        while self._kept:
+            self._begun = True
+            await self._send(self._kept.pop(0))
         await self._send(message)
-
-    async def taken(self) -> None:
-        """Nothing will be refused any more; of several prompts a later one still may be."""
-        if self.request is not None and self.request.is_single:
-            self._taken = True
-            await self._begin()
 
     def refuse(self, answer: Response) -> None:
         """Answer this instead, unless the other answer has begun."""
         if not self._begun:
             self.refusal = answer
-
-    async def _begin(self) -> None:
-        while self._kept:
-            self._begun = True
-            await self._send(self._kept.pop(0))
 
 
 class RefuseBeforeStream:
