@@ -21,6 +21,7 @@ from tests.benchmarks.gate_error import gate_error
 from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.peaks import peaks
 from tests.benchmarks.plan_scale import plan_scale
+from tests.benchmarks.push_beside_pull import push_beside_pull
 from tests.benchmarks.row_cost import row_cost
 from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
 from tests.support.engine_server import ROOT
@@ -39,7 +40,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--only",
-        choices=[*BESIDE_OTHERS, "rows", "probe", "gate", "plan", "phases", "peaks", "gate-error"],
+        choices=[
+            *BESIDE_OTHERS,
+            "push",
+            "rows",
+            "probe",
+            "gate",
+            "plan",
+            "phases",
+            "peaks",
+            "gate-error",
+        ],
         help="default: all",
     )
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs (at least 7)")
@@ -58,6 +69,8 @@ def main() -> None:
         if chosen.only in (None, name):
             command = [str(MEGATRON_PYTHON), "-m", module, "--pairs", str(pairs)]
             subprocess.run(command, cwd=ROOT, check=True)
+    if chosen.only in (None, "push"):
+        console.print(push_beside_pull(pairs=pairs))
     if chosen.only in (None, "rows"):
         console.print(row_cost(pairs=pairs))
     if chosen.only in (None, "probe"):

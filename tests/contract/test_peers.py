@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-
 import msgspec
 import torch
 
 from engine_plugins.admin_answers import EngineOffer
-from engine_plugins.weights.manifest import decode_manifest
-from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.configurations import DENSE, DENSE_TP2, MOE, on
-from tests.support.fetched import fetched_from
+from tests.support.held_weights import held_weights
 from tests.support.live_models import LiveModel
 from tests.support.problems import problem
 from tests.support.served import Served
@@ -36,12 +31,7 @@ def test_an_engine_offers_the_weights_that_it_was_given(served: Served) -> None:
         return
     offer = msgspec.json.decode(answer.content, type=EngineOffer)
     assert (offer.version, len(offer.manifests)) == (version, served.configuration.tensor_parallel)
-    manifests = [decode_manifest(each, max_entries=100_000) for each in offer.manifests]
-    reader = NixlTransport(f"test-peer-{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        held = fetched_from(manifests, reader)
-    finally:
-        reader.close()
+    held = held_weights(answer)
     expected = model.tensors()
     assert set(held) == set(expected)
     assert [name for name in held if not torch.equal(held[name], expected[name])] == []

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine_plugins.trainer_sender import WeightSender
-from tests.support.configurations import ALL_MODELS, DENSE_TP2, MOE, NEW, OLD, on
+from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, MOE, NEW, OLD, on
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.fsdp_trainer import training
+from tests.support.held_weights import held_weights
 from tests.support.in_memory_server import in_memory_server
-from tests.support.live_models import LiveModel
+from tests.support.live_models import LIVE, LiveModel
+from tests.support.megatron_fixtures import megatron_cases
 from tests.support.problems import problem
 from tests.support.rank_process import ranks_of
 from tests.support.served import Served
@@ -59,7 +62,11 @@ def test_tokens_are_those_of_what_was_written(served: Served) -> None:
 
 @pytest.mark.parametrize(
     ("served", "mesh"),
-    [pytest.param(MOE, "3", id="moe-uneven"), pytest.param(DENSE_TP2, "2x2", id="dense-tp2-hsdp")],
+    [
+        pytest.param(MOE, "3", id="moe-uneven"),
+        pytest.param(DENSE, "2x2", id="dense-hsdp"),
+        pytest.param(DENSE_TP2, "2x2", id="dense-tp2-hsdp"),
+    ],
     indirect=["served"],
 )
 def test_each_process_of_a_trainer_writes_its_own_shards(
@@ -74,8 +81,47 @@ def test_each_process_of_a_trainer_writes_its_own_shards(
             report = trainer.report()
             assert served.server.state()["weights"]["version"] == report["version"]
             assert model.wrong_answers(served.server.greedy) == []
+            if served.lands_directly:
+                assert_holds(served.server, model)
             trainer.go_on()
         assert set(trainer.end()) == {0}
+
+
+@on(DENSE)
+def test_each_rank_of_a_megatron_job_writes_its_own_shards(served: Served, tmp_path: Path) -> None:
+    """TP 2 and PP 2, a process for each; the next job's first push lands directly."""
+    cases = {each.name: each for each in megatron_cases(LIVE)}
+    for version in (1, 0):
+        case = cases[f"qwen3_live_tp2_pp2_v{version}"]
+        model = LiveModel(kind="qwen3_live", version=version)
+        wanted = str(served.next_version())
+        store = str(tmp_path / f"store-{version}")
+        options = [store, served.server.url, TOKEN, str(case.folder), wanted, "push"]
+        arguments = [[str(rank), "4", *options] for rank in range(4)]
+        with ranks_of("tests.support.megatron_trainer_rank", arguments) as ranks:
+            said = [rank.stdout.read().strip().splitlines()[-1] for rank in ranks]
+            assert [rank.wait(60) for rank in ranks] == [0] * 4
+        assert len(set(said)) == 1
+        assert model.wrong_answers(served.server.greedy) == []
+        if served.lands_directly:
+            assert_holds(served.server, model)
+
+
+@pytest.mark.core
+def test_an_engine_that_joins_late_gets_every_byte(tmp_path: Path) -> None:
+    """After two pushes to the other one, which goes on landing them directly."""
+    model = OLD.copy_to(tmp_path / "model")
+    with (
+        in_memory_server(model, tmp_path / "first.log") as first,
+        in_memory_server(model, tmp_path / "late.log", tensor_parallel=2) as late,
+    ):
+        steps = ("push", "push", f"join:{late.url}", "push")
+        one, other = pushed_by_two(first, tmp_path, 1, *steps)
+        assert one == other == [{"step": step, "version": n} for n, step in enumerate(steps, 1)]
+        assert outcomes(first, 9) == ["installed"] * 4
+        assert outcomes(late, 9) == ["installed"] * 2
+        for server in (first, late):
+            assert_holds(server, NEW)
 
 
 @on(DENSE_TP2)
@@ -136,6 +182,13 @@ def pushed_by_two(
     arguments = [[str(rank), "2", *options, *steps] for rank in range(2)]
     with ranks_of("tests.support.push_trainer_rank", arguments) as ranks:
         return [[json.loads(line) for line in rank.stdout] for rank in ranks]
+
+
+def assert_holds(server: EngineServer, model: LiveModel) -> None:
+    """The live parameters of all ranks, bit for bit."""
+    held, expected = held_weights(server.admin.get("/weights/manifest")), model.tensors()
+    assert set(held) == set(expected)
+    assert [name for name in held if not torch.equal(held[name], expected[name])] == []
 
 
 def outcomes(server: EngineServer, count: int) -> list[str]:

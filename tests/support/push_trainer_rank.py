@@ -3,7 +3,8 @@ r"""One process of a trainer that pushes: holds every second tensor of a model, 
     python -m tests.support.push_trainer_rank RANK WORLD RENDEZVOUS URL TOKEN VERSION FOLDER STEP...
 
 Steps: `push`; `break:RANK`: that rank's wire refuses the write; `die:RANK`: that rank ends
-where it would write. Each step is an update to the next version. Prints one JSON line for each.
+where it would write; `join:URL`: that engine takes this update too. Each step is an update to the
+next version. Prints one JSON line for each.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def main() -> None:
             fault, _, who = step.partition(":")
             transport.fault = fault if who == str(global_rank) else ""
             said: dict[str, object] = {"step": step}
+            if fault == "join":
+                sender.add_engines(who)
             try:
                 said["version"] = sender.update(number).version
             except EnginePluginError as error:
