@@ -107,7 +107,8 @@ def _hook_scheduler() -> None:
         prefill_hook.get_new_batch_prefill,
     )
     install(f"{scheduler}.run_batch", HookType.AROUND, step_hook.run_batch)
-    install(f"{scheduler}.event_loop_normal", HookType.AROUND, step_hook.run_loop)
+    for loop in ("event_loop_normal", "event_loop_overlap"):
+        install(f"{scheduler}.{loop}", HookType.AROUND, step_hook.run_loop)
     install(
         "sglang.srt.managers.scheduler_components.request_receiver"
         ".SchedulerRequestReceiver._pull_raw_reqs",

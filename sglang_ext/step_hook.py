@@ -2,8 +2,7 @@
 
 A forward that runs out of memory ends SGLang's scheduler, and with it the server. Here its requests
 are ended instead, what they hold is given back, and the loop goes on with all others. That is done
-where one rank runs one step at a time: with several ranks the others would wait for this one, and
-with overlapped steps the next one has begun.
+where there is one rank: of several the others would wait for this one.
 """
 
 from __future__ import annotations
@@ -60,7 +59,7 @@ def run_batch(original: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: A
 
 
 def run_loop(original: Any, scheduler: Any) -> None:
-    """Around `Scheduler.event_loop_normal`: a lost step does not end it."""
+    """Around `Scheduler.event_loop_normal` and `event_loop_overlap`: a lost step ends neither."""
     while True:
         try:
             original(scheduler)
@@ -84,7 +83,6 @@ def _may_go_on(scheduler: Any, batch: Any, error: Exception) -> bool:
     reasons = {
         "several ranks compute together": torch.distributed.get_world_size(scheduler.tp_cpu_group)
         > 1,
-        "steps overlap (--disable-overlap-schedule would let it live)": scheduler.enable_overlap,
         "it decodes speculatively": not scheduler.spec_algorithm.is_none(),
         "the model keeps states beside its KV": scheduler.tree_cache.supports_mamba(),
         "the step computes beams": any(each.beam_group is not None for each in batch.reqs),
@@ -104,7 +102,11 @@ def _end_batch(scheduler: Any, batch: Any, gate: SchedulerGate, error: Exception
         retry_after_s=gate.engine.gate.retry_after_s(),
     )
     reason = RefusedPrefill(refusal)
+    while scheduler.result_queue:  # of steps that overlap, the one before has its tokens
+        scheduler.process_batch_result(*scheduler.result_queue.popleft())
     for request in batch.reqs:
+        if request.finished():
+            continue
         prepare_abort(request, reason.message, reason.status_code)
         request.to_finish = None
         scheduler._release_aborted_request(request)

@@ -43,6 +43,8 @@ SGLANG = EngineRelease(
             "Scheduler.abort_request",
             "Scheduler.collect_inflight_reqs",
             "Scheduler.event_loop_normal",
+            "Scheduler.event_loop_overlap",
+            "Scheduler.process_batch_result",
             "Scheduler.run_batch",
             "Scheduler._get_new_batch_prefill_raw",
             "Scheduler._release_aborted_request",
