@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(
-    r"`((?:engine_plugins|vllm_ext|sglang_ext|tests|examples)/[\w/]+\.py)(?:::([\w.]+))?`"
+    r"`((?:kernels/engine_kernels|engine_plugins|vllm_ext|sglang_ext|tests|examples)/[\w/]+\.py)(?:::([\w.]+))?`"
 )
 TREE_LINE = re.compile(r"^( *)([\w/]+(?:\.py|/)) {2,}", re.MULTILINE)
 
@@ -28,6 +28,6 @@ def test_the_tree_has_every_module() -> None:
     text = (ROOT / "docs/architecture.md").read_text()
     tree = text.partition("## The tree")[2].partition("## ")[0]
     told = {name for _, name in TREE_LINE.findall(tree)}
-    for package in ("engine_plugins", "vllm_ext", "sglang_ext"):
+    for package in ("kernels/engine_kernels", "engine_plugins", "vllm_ext", "sglang_ext"):
         for module in (ROOT / package).rglob("*.py"):
             assert module.name in told or module.name == "__init__.py", module
