@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 
-from engine_plugins.errors import NotConfiguredError
+from engine_kernels import BlockFormat, quantize_blocks
 
 __all__ = ["Job", "Quantize", "block_quantizer", "joined"]
 
@@ -37,21 +36,11 @@ def block_quantizer(*, powers_of_two: bool) -> Quantize:
 
     Args:
         powers_of_two: what scales are rounded up to.
-
-    Raises:
-        NotConfiguredError: the package is not installed.
     """
-    try:
-        kernels = importlib.import_module("engine_kernels")
-    except ImportError as error:
-        raise NotConfiguredError(
-            f"engine_kernels cannot be imported ({error}), so nothing can be quantized",
-            remedy="install this project's package of kernels beside engine-plugins",
-        ) from error
-    block_format = kernels.BlockFormat(powers_of_two=powers_of_two)
+    block_format = BlockFormat(powers_of_two=powers_of_two)
 
     def quantize(weights: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, /) -> None:
-        kernels.quantize_blocks(weights, values, scales, block_format)
+        quantize_blocks(weights, values, scales, block_format)
 
     return quantize
 
