@@ -38,7 +38,6 @@ bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, M
 
 chaos: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
 	$(VLLM_PYTHON) -m tests.support.chaos_run $(ARGS)
-	$(SGLANG_PYTHON) -m tests.support.chaos_run $(ARGS)
 
 fmt: setup-vllm ## format, and fix what ruff can fix by itself
 	$(VLLM_ENV)/bin/ruff check --fix .

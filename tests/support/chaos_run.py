@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,26 +17,28 @@ from rich.table import Table
 
 from tests.support.besieged import ROOM_BYTES, Judgement, besieged, judged, measured_line
 from tests.support.chaos import Outcome, mixture, sent
-from tests.support.engines import Engine, engines_here
+from tests.support.engine_server import ROOT
+from tests.support.engines import SGLANG, VLLM, Engine
 from tests.support.gate_models import QUICK
+from tests.support.sglang_server import sglang_server
 
 __all__ = ["attacked"]
 
+SGLANG_PYTHON = ROOT / ".venv" / "sglang" / "bin" / "python"
 CLIENTS = 8
 LONGEST = 3000
 
 
 def main() -> None:
-    """Attack every engine of this environment."""
+    """Attack both engines, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="of each engine")
     parser.add_argument("--seed", type=int, default=1)
     chosen = parser.parse_args()
     console = Console(width=100)
     failed = False
-    for engine in engines_here():
-        if engine.kind == "in_memory":
-            continue
+    sglang = replace(SGLANG, serve=partial(sglang_server, python=SGLANG_PYTHON))
+    for engine in (VLLM, sglang):
         with tempfile.TemporaryDirectory(prefix="engine-plugins-chaos-") as folder:
             began = time.monotonic()
             alive, judgement, _ = attacked(
