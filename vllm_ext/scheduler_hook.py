@@ -25,6 +25,8 @@ from vllm_ext.step_order import Order, attach_order
 
 __all__ = ["GatedScheduler", "held_bytes_per_token"]
 
+LOOKED_AT_ONE_IN = 16
+"""Of steps that only decode, which take the same memory again and again."""
 MAX_LOST = 16
 """Steps in a row that may run out of memory: each gives up a prefill, if it has one."""
 
@@ -49,7 +51,7 @@ class GatedScheduler:
         self._hit: tuple[str, Any] = ("", None)
         self._ran = NOTHING
         self._needed_bytes = 0
-        self._lost = 0
+        self._lost = self._passed = 0
         self._take_over()
 
     def _take_over(self) -> None:
@@ -69,11 +71,18 @@ class GatedScheduler:
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Put a step together, with the prefills that the gate lets in."""
+        output: SchedulerOutput
         if not self._gate.is_on:
             return self._schedule(*args, **kwargs)
+        if self._may_pass():
+            output = self._schedule(*args, **kwargs)
+            self._let_in.clear()
+            self._ran = self._shape(output)
+            attach_order(output, Order(None, 0))
+            return output
         self._begin()
         try:
-            output: SchedulerOutput = self._schedule(*args, **kwargs)
+            output = self._schedule(*args, **kwargs)
         finally:
             self._asking = False
         if self._refused:
@@ -142,6 +151,16 @@ class GatedScheduler:
         if self._gate.is_on:
             self._gate.forget([request.request_id], idle=not self._scheduler.requests)
         return freed
+
+    def _may_pass(self) -> bool:
+        """Whether a step has no prefill, and the gate need not look at it either."""
+        scheduler = self._scheduler
+        if scheduler.waiting or scheduler.kv_holding_waiting:
+            return False
+        if any(each.is_prefill_chunk for each in scheduler.running):
+            return False
+        self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
+        return self._passed != 0
 
     def _begin(self) -> None:
         self._let_in.clear()

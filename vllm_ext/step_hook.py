@@ -38,24 +38,30 @@ def hook_steps() -> None:
         order, meter = order_of(scheduler_output), meter_of(self)
         if order is None or meter is None:
             return execute_model(self, scheduler_output)
-        meter.before(order.step)
+        if order.step is not None:
+            meter.before(order.step)
         setattr(self, _STEP, scheduler_output)
         output = _survived(self, meter, functools.partial(execute_model, self, scheduler_output))
         if output is not None:
-            meter.after()
+            _end(self, meter)
         return output
 
     @functools.wraps(sample_tokens)
     def sample(self: Any, grammar_output: Any) -> Any:
         meter = meter_of(self)
-        if meter is None or not meter.is_measuring:
+        if meter is None or getattr(self, _STEP, None) is None:
             return sample_tokens(self, grammar_output)
         output = _survived(self, meter, functools.partial(sample_tokens, self, grammar_output))
-        meter.after()
+        _end(self, meter)
         return output
 
     setattr(execute, _HOOKED, True)
     Worker.execute_model, Worker.sample_tokens = execute, sample
+
+
+def _end(worker: Any, meter: RankMeter) -> None:
+    meter.after()
+    setattr(worker, _STEP, None)
 
 
 def _survived(worker: Any, meter: RankMeter, work: Callable[[], Any]) -> Any:

@@ -22,9 +22,14 @@ _METER = "_engine_plugins_meter"
 
 
 class Order(NamedTuple):
-    """What to do about a step, and what it was predicted to need; 0 for one without prefills."""
+    """What to do about a step; it may be lost whatever it is.
 
-    step: StepOrder
+    Attributes:
+        step: for the meter; `None` leaves it alone.
+        needed_bytes: what the step was predicted to need; 0 for one without prefills.
+    """
+
+    step: StepOrder | None
     needed_bytes: int
 
 

@@ -91,11 +91,6 @@ class RankMeter:
         if order.measure:
             self.memory.start()
 
-    @property
-    def is_measuring(self) -> bool:
-        """Whether a step is under way."""
-        return self._order is not None
-
     def after(self, *, completed: bool = True) -> None:
         """It has run, or failed on the way; without a step before this does nothing."""
         order = self._order
