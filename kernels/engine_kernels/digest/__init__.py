@@ -14,8 +14,7 @@ bytes or fewer, since x + 1 is not 0. Any other change, with keys taken as rando
 most (64 - v) / 2**(62 - v), where all changes are multiples of 2**v: 2**-56 where the lowest bit of
 any element differs, and at the worst (only the highest bits do) 2**-49 for elements of one byte,
 2**-41 of two, 2**-26 of four (of eight none: two sign bits cancel each other). Splitmix64 for each
-element would give 2**-64 at some 25 operations on integers in place of 3, which is far below the
-speed of memory.
+element would give 2**-64 at over 25 instructions in place of 7, and memory is faster than that.
 """
 
 from __future__ import annotations
