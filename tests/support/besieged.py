@@ -17,6 +17,7 @@ from tests.support.chaos import Outcome, scored, summary
 from tests.support.engine_server import EngineServer
 from tests.support.engines import Engine
 from tests.support.gate_models import DENSE, PINNED_ALLOCATOR, GateModel
+from tests.support.memory_cgroup import MemoryCgroup
 from tests.support.waiting import until
 
 __all__ = ["FITTED", "ROOM_BYTES", "Judgement", "Siege", "besieged", "judged", "measured_line"]
@@ -27,6 +28,8 @@ ROOM_BYTES = 400 * MIB
 
 2,048 plain tokens fit, and 2,048 with the logits of each do not: 8 bytes for each of 32,768 words.
 """
+FAR_BYTES = 8 << 30
+"""More than a limit leaves, less than a machine that runs the tests has."""
 FITTED = tuple(size * part // 4 for size in (128, 256, 512, 1024, 2048) for part in (4, 5, 6))
 """Lengths that lines are drawn from: three of each power of two, of which the first is cold."""
 _ARGUMENTS = {
@@ -81,6 +84,24 @@ class Siege:
         """From now on the engine's process may map so much more than it has, and no more."""
         limit = psutil.Process(self.engine_pid).memory_info().vms + room_bytes
         resource.prlimit(self.engine_pid, resource.RLIMIT_AS, (limit, limit))
+
+    def move_to(self, group: MemoryCgroup, room_bytes: int = ROOM_BYTES) -> None:
+        """From now on the kernel kills the engine's process if it takes so much more."""
+        group.add(self.engine_pid)
+        group.limit(room_bytes)
+
+    def wait_until_seen(self) -> None:
+        """The gate looks for limits once a second, and is asked with the next step."""
+
+        def cap_after_a_step() -> int:
+            self.server.greedy([3, 1, 4], 1)
+            return int(self.gate()["cap_bytes"])
+
+        until(
+            lambda: cap_after_a_step() < FAR_BYTES,
+            within_s=30,
+            otherwise=lambda: "the gate does not see the limit",
+        )
 
     def lives(self) -> bool:
         """Whether the engine still generates."""

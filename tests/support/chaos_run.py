@@ -22,7 +22,7 @@ from tests.support.engines import SGLANG, VLLM, Engine
 from tests.support.gate_models import QUICK
 from tests.support.sglang_server import sglang_server
 
-__all__ = ["attacked"]
+__all__ = ["attacked", "faults"]
 
 SGLANG_PYTHON = ROOT / ".venv" / "sglang" / "bin" / "python"
 CLIENTS = 8
@@ -45,9 +45,9 @@ def main() -> None:
                 engine, Path(folder), requests=chosen.requests, seed=chosen.seed
             )
             console.print(_table(engine, judgement, time.monotonic() - began))
-        faults = _faults(judgement, chosen.requests, alive=alive)
-        console.print(*faults or ["held"], sep="\n")
-        failed = failed or bool(faults)
+        found = faults(judgement, chosen.requests, alive=alive)
+        console.print(*found or ["held"], sep="\n")
+        failed = failed or bool(found)
     raise SystemExit(failed)
 
 
@@ -59,6 +59,7 @@ def attacked(
         siege.calibrate()
         needs = measured_line(siege.gate())
         siege.limit_addresses()
+        siege.wait_until_seen()
         attacks = mixture(requests, seed=seed, vocab=siege.model.vocab, longest=LONGEST)
         outcomes = sent(siege.server, attacks, clients=CLIENTS)
         judgement = judged(outcomes, needs=needs, room_bytes=ROOM_BYTES)
@@ -74,7 +75,8 @@ def _table(engine: Engine, judgement: Judgement, took_s: float) -> Table:
     return table
 
 
-def _faults(judgement: Judgement, requests: int, *, alive: bool) -> list[str]:
+def faults(judgement: Judgement, requests: int, *, alive: bool) -> list[str]:
+    """What did not hold, in words."""
     found = {
         "the engine died": not alive,
         f"{judgement.unanswered_small} small requests without their answer": (

@@ -1,0 +1,65 @@
+"""A few dozen hostile requests against an engine that may not grow; `make chaos` sends thousands.
+
+The gate lets an engine answer what its stock self dies of, under a limit of addresses and under one
+that the kernel enforces by killing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.besieged import besieged
+from tests.support.chaos import scored
+from tests.support.chaos_run import attacked, faults
+from tests.support.engines import Engine, engines_here
+from tests.support.gate_models import QUICK
+from tests.support.memory_cgroup import MemoryCgroup, memory_cgroup
+
+pytestmark = pytest.mark.engine
+
+REQUESTS = 36
+LONG = 2048
+ENGINES = [pytest.param(each, id=each.kind) for each in engines_here() if each.kind != "in_memory"]
+
+
+@pytest.fixture
+def group() -> Iterator[MemoryCgroup]:
+    """A cgroup of this test's own."""
+    with memory_cgroup(f"engine-plugins-{os.getpid()}") as made:
+        if made is None:
+            pytest.skip("no cgroup can be made here: it takes a writable memory controller")
+        yield made
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_hostile_mixture_ends_nothing_and_small_requests_are_answered(
+    engine: Engine, tmp_path: Path
+) -> None:
+    """Nothing dies, nothing breaks off, and nothing is refused that would have fitted."""
+    alive, judgement, outcomes = attacked(engine, tmp_path, requests=REQUESTS, seed=3)
+    assert faults(judgement, REQUESTS, alive=alive) == [], judgement.table
+    assert len(outcomes) == REQUESTS
+
+
+@pytest.mark.parametrize("mode", ["enforce", "off"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_in_a_cgroup_the_gate_is_life_or_death(
+    engine: Engine, mode: str, group: MemoryCgroup, tmp_path: Path
+) -> None:
+    """With it 2,048 tokens with all their logits are answered; without it the kernel kills."""
+    with besieged(engine, tmp_path, mode=mode, model=QUICK) as siege:
+        siege.server.greedy(siege.prompt(64), 2)
+        siege.move_to(group)
+        if mode == "enforce":
+            siege.wait_until_seen()
+        try:
+            answered = scored(siege.server, siege.prompt(LONG)).status_code == 200
+            lives = siege.lives()
+        except httpx.TransportError:
+            answered = lives = False
+        assert (answered, lives) == ((True, True) if mode == "enforce" else (False, False))
