@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import resource
 from dataclasses import dataclass
@@ -24,7 +25,6 @@ __all__ = [
     "resolve_device_cap",
 ]
 
-_STATM = "/proc/self/statm"
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -191,9 +191,11 @@ def require_within(configured: int | None, limit: int | None, what: str) -> None
 
 def _statm() -> tuple[int, int]:
     """Bytes of addresses, and of resident memory, of this process."""
-    file = os.open(_STATM, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        addresses, resident, _ = os.read(file, 256).split(b" ", 2)
-    finally:
-        os.close(file)
+    addresses, resident, _ = os.pread(_statm_of(os.getpid()), 256, 0).split(b" ", 2)
     return int(addresses) * _PAGE, int(resident) * _PAGE
+
+
+@functools.cache
+def _statm_of(pid: int) -> int:
+    """The file stays open: to open it takes twice as long as to read it."""
+    return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)

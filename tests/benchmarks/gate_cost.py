@@ -15,8 +15,12 @@ from functools import partial
 
 from rich.table import Table
 
+from engine_plugins.prefill_gate.engine_gate import EngineGate
+from engine_plugins.prefill_gate.entry import EntryKind
 from engine_plugins.prefill_gate.gate import PrefillGate
 from engine_plugins.prefill_gate.memory_cap import HostFigures, Reading, read_host, resolve_cap
+from engine_plugins.prefill_gate.rank_meter import OwnRank, RankMeter
+from engine_plugins.prefill_gate.step_memory import HostStepMemory
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from engine_plugins.settings import Settings
 from tests.support.simulated_steps import MIB, a_memory, calibrated, true_peak
@@ -38,6 +42,7 @@ def gate_cost() -> Table:
         "the same, tight": lambda: _steps(TIGHT),
         "read memory in use (host)": lambda: iter([partial(read_host, cap)] * CALLS),
         "learn from a step": _observations,
+        "all of a scheduler's step with one prefill (real memory)": _engine_steps,
     }
     gc.collect()
     gc.disable()
@@ -81,3 +86,23 @@ def _observations() -> Iterator[Callable[[], object]]:
         shape = Candidate("x", tokens, tokens).joined_to(NOTHING, tokens)
         peak = true_peak(shape, noise)
         yield partial(memory.observe, shape, peak, at=float(number))
+
+
+def _engine_steps() -> Iterator[Callable[[], object]]:
+    """Figures of this process, a step begun, a prefill judged, an order for the rank."""
+    settings = Settings(prefill_gate="enforce", prefill_margin_bytes=8 * MIB)
+    gate = PrefillGate(calibrated(a_memory()), settings, smallest_chunk=64)
+    ranks = OwnRank(RankMeter(HostStepMemory(ranks=1)))
+    entry = EntryKind(max_prompt=8192, divisible=True, logprobs_held_bytes=20)
+    engine = EngineGate(gate, settings, ranks, entry=entry)
+    sizes = random.Random(3)
+    running = StepShape(tokens=20, rows=20)
+
+    def step(number: int, tokens: int) -> None:
+        engine.begin(engine.figures(), running=running, in_flight=True)
+        engine.decide(Candidate(f"{number}", tokens, tokens))
+        engine.order(engine.gate.planned)
+        engine.forget((f"{number}",), idle=False)
+
+    for number in range(CALLS):
+        yield partial(step, number, sizes.randint(20, 8192))
