@@ -6,6 +6,7 @@ compares: so a stream is refused by its status, not after a 200.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from engine_plugins.prefill_gate.step_shape import Candidate
 from engine_plugins.shared_page import SharedPage
 
 __all__ = [
+    "LIMITS_LAST_S",
     "EntryKind",
     "EntryLimits",
     "GateBoard",
@@ -26,6 +28,8 @@ __all__ = [
     "refusal_at_entry",
 ]
 
+LIMITS_LAST_S = 10.0
+"""After which limits refuse nobody at the door: whoever comes then is judged by the scheduler."""
 _PAGE_BYTES = 128 << 10
 
 
@@ -53,6 +57,8 @@ class EntryLimits(msgspec.Struct, frozen=True, kw_only=True):
         largest_with_logprobs: the same of a prompt whose log-probabilities are asked for.
         waiting_s: seconds that the first in line has waited for memory.
         retry_after_s: when it is worth to try again.
+        at: seconds of the epoch. The scheduler says nothing while the engine is idle, and memory
+            may have come free since.
     """
 
     enforced: bool
@@ -60,6 +66,7 @@ class EntryLimits(msgspec.Struct, frozen=True, kw_only=True):
     largest_with_logprobs: int
     waiting_s: float = 0.0
     retry_after_s: int = 1
+    at: float = 0.0
 
 
 class GateStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +119,7 @@ def entry_limits(gate: PrefillGate, kind: EntryKind) -> EntryLimits:
         largest_with_logprobs=gate.largest_prompt(with_logprobs),
         waiting_s=gate.longest_wait_s(),
         retry_after_s=gate.retry_after_s(),
+        at=time.time(),
     )
 
 
@@ -119,7 +127,7 @@ def refusal_at_entry(
     limits: EntryLimits, *, prompt_tokens: int, prompt_logprobs: bool
 ) -> EnginePluginError | None:
     """Why a request is refused before its answer begins; `None` lets it in."""
-    if not limits.enforced:
+    if not limits.enforced or time.time() - limits.at > LIMITS_LAST_S:
         return None
     largest = limits.largest_with_logprobs if prompt_logprobs else limits.largest_prompt
     if prompt_tokens > largest:

@@ -65,6 +65,7 @@ class PrefillGate:
             margin_bytes=settings.prefill_margin_bytes,
         )
         self._line.clear()
+        self._water.recap(settings.prefill_cap_bytes)
 
     def reset(self) -> None:
         """Forget measurements, readings, who waits, and counters."""

@@ -37,6 +37,12 @@ class HighWater:
         self._latest = _tighter(self._latest, reading)
         return _tighter(self._before, self._latest)
 
+    def recap(self, cap_bytes: int | None) -> None:
+        """A cap was configured; `None` for one that the next reading tells."""
+        self.forget()
+        if self.idle is not None:
+            self.idle = None if cap_bytes is None else self.idle._replace(cap_bytes=cap_bytes)
+
     def forget(self) -> None:
         """Memory was given back: what was read before does not hold any more."""
         self._latest = self._before = None

@@ -6,7 +6,13 @@ import msgspec
 import pytest
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
-from engine_plugins.prefill_gate.entry import EntryKind, EntryLimits, entry_limits, refusal_at_entry
+from engine_plugins.prefill_gate.entry import (
+    LIMITS_LAST_S,
+    EntryKind,
+    EntryLimits,
+    entry_limits,
+    refusal_at_entry,
+)
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S, PrefillGate
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
@@ -75,3 +81,18 @@ def test_while_requests_wait_for_too_long_no_more_are_taken() -> None:
     gate.forget("one")
     after = _limits(gate, divisible=True)
     assert refusal_at_entry(after, prompt_tokens=5, prompt_logprobs=False) is None
+
+
+def test_a_new_cap_is_told_at_once_and_old_limits_refuse_nobody() -> None:
+    """Nothing latches at the door: an idle engine's memory may have come free since it spoke."""
+    gate = _gate(300 * MIB)
+    small = Settings(prefill_gate="enforce", prefill_margin_bytes=8 * MIB, prefill_cap_bytes=64)
+    gate.configure(small)
+    limits = _limits(gate)
+    assert limits.largest_prompt == 64, "the smallest chunk"
+    refused = refusal_at_entry(limits, prompt_tokens=5000, prompt_logprobs=False)
+    assert isinstance(refused, PromptTooLargeError)
+    old = msgspec.structs.replace(limits, at=limits.at - LIMITS_LAST_S - 1)
+    assert refusal_at_entry(old, prompt_tokens=5000, prompt_logprobs=False) is None
+    gate.configure(Settings(prefill_gate="enforce"))
+    assert _limits(gate).largest_prompt == 40_000, "what is free is not known before a step"
