@@ -20,13 +20,13 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine_plugins.admin.error_responses import problem
+from engine_plugins.admin.error_responses import problem, problem_from
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, refusal
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.prefill_gate.entry import EntryLimits, GateBoard, refusal_at_entry
-from sglang_ext.refused_prefill import answer_to, refusal_in
+from sglang_ext.refused_prefill import refusal_in
 
 __all__ = [
     "HeldAnswer",
@@ -109,7 +109,7 @@ async def send_batch(original: Any, manager: Any, tokenized: list[Any]) -> None:
         for each in tokenized:
             refusal = None if is_health_check_generate_req(each) else _refusal(status.limits, each)
             if refusal is not None:
-                raise _refused_with(answer_to(refusal), str(refusal), each)
+                raise _refused_with(problem_from(refusal, state=None), str(refusal), each)
     await original(manager, tokenized)
 
 
@@ -120,7 +120,7 @@ async def abort_reason(
     refusal = refusal_in(out["meta_info"]["finish_reason"])
     held = _held.get()
     if refusal is not None and held is not None:
-        held.refuse(answer_to(refusal))
+        held.refuse(problem_from(refusal, state=None))
     return await original(manager, out, *args, **kwargs)
 
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from starlette.responses import JSONResponse
 
-from engine_plugins.admin.error_responses import problem, status_of
+from engine_plugins.admin.error_responses import status_of
 from engine_plugins.errors import EnginePluginError, MemoryPressureError, PromptTooLargeError
 
-__all__ = ["RefusedPrefill", "answer_to", "refusal_in"]
+__all__ = ["RefusedPrefill", "refusal_in"]
 
 _LARGEST, _RETRY = "engine_plugins_largest_prompt", "engine_plugins_retry_after_s"
 
@@ -48,21 +47,3 @@ def refusal_in(finish_reason: Mapping[str, Any]) -> EnginePluginError | None:
     if _RETRY in finish_reason:
         return MemoryPressureError(message, remedy=remedy, retry_after_s=int(finish_reason[_RETRY]))
     return None
-
-
-def answer_to(refusal: EnginePluginError) -> JSONResponse:
-    """413 with the largest prompt that fits, or 503 with Retry-After."""
-    headers: dict[str, str] = {}
-    more: dict[str, Any] = {}
-    if isinstance(refusal, PromptTooLargeError):
-        more["largest_prompt"] = refusal.largest_prompt
-    elif isinstance(refusal, MemoryPressureError):
-        headers["Retry-After"] = str(refusal.retry_after_s)
-    return problem(
-        status_of(refusal),
-        refusal.code,
-        refusal.message,
-        remedy=refusal.remedy,
-        headers=headers,
-        **more,
-    )

@@ -8,8 +8,9 @@ from typing import Any
 import msgspec
 from sglang.srt.managers.io_struct import AbortReq
 
+from engine_plugins.admin.error_responses import problem_from
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
-from sglang_ext.refused_prefill import RefusedPrefill, answer_to, refusal_in
+from sglang_ext.refused_prefill import RefusedPrefill, refusal_in
 
 TOO_LARGE = PromptTooLargeError("no; never", remedy="send at most 7 tokens", largest_prompt=7)
 PRESSURE = MemoryPressureError("not now", remedy="try again after 5 s", retry_after_s=5)
@@ -29,7 +30,7 @@ def test_for_good() -> None:
     refusal = refusal_in(reason)
     assert isinstance(refusal, PromptTooLargeError)
     assert (refusal.message, refusal.remedy) == ("no; never", "send at most 7 tokens")
-    answer = answer_to(refusal)
+    answer = problem_from(refusal, state=None)
     assert answer.status_code == 413
     assert json.loads(bytes(answer.body))["largest_prompt"] == 7
 
@@ -37,7 +38,7 @@ def test_for_good() -> None:
 def test_for_now() -> None:
     refusal = refusal_in(sent(RefusedPrefill(PRESSURE)))
     assert isinstance(refusal, MemoryPressureError)
-    answer = answer_to(refusal)
+    answer = problem_from(refusal, state=None)
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "5"
 
