@@ -5,8 +5,11 @@ Reading takes no lock and never blocks. Writers, where there are several, keep e
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 import struct
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -16,7 +19,10 @@ from engine_plugins.errors import EnginePluginError
 __all__ = ["SharedPage"]
 
 _SLOT_HEADER = struct.Struct("<QII")
-"""Sequence, payload length, CRC-32 of the payload."""
+"""Sequence, payload length, checksum of both the sequence and the payload.
+
+A header is not stored at once: without the sequence in it, an old one could go with newer bytes.
+"""
 _FIRST_SLOT = 64
 
 
@@ -39,9 +45,17 @@ class SharedPage:
 
     @staticmethod
     def create(path: Path, *, nbytes: int) -> None:
-        """Lay out an empty page of `nbytes`, unless the file is there."""
-        if not path.exists():
-            path.write_bytes(bytes(nbytes))
+        """Lay out an empty page of `nbytes`, unless the file is there.
+
+        Whoever sees the file sees all of it: it gets its name when its bytes are there.
+        """
+        if path.exists():
+            return
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.") as file:
+            file.write(bytes(nbytes))
+            file.flush()
+            with contextlib.suppress(FileExistsError):  # another process was quicker
+                os.link(file.name, path)
 
     @property
     def sequence(self) -> int:
@@ -62,7 +76,7 @@ class SharedPage:
             payload = self._page[first : first + length]
             if sequence == 0:
                 return 0, b""
-            if written == sequence and zlib.crc32(payload) == checksum:
+            if written == sequence and _checksum(sequence, payload) == checksum:
                 return sequence, payload
             time.sleep(0.0001)  # two writers passed while we read; look again
         raise EnginePluginError(f"the page {self._path} cannot be read")
@@ -77,10 +91,15 @@ class SharedPage:
             raise EnginePluginError(f"{len(payload)} bytes do not fit the page {self._path}")
         sequence = self._sequence[0] + 1
         slot = self._slot(sequence)
-        _SLOT_HEADER.pack_into(self._page, slot, sequence, len(payload), zlib.crc32(payload))
+        checksum = _checksum(sequence, payload)
+        _SLOT_HEADER.pack_into(self._page, slot, sequence, len(payload), checksum)
         first = slot + _SLOT_HEADER.size
         self._page[first : first + len(payload)] = payload
         self._sequence[0] = sequence
 
     def _slot(self, sequence: int) -> int:
         return _FIRST_SLOT + self._slot_bytes * (sequence % 2)
+
+
+def _checksum(sequence: int, payload: bytes) -> int:
+    return zlib.crc32(payload, sequence & 0xFFFFFFFF)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,34 @@ def test_making_a_page_that_is_there_leaves_it(path: Path) -> None:
     SharedPage(path).write(b"kept")
     SharedPage.create(path, nbytes=NBYTES)
     assert SharedPage(path).read() == (1, b"kept")
+
+
+OPENER = """
+import sys
+from pathlib import Path
+from engine_plugins.shared_page import SharedPage
+print("ready", flush=True)
+for number in range(500):
+    path = Path(sys.argv[1]) / f"page{number}"
+    while not path.exists():
+        pass
+    assert SharedPage(path).read() == (0, b"")
+"""
+
+
+def test_a_page_that_is_seen_can_be_read(tmp_path: Path) -> None:
+    """By a process that waits for it while another makes it."""
+    opener = subprocess.Popen(
+        [sys.executable, "-c", OPENER, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE
+    )
+    with opener:
+        assert opener.stdout is not None
+        assert opener.stdout.readline() == b"ready\n"
+        for number in range(500):
+            SharedPage.create(tmp_path / f"page{number}", nbytes=NBYTES)
+            time.sleep(0)
+        assert opener.wait(60) == 0
+    assert len(list(tmp_path.iterdir())) == 500, "nothing but the pages is left"
 
 
 def test_bytes_that_do_not_fit_are_refused(path: Path) -> None:
