@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -90,3 +91,31 @@ def test_workers_that_ray_starts_are_given_our_settings(
     copied = get_env_vars_to_copy()
     assert {"MY_OWN", "ENGINE_PLUGINS_STALL_TIMEOUT_S"} <= copied
     assert "ENGINE_PLUGINS_ADMIN_TOKEN" not in copied
+
+
+KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+
+
+@pytest.mark.parametrize(
+    ("gate", "chosen", "expected"),
+    [
+        ("off", None, None),
+        ("observe", None, "128"),
+        ("enforce", None, "128"),
+        ("enforce", "9", "9"),
+    ],
+)
+def test_kernels_by_shape_are_bounded_where_memory_is_watched(
+    arguments: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    gate: str,
+    chosen: str | None,
+    expected: str | None,
+) -> None:
+    """For this engine's processes, which inherit it; off is off, and a choice is respected."""
+    monkeypatch.setenv(KERNELS, chosen or "")  # so that it is as before afterwards
+    if chosen is None:
+        monkeypatch.delenv(KERNELS)
+    monkeypatch.setenv("ENGINE_PLUGINS_PREFILL_GATE", gate)
+    AsyncEngineArgs(**arguments).create_engine_config()
+    assert os.environ.get(KERNELS) == expected
