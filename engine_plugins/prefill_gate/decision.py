@@ -60,8 +60,11 @@ class Decision(NamedTuple):
                 largest_prompt=self.largest_prompt,
             )
         if self.outcome == "pressure":
+            why = f"no memory came free within {self.waited_s:.0f} s"
+            if not self.waited_s:
+                why = "there is no memory for even the first of its tokens"
             return MemoryPressureError(
-                f"no memory came free within {self.waited_s:.0f} s: {need}",
+                f"{why}: {need}",
                 remedy=f"try again after {self.retry_after_s} s",
                 retry_after_s=self.retry_after_s,
             )

@@ -2,7 +2,8 @@
 
 What does not fit is made smaller, then deferred, then memory is reclaimed once, then the request is
 refused. An idle engine runs at least the smallest chunk of whatever may be cut, so nothing that was
-measured or read in the past can shut it for good.
+measured or read in the past can shut it for good. Only where there is no memory for that chunk, by
+the model's sizes and as of now, is it refused: it would cost the engine.
 """
 
 from __future__ import annotations
@@ -237,9 +238,11 @@ class PrefillGate:
             return "reclaim", whole
         if not self._runs_alone(candidate, self._reading):
             return "too_large", whole
-        if candidate.wanted <= self._smallest:
-            return "run", whole
-        return "shrink", self._fit(candidate, self._smallest)
+        least = self._fit(candidate, min(candidate.wanted, self._smallest))
+        left = self._reading.left_bytes
+        if left is not None and left < self.memory.least_bytes(least.shape):
+            return "pressure", whole
+        return "run" if least.tokens == candidate.wanted else "shrink", least
 
     def _fit(self, candidate: Candidate, tokens: int) -> _Fit:
         shape = candidate.joined_to(self.planned, tokens)

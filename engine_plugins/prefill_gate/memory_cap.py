@@ -29,10 +29,14 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Reading(NamedTuple):
-    """Bytes in use against the tightest of the caps."""
+    """Bytes in use against the tightest of the caps.
+
+    `left_bytes` is what can be had at all, whatever cap was configured; `None` if nobody looked.
+    """
 
     used_bytes: int
     cap_bytes: int
+    left_bytes: int | None = None
 
     @property
     def headroom_bytes(self) -> int:
@@ -56,10 +60,12 @@ class MemoryFigures(NamedTuple):
     def reading(self, configured_cap: int | None) -> Reading:
         """Against the cap with the least room; a configured one stands for what is free."""
         cap = self.cap_bytes if configured_cap is None else configured_cap
-        reading = Reading(self.used_bytes, cap)
+        left = self.cap_bytes - self.used_bytes
         if self.address_limit is None:
-            return reading
-        addresses = Reading(self.addresses, self.address_limit)
+            return Reading(self.used_bytes, cap, left)
+        left = min(left, self.address_limit - self.addresses)
+        reading = Reading(self.used_bytes, cap, left)
+        addresses = Reading(self.addresses, self.address_limit, left)
         return min(reading, addresses, key=lambda each: each.headroom_bytes)
 
 

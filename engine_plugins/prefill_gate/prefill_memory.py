@@ -91,6 +91,10 @@ class PrefillMemory:
                 peak, regime = measured, of_line
         return Prediction(peak + shape.held_bytes, needed - peak, regime)
 
+    def least_bytes(self, shape: StepShape) -> int:
+        """What a step takes by the model's sizes alone, whatever was measured."""
+        return max(self.model.phases(shape))
+
     def observe(self, shape: StepShape, peak_bytes: float, *, at: float) -> None:
         """Learn from a step that took `peak_bytes` at its peak, what it keeps included.
 

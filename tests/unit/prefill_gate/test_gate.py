@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
+from engine_plugins.prefill_gate.decision import Decision
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S, PrefillGate
 from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.prefill_gate.memory_cap import Reading
@@ -83,6 +84,28 @@ def test_an_idle_engine_runs_the_smallest_chunk_whatever_is_predicted(headroom: 
     decision = gate.decide(_prompt("one", 1000))
     assert (decision.outcome, decision.tokens) == ("shrink", 64)
     assert gate.decide(_prompt("two", 30)).outcome == "defer", "one at a time"
+
+
+def test_an_idle_engine_without_any_memory_refuses_for_now_and_latches_nothing() -> None:
+    """The smallest chunk would cost the engine. The next request finds what has come free."""
+    gate = _gate()
+    smallest = a_memory().least_bytes(_prompt("x", 64).joined_to(NOTHING, 64))
+    assert 0 < smallest < _full(64)
+
+    def asked(name: str, left: int | None) -> Decision:
+        gate.reclaimed()
+        gate.begin(Reading(1000 * MIB, 1000 * MIB, left), in_flight=False, now=1.0)
+        return gate.decide(_prompt(name, 1000))
+
+    assert asked("one", smallest - 1).outcome == "reclaim", "once, as ever"
+    refused = asked("one", smallest - 1)
+    assert (refused.outcome, refused.tokens) == ("pressure", 0)
+    assert isinstance(refused.error(), MemoryPressureError)
+    assert gate.longest_wait_s() == 0
+    assert [asked(name, left).tokens for name, left in (("two", smallest), ("three", None))] == [
+        64,
+        64,
+    ], "a configured cap alone, or one that nobody can read, forbids nothing"
 
 
 def test_what_cannot_be_cut_and_never_fits_is_told_the_largest_that_does() -> None:

@@ -13,6 +13,7 @@ from engine_plugins.errors import SettingsError
 from engine_plugins.prefill_gate.memory_cap import (
     HostFigures,
     MemoryCap,
+    MemoryFigures,
     Reading,
     read_host,
     resolve_cap,
@@ -103,6 +104,14 @@ def test_the_tighter_of_two_caps_is_read() -> None:
     assert resident.cap_bytes == addresses.cap_bytes == GIB
     assert addresses.used_bytes > resident.used_bytes
     assert Reading(5, 3).headroom_bytes == -2
+
+
+def test_what_is_left_is_what_can_be_had_whatever_cap_was_configured() -> None:
+    """Of free memory and of addresses."""
+    figures = MemoryFigures(used_bytes=60, cap_bytes=100, addresses=500, address_limit=530)
+    assert figures.reading(None) == Reading(500, 530, 30)
+    assert figures.reading(70) == Reading(60, 70, 30)
+    assert MemoryFigures(used_bytes=60, cap_bytes=100).reading(50) == Reading(60, 50, 40)
 
 
 def test_a_limit_that_the_process_was_started_under_is_found() -> None:

@@ -73,10 +73,10 @@ def test_the_scheduler_of_its_own_process_is_told_each_peak_once() -> None:
         a_step(meter, number)
     assert rank.measured() == [Measured(1, 7), Measured(2, 7)]
     assert rank.measured() == []
-    assert rank.reading(None) == Reading(10, 100)
-    assert rank.reading(50) == Reading(10, 50)
+    assert rank.reading(None) == Reading(10, 100, 90)
+    assert rank.reading(50) == Reading(10, 50, 90)
     memory.now = MemoryFigures(60, 100)
-    assert rank.reading(None) == Reading(60, 100)
+    assert rank.reading(None) == Reading(60, 100, 40)
 
 
 def test_after_without_a_step_does_nothing() -> None:
@@ -110,7 +110,7 @@ def test_of_several_ranks_the_tightest_speaks(tmp_path: Path) -> None:
     pages = [tmp_path / f"{rank}" for rank in range(2)]
     meters = [RankMeter(memory, page) for memory, page in zip(memories, pages, strict=True)]
     ranks = PagedRanks(pages)
-    assert ranks.reading(None) == Reading(50, 100)
+    assert ranks.reading(None) == Reading(50, 100, 50)
     assert ranks.measured() == []
     a_step(meters[0], 1)
     assert ranks.measured() == [], "the other rank has not measured it yet"
@@ -120,8 +120,8 @@ def test_of_several_ranks_the_tightest_speaks(tmp_path: Path) -> None:
     assert ranks.measured() == [Measured(1, 9)]
     memories[0].now = MemoryFigures(90, 100)
     a_step(meters[0], 3, measure=False)
-    assert ranks.reading(None) == Reading(90, 100)
-    assert ranks.reading(95) == Reading(90, 95)
+    assert ranks.reading(None) == Reading(90, 100, 10)
+    assert ranks.reading(95) == Reading(90, 95, 10)
 
 
 def test_an_idle_rank_keeps_its_page_fresh_and_one_in_a_step_leaves_it(
@@ -133,15 +133,15 @@ def test_an_idle_rank_keeps_its_page_fresh_and_one_in_a_step_leaves_it(
     meter = RankMeter(memory, tmp_path / "page")
     page, ranks = SharedPage(tmp_path / "page"), PagedRanks([tmp_path / "page"])
     memory.now = MemoryFigures(20, 100)
-    until(lambda: ranks.reading(None) == Reading(20, 100), otherwise=lambda: page.sequence)
+    until(lambda: ranks.reading(None) == Reading(20, 100, 80), otherwise=lambda: page.sequence)
     meter.before(StepOrder(1, True, False))
     memory.now = MemoryFigures(99, 100)
     before = page.sequence
     time.sleep(0.05)
-    assert ranks.reading(None) == Reading(20, 100)
+    assert ranks.reading(None) == Reading(20, 100, 80)
     assert page.sequence == before
     meter.after()
-    assert ranks.reading(None) == Reading(99, 100)
+    assert ranks.reading(None) == Reading(99, 100, 1)
 
 
 RANK = """
