@@ -30,8 +30,12 @@ ROOM_BYTES = 400 * MIB
 """
 FAR_BYTES = 8 << 30
 """More than a limit leaves, less than a machine that runs the tests has."""
-FITTED = tuple(size * part // 4 for size in (128, 256, 512, 1024, 2048) for part in (4, 5, 6))
-"""Lengths that lines are drawn from: three of each power of two, of which the first is cold."""
+FITTED = tuple(size * part // 4 for size in (2048, 1024, 512, 256, 128) for part in (6, 5, 4))
+"""Lengths that lines are drawn from: three of each power of two, of which the first is cold.
+
+The longest come first. An engine keeps workspaces of the longest prompt that it has seen, and a
+step that makes them larger takes more than the next one like it.
+"""
 _ARGUMENTS = {
     "vllm": ("--max-model-len", "8192", "--max-num-batched-tokens", "4096"),
     "sglang": (
