@@ -11,19 +11,28 @@ from engine_plugins.weights.block_fp8 import BLOCK, SCALE_SUFFIX, BlockFp8
 __all__ = ["quantized_whole", "reference"]
 
 
-def reference(weights: torch.Tensor, values: torch.Tensor, scales: torch.Tensor) -> None:
+def reference(
+    weights: torch.Tensor,
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    *,
+    powers_of_two: bool = False,
+) -> None:
     """A `Quantize` in plain torch, strict about the memory that it is given."""
     assert values.data_ptr() % 16 == 0
     assert values.stride(-1) == 1
     if weights.ndim == 3:
         for each in zip(weights, values, scales, strict=True):
-            reference(*each)
+            reference(*each, powers_of_two=powers_of_two)
         return
     rows, columns = weights.shape
     finite = torch.where(weights.isfinite(), weights, 0).float()
     padded = torch.nn.functional.pad(finite, (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
     scale = blocks.abs().amax((1, 3)).clamp_min(1e-4) / 448.0
+    if powers_of_two:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
     each = scale.repeat_interleave(BLOCK, 0)[:rows].repeat_interleave(BLOCK, 1)[:, :columns]
     scaled = weights.float() * each.reciprocal()
     scaled = torch.where(scaled.isfinite(), scaled, torch.nan)
@@ -41,5 +50,6 @@ def quantized_whole(tensors: Mapping[str, torch.Tensor], form: BlockFp8) -> dict
         made[name] = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
         grid = [-(-extent // BLOCK) for extent in tensor.shape]
         made[name + SCALE_SUFFIX] = torch.empty(grid)
-        reference(tensor.contiguous(), made[name], made[name + SCALE_SUFFIX])
+        slots = made[name], made[name + SCALE_SUFFIX]
+        reference(tensor.contiguous(), *slots, powers_of_two=form.ue8m0)
     return made

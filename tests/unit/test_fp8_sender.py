@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from tests.support.process_group import output_of_ranks
 
 pytestmark = pytest.mark.nixl
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "tiny",
     "quantization_config": {
         "quant_method": "fp8",
@@ -33,11 +34,15 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize(("mesh", "ranks"), [("3", 3), ("2x2", 4)])
+@pytest.mark.parametrize(("mesh", "ranks", "scales"), [("3", 3, "ue8m0"), ("2x2", 4, "float")])
 def test_fsdp_ranks_agree_on_the_blocks_that_they_share(
-    mesh: str, ranks: int, tmp_path: Path
+    mesh: str, ranks: int, scales: str, tmp_path: Path
 ) -> None:
     """300 and 200 rows over three or two shards; the second update has the same manifests."""
+    config = {
+        **CONFIG,
+        "quantization_config": {**CONFIG["quantization_config"], "scale_fmt": scales},
+    }
     engine = FakeEngine(pulls=False)
     held: list[dict[str, torch.Tensor]] = []
 
@@ -52,7 +57,7 @@ def test_fsdp_ranks_agree_on_the_blocks_that_they_share(
     with served(engine):
         said = output_of_ranks(
             "tests.support.fp8_trainer_rank",
-            *(mesh, str(tmp_path / "rendezvous"), engine.url, json.dumps(CONFIG), "2"),
+            *(mesh, str(tmp_path / "rendezvous"), engine.url, json.dumps(config), "2"),
             PYTHONPATH=os.pathsep.join(sys.path),
             UCX_NET_DEVICES="lo",
         )
@@ -60,7 +65,8 @@ def test_fsdp_ranks_agree_on_the_blocks_that_they_share(
     assert len(engine.sources) == ranks
     assert len(engine.plans) == 1
     tensors = {name: each.detach() for name, each in tiny_model().named_parameters()}
-    form = BlockFp8.of_config(CONFIG)
+    form = BlockFp8.of_config(config)
+    assert form.ue8m0 == (scales == "ue8m0")
     for number, found in enumerate(held, 1):
         now = {name: each * (-2.0) ** number for name, each in tensors.items()}
         expected = quantized_whole(now, form)
