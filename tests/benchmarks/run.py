@@ -18,6 +18,7 @@ from rich.console import Console
 from tests.benchmarks.event_loop import event_loop
 from tests.benchmarks.gate_cost import gate_cost
 from tests.benchmarks.gate_error import gate_error
+from tests.benchmarks.gate_throughput import gate_throughput
 from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.peaks import peaks
 from tests.benchmarks.plan_scale import plan_scale
@@ -50,6 +51,7 @@ def main() -> None:
             "phases",
             "peaks",
             "gate-error",
+            "gate-throughput",
         ],
         help="default: all",
     )
@@ -88,6 +90,8 @@ def main() -> None:
             console.print(peaks(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "gate-error"):
             console.print(gate_error(Path(folder), SGLANG_PYTHON))
+        if chosen.only in (None, "gate-throughput"):
+            console.print(gate_throughput(Path(folder), SGLANG_PYTHON, pairs=4 * pairs))
 
 
 if __name__ == "__main__":
