@@ -84,15 +84,15 @@ def _survived(worker: Any, meter: RankMeter, work: Callable[[], Any]) -> Any:
 def _tell(
     worker: Any, meter: RankMeter, step: SchedulerOutput, error: Exception, *, taken_back: bool
 ) -> None:
-    order, figures = order_of(step), meter.memory.figures()
+    order, reading = order_of(step), meter.memory.figures().reading(None)
     logger.error(
         "rank %d ran out of memory in a step of %d tokens: %d bytes were predicted with their "
         "margin, %d of %d are in use now. %s: %s",
         worker.rank,
         step.total_num_scheduled_tokens,
         0 if order is None else order.needed_bytes,
-        figures.used_bytes,
-        figures.cap_bytes,
+        reading.used_bytes,
+        reading.cap_bytes,
         "The step is taken back" if taken_back else "It cannot be taken back, vLLM ends",
         str(error).partition("\n")[0],
     )
