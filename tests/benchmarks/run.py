@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def main() -> None:
             *BESIDE_OTHERS,
             "push",
             "rows",
+            "kernels",
             "probe",
             "gate",
             "plan",
@@ -75,6 +77,8 @@ def main() -> None:
         console.print(push_beside_pull(pairs=pairs))
     if chosen.only in (None, "rows"):
         console.print(row_cost(pairs=pairs))
+    if chosen.only in (None, "kernels"):
+        subprocess.run([sys.executable, "-m", "tests.benchmarks.kernel_bandwidth"], cwd=ROOT)
     if chosen.only in (None, "probe"):
         console.print(memory_probe(runs=pairs))
     if chosen.only in (None, "gate"):
