@@ -10,7 +10,6 @@ import asyncio
 import functools
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -18,9 +17,9 @@ from fastapi import HTTPException
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.managers.utils import is_health_check_generate_req
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem, problem_from
+from engine_plugins.admin.held_answer import held_answer
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, refusal
@@ -29,8 +28,6 @@ from engine_plugins.prefill_gate.entry import EntryLimits, GateBoard, refusal_at
 from sglang_ext.refused_prefill import refusal_in
 
 __all__ = [
-    "HeldAnswer",
-    "RefuseBeforeStream",
     "abort_reason",
     "generate_request",
     "send_batch",
@@ -43,10 +40,7 @@ HOLDING_POLL_S = 0.02
 
 _SHOWN = "engine_plugins_version"
 _shared = functools.cache(shared_state)
-
 _board = functools.cache(lambda: GateBoard(_shared().runtime_dir))
-_held: ContextVar[HeldAnswer | None] = ContextVar("engine_plugins_held_answer", default=None)
-"""The answer to the HTTP request that is being handled, where it may have to be a refusal."""
 
 
 async def generate_request(
@@ -118,7 +112,7 @@ async def abort_reason(
 ) -> Any:
     """Around `TokenizerManager._handle_abort_finish_reason`: the scheduler's refusals."""
     refusal = refusal_in(out["meta_info"]["finish_reason"])
-    held = _held.get()
+    held = held_answer()
     if refusal is not None and held is not None:
         held.refuse(problem_from(refusal, state=None))
     return await original(manager, out, *args, **kwargs)
@@ -141,7 +135,7 @@ class _StreamRefusedError(ValueError):
 
 
 def _refused_with(answer: Response, why: str, request: Any) -> Exception:
-    held = _held.get()
+    held = held_answer()
     if held is not None:
         held.refuse(answer)
     if getattr(request, "stream", False):
@@ -162,64 +156,3 @@ def _show_version(manager: Any, state: EngineState) -> None:
     if version is not None and getattr(manager, _SHOWN, None) != version:
         manager._update_weight_version_if_provided(str(version))
         setattr(manager, _SHOWN, version)
-
-
-class HeldAnswer:
-    """One HTTP answer whose beginning is kept back until there is something to send with it.
-
-    A streaming route sends its 200 before it asks for the first token, and a scheduler may refuse
-    later still. The first token comes no later for it.
-    """
-
-    def __init__(self, send: Send) -> None:
-        self.refusal: Response | None = None
-        self._send = send
-        self._kept: list[Message] = []
-        self._begun = False
-
-    async def send(self, message: Message) -> None:
-        """Pass a message of the route's on, or keep it back."""
-        if self.refusal is not None:
-            return
-        if message["type"] == "http.response.start":
-            self._kept.append(message)
-            return
-        while self._kept:
-            self._begun = True
-            await self._send(self._kept.pop(0))
-        await self._send(message)
-
-    def refuse(self, answer: Response) -> None:
-        """Answer this instead, unless the other answer has begun."""
-        if not self._begun:
-            self.refusal = answer
-
-
-class RefuseBeforeStream:
-    """Answers 413 or 503 where SGLang's own answer to a refusal would come too late.
-
-    Answers are held while the engine is fenced or its prefill gate refuses; otherwise this does
-    nothing.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self._shared = _shared()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._may_refuse():
-            await self._app(scope, receive, send)
-            return
-        held = HeldAnswer(send)
-        _held.set(held)
-        try:
-            await self._app(scope, receive, held.send)
-        finally:
-            if held.refusal is not None:
-                await held.refusal(scope, receive, send)
-
-    def _may_refuse(self) -> bool:
-        if self._shared.read().fence is not None:
-            return True
-        status = _board().read()
-        return status is not None and status.limits.enforced

@@ -16,6 +16,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import State
+from starlette.middleware import Middleware
 from starlette.routing import Mount
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers import app as launcher_app
@@ -23,8 +24,9 @@ from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from engine_plugins.admin.app import PREFIX
 from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.admin.held_answer import RefuseBeforeStream
 from engine_plugins.admin.late_admin import LateAdmin
-from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
 from vllm_ext.engine_control import VllmEngineControl
@@ -81,6 +83,8 @@ def mount(app: FastAPI) -> None:
     if any(isinstance(route, Mount) and route.path == PREFIX for route in app.routes):
         return
     app.mount(PREFIX, LateAdmin(functools.partial(_find_engine, app)))
+    # Innermost, so that vLLM's own middleware sees the status of a refusal and counts it.
+    app.user_middleware.append(Middleware(RefuseBeforeStream, shared=shared_state()))
     tell_gate_metrics(Path(os.environ[RUNTIME_DIR]))
     logger.info("admin routes are at %s", PREFIX)
     if VLLM.warning() is not None:

@@ -1,12 +1,12 @@
-"""What is refused at the door, by a status and before any stream opens, and what is ended later.
+"""What is refused by a status before anything of an answer is sent: at the door, or later.
 
-A fenced engine takes no request; the prefill gate refuses what there is no memory for. Patches,
-idempotent. vLLM has no plugin point for admission; remove when it has.
+A fenced engine takes no request; the prefill gate refuses what there is no memory for, at the door
+or when its scheduler comes to it. Patches, idempotent. vLLM has no plugin point for admission;
+remove when it has.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections.abc import AsyncGenerator, Mapping
@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
-from vllm.exceptions import GracefulHTTPError, RetryableRequestError
+from vllm.exceptions import GracefulHTTPError
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from engine_plugins.admin.held_answer import HeldAnswer, held_answer, releasing
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import refusal
 from engine_plugins.prefill_gate.entry import GateBoard, refusal_at_entry
-from vllm_ext.prefill_refusal import RefusedPrefillError, refusal_of
+from vllm_ext.held_stream import all_have_spoken, explained, marked_as_held
+from vllm_ext.prefill_refusal import RefusedPrefillError, answer_to
 from vllm_ext.versions import VLLM
 
 __all__ = ["hook_admission"]
@@ -37,10 +39,9 @@ def hook_admission() -> None:
         return
     VLLM.check("vllm.v1.engine.async_llm", "vllm.entrypoints.openai.responses.serving")
     shared = shared_state()
-    _refuse_while_fenced(shared)
-    _explain_ended_requests(shared)
     board = GateBoard(Path(os.environ[RUNTIME_DIR]))
-    _refuse_prefills(board)
+    _refuse_while_fenced(shared)
+    _refuse_prefills(board, shared)
     _refuse_responses(board)
     setattr(AsyncLLM, _HOOKED, True)
 
@@ -58,8 +59,8 @@ def _refuse_while_fenced(shared: SharedState) -> None:
     AsyncLLM.check_admission = check_admission
 
 
-def _refuse_prefills(board: GateBoard) -> None:
-    """Refuse what cannot run when an answer is asked for, before any stream opens."""
+def _refuse_prefills(board: GateBoard, shared: SharedState) -> None:
+    """Refuse what cannot run when an answer is asked for, or else before it begins."""
     original = AsyncLLM.generate
 
     @functools.wraps(original)
@@ -67,10 +68,14 @@ def _refuse_prefills(board: GateBoard) -> None:
         self: AsyncLLM, prompt: Any, sampling_params: SamplingParams, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[Any, None]:
         _judge(board, prompt, sampling_params)
-        outputs: AsyncGenerator[Any, None] = original(
-            self, prompt, sampling_params, *args, **kwargs
+        held = _open_answer()
+        if held is None:
+            outputs = original(self, prompt, sampling_params, *args, **kwargs)
+            return explained(outputs, shared)
+        outputs = original(self, prompt, marked_as_held(sampling_params), *args, **kwargs)
+        return releasing(
+            explained(outputs, shared, held), held.hold(), when=all_have_spoken(sampling_params.n)
         )
-        return outputs
 
     AsyncLLM.generate = generate
 
@@ -92,7 +97,8 @@ def _refuse_responses(board: GateBoard) -> None:
         contexts: AsyncGenerator[Any, None] = original(
             self, request_id, engine_input, sampling_params, *args, **kwargs
         )
-        return contexts
+        held = _open_answer()
+        return contexts if held is None else releasing(contexts, held.hold())
 
     OpenAIServingResponses._generate_with_builtin_tools = generate
 
@@ -108,31 +114,13 @@ def _judge(board: GateBoard, prompt: Any, sampling_params: SamplingParams) -> No
         prompt_logprobs=sampling_params.prompt_logprobs is not None,
     )
     if refused is not None:
-        raise RefusedPrefillError(refused)
+        error, held = RefusedPrefillError(refused), _open_answer()
+        if held is not None:
+            held.refuse(answer_to(error))
+        raise error
 
 
-def _explain_ended_requests(shared: SharedState) -> None:
-    """A held request that the fence or the gate ended says so, if it had sent no token yet."""
-    original = AsyncLLM.generate
-
-    @functools.wraps(original)
-    async def generate(self: AsyncLLM, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
-        sent = False
-        async with contextlib.aclosing(original(self, *args, **kwargs)) as outputs:
-            async for output in outputs:
-                ended = [each for each in output.outputs if each.finish_reason == "error"]
-                if ended and not sent:
-                    _explain(shared, ended[0].stop_reason)
-                sent = sent or any(each.token_ids for each in output.outputs)
-                yield output
-
-    AsyncLLM.generate = generate
-
-
-def _explain(shared: SharedState, stop_reason: object) -> None:
-    refused_prefill = refusal_of(stop_reason)
-    if refused_prefill is not None:
-        raise RefusedPrefillError(refused_prefill)
-    refused = refusal(shared.read())
-    if refused is not None:
-        raise RetryableRequestError(refused)
+def _open_answer() -> HeldAnswer | None:
+    """The HTTP answer that a request is for, if a refusal would still come in time."""
+    held = held_answer()
+    return None if held is None or held.begun else held

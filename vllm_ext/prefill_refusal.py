@@ -15,7 +15,13 @@ from vllm.exceptions import GracefulHTTPError
 
 from engine_plugins.errors import EnginePluginError, MemoryPressureError, PromptTooLargeError
 
-__all__ = ["RefusedPrefillError", "answer_refusals", "refusal_of", "stop_reason_of"]
+__all__ = [
+    "RefusedPrefillError",
+    "answer_refusals",
+    "answer_to",
+    "refusal_of",
+    "stop_reason_of",
+]
 
 _MARK = "engine_plugins: "
 
@@ -75,7 +81,8 @@ def answer_refusals(app: FastAPI) -> None:
     app.add_exception_handler(RefusedPrefillError, _answer)
 
 
-async def _answer(_: Request, error: Exception) -> JSONResponse:
+def answer_to(error: Exception) -> JSONResponse:
+    """What vLLM answers to an error, with what a refused prefill says beside its words."""
     body = create_error_response(error)
     told = error if isinstance(error, RefusedPrefillError) else None
     return JSONResponse(
@@ -83,3 +90,7 @@ async def _answer(_: Request, error: Exception) -> JSONResponse:
         status_code=body.error.code,
         headers=told.headers if told else None,
     )
+
+
+async def _answer(_: Request, error: Exception) -> JSONResponse:
+    return answer_to(error)

@@ -19,6 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from engine_plugins.errors import EnginePluginError, MemoryPressureError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
+from vllm_ext.held_stream import is_marked_as_held
 from vllm_ext.lost_step import is_lost, take_back
 from vllm_ext.prefill_refusal import stop_reason_of
 from vllm_ext.step_order import Order, attach_order
@@ -273,11 +274,15 @@ def held_bytes_per_token(prompt_logprobs: int) -> int:
 
 
 def _is_refusable(request: Request) -> bool:
-    """Whether nothing of an answer can have been sent."""
+    """Whether nothing of an answer can have been sent: it is one message, or held."""
     params = request.sampling_params
-    return params is None or (
-        params.output_kind == RequestOutputKind.FINAL_ONLY and not request.resumable
-    )
+    if params is None:
+        return True
+    if request.resumable:
+        return False
+    if params.output_kind == RequestOutputKind.FINAL_ONLY:
+        return True
+    return is_marked_as_held(params) and request.num_output_tokens == 0
 
 
 def _encoder_tokens(request: Request, computed: int, wanted: int) -> int:

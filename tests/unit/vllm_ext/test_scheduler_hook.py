@@ -33,6 +33,7 @@ from engine_plugins.prefill_gate.rank_meter import Measured
 from engine_plugins.settings import Settings
 from tests.support.megatron_hf import dense_config
 from tests.unit.vllm_ext.test_kv_scales import SERVED
+from vllm_ext.held_stream import marked_as_held
 from vllm_ext.lost_step import lose
 from vllm_ext.prefill_refusal import refusal_of
 from vllm_ext.scheduler_hook import MAX_LOST, GatedScheduler
@@ -42,6 +43,7 @@ MIB = 1 << 20
 TOKEN = 3 * 4096 * 4 + 2 * 1024 * 4
 """Bytes of a token by the prior, of the sizes below."""
 BLOCK, BUDGET = 16, 1024
+DELTA = RequestOutputKind.DELTA
 
 
 @dataclass
@@ -74,7 +76,10 @@ class Engine:
 
     def add(self, name: str, prompt: Sequence[int], **params: Any) -> Request:
         kind = params.pop("output_kind", RequestOutputKind.FINAL_ONLY)
+        held = params.pop("held", False)
         sampling = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **params)
+        if held:
+            sampling = marked_as_held(sampling)
         request = Request(
             name,
             list(prompt),
@@ -261,15 +266,17 @@ def test_who_waits_for_too_long_is_refused_for_now_unless_its_answer_may_have_be
     engine.step()
     engine.ranks.room_bytes = _room_for(20)
     engine.add("waits", range(600))
-    engine.add("stream", range(700, 1300), output_kind=RequestOutputKind.DELTA)
+    engine.add("stream", range(700, 1300), output_kind=DELTA)
+    engine.add("held", range(1400, 2000), output_kind=DELTA, held=True)
     running = engine.scheduler.requests["decoding"]
     running.max_tokens = 10_000
     for _ in range(8):
         engine.ranks.now += MAX_WAIT_S / 6
         engine.step()
-    refusal = refusal_of(engine.end("waits").stop_reason)
-    assert isinstance(refusal, MemoryPressureError)
-    assert refusal.retry_after_s >= 1
+    for name in ("waits", "held"):
+        refusal = refusal_of(engine.end(name).stop_reason)
+        assert isinstance(refusal, MemoryPressureError)
+        assert refusal.retry_after_s >= 1
     assert [each.request_id for each in engine.scheduler.waiting] == ["stream"]
     status = engine.board.read()
     assert status is not None
@@ -279,6 +286,28 @@ def test_who_waits_for_too_long_is_refused_for_now_unless_its_answer_may_have_be
     status = engine.board.read()
     assert status is not None
     assert status.limits.waiting_s == 0
+
+
+def test_a_held_stream_that_has_spoken_is_not_refused(engine: Engine) -> None:
+    """Its prompt may have to be computed again: it waits for that as long as it takes."""
+    engine.add("decoding", range(40), min_tokens=1)
+    engine.add("stream", range(700, 1300), output_kind=DELTA, held=True)
+    engine.step()
+    assert engine.said("stream") == [7]
+    running = engine.scheduler.requests["decoding"]
+    running.max_tokens = 10_000
+    assert engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+    engine.ranks.room_bytes = _room_for(20)
+    for _ in range(12):
+        engine.ranks.now += MAX_WAIT_S / 6
+        engine.step()
+    assert "stream" in engine.scheduler.requests
+    assert engine.gate.gate.longest_wait_s() > MAX_WAIT_S
+    engine.ranks.room_bytes = 1 << 40
+    engine.gate.gate.reclaimed()
+    for _ in range(8):
+        engine.step()
+    assert engine.said("stream") == [7] * 4
 
 
 def test_memory_is_given_back_before_anything_is_refused(engine: Engine) -> None:
