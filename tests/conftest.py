@@ -1,4 +1,4 @@
-"""What every test shares: nothing leaves this machine, and SGLang finds the tests' shims."""
+"""What every test shares: one thread, nothing leaves this machine, SGLang finds its shims."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ collect_ignore_glob = [
 # By default Hypothesis fails an example that takes 0.2 s, as any can on a busy machine.
 settings.register_profile("no deadline", deadline=None)
 settings.load_profile("no deadline")
+
+# Before torch loads, here and in every child: its threads wait for each other at every operation,
+# which on a busy machine takes far longer than the work on these small tensors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before UCX loads, here and in every child: over tcp it would listen on other addresses too.
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
