@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from http import HTTPStatus
 from typing import Any
@@ -19,7 +19,7 @@ from sglang.srt.managers.utils import is_health_check_generate_req
 from starlette.responses import Response
 
 from engine_plugins.admin.error_responses import problem, problem_from
-from engine_plugins.admin.held_answer import held_answer
+from engine_plugins.admin.held_answer import held_answer, releasing
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, refusal
@@ -29,6 +29,7 @@ from sglang_ext.refused_prefill import refusal_in
 
 __all__ = [
     "abort_reason",
+    "answer_turns",
     "generate_request",
     "send_batch",
     "send_one",
@@ -48,9 +49,38 @@ async def generate_request(
 ) -> AsyncGenerator[Any, None]:
     """Around `TokenizerManager.generate_request`, through which every route generates."""
     await _admitted(manager, _shared(), request)
-    async with aclosing(original(manager, request, *args, **kwargs)) as outputs:
+    outputs = original(manager, request, *args, **kwargs)
+    held = held_answer()
+    if held is not None and getattr(request, "stream", False):
+        outputs = releasing(outputs, held.hold(), when=_all_have_spoken(request))
+    async with aclosing(outputs):
         async for output in outputs:
             yield output
+            if held is not None and held.refusal is not None:
+                return  # its other prompts end with it
+
+
+def answer_turns(
+    original: Any, serving: Any, *args: Any, **kwargs: Any
+) -> AsyncGenerator[Any, None]:
+    """Around `OpenAIServingResponses._generate_with_builtin_tools`.
+
+    That route has told of itself when it asks for the first token.
+    """
+    contexts: AsyncGenerator[Any, None] = original(serving, *args, **kwargs)
+    held = held_answer()
+    return contexts if held is None else releasing(contexts, held.hold())
+
+
+def _all_have_spoken(request: Any) -> Callable[[dict[str, Any]], bool]:
+    """Whether each prompt and sequence of a stream has had an output, asked output by output."""
+    spoken: set[int] = set()
+
+    def all_have_spoken(output: dict[str, Any]) -> bool:
+        spoken.add(output.get("index", 0))
+        return len(spoken) >= int(request.batch_size * request.parallel_sample_num)
+
+    return all_have_spoken
 
 
 def _is_health_check(request: Any) -> bool:

@@ -69,6 +69,12 @@ def _hook_api_process() -> None:
     install(f"{manager}._send_one_request", HookType.AROUND, admission_hook.send_one)
     install(f"{manager}._send_batch_request", HookType.AROUND, admission_hook.send_batch)
     install(f"{manager}._handle_abort_finish_reason", HookType.AROUND, admission_hook.abort_reason)
+    install(
+        "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
+        "._generate_with_builtin_tools",
+        HookType.AROUND,
+        admission_hook.answer_turns,
+    )
 
     for method in ("release_memory_occupation", "resume_memory_occupation"):
         install(

@@ -23,10 +23,7 @@ from engine_plugins.admin.held_answer import (
 )
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import Fence, moved
-from engine_plugins.prefill_gate.entry import EntryKind, GateBoard, entry_limits
-from engine_plugins.prefill_gate.gate import PrefillGate
-from engine_plugins.settings import Settings
-from tests.support.simulated_steps import a_memory
+from tests.support.gate_board import publish_gate
 
 START: Message = {"type": "http.response.start", "status": 200, "headers": []}
 BODY: Message = {"type": "http.response.body", "body": b"data", "more_body": True}
@@ -171,20 +168,13 @@ def _get(shared: SharedState, path: str) -> httpx.Response:
     return asyncio.run(get())
 
 
-def _publish(runtime_dir: Path, mode: str) -> None:
-    """What a scheduler with a gate in this mode tells when it starts."""
-    gate = PrefillGate(a_memory(), Settings(prefill_gate=mode), smallest_chunk=64)
-    kind = EntryKind(max_prompt=64, divisible=True, logprobs_held_bytes=20)
-    GateBoard(runtime_dir).publish(entry_limits(gate, kind), gate.report())
-
-
 @pytest.mark.parametrize("mode", [None, "off", "observe", "enforce"])
 def test_answers_are_held_where_the_gate_refuses(
     shared: SharedState, runtime_dir: Path, mode: str | None
 ) -> None:
     """`None` is a scheduler that has said nothing."""
     if mode is not None:
-        _publish(runtime_dir, mode)
+        publish_gate(runtime_dir, mode)
     assert _get(shared, "/held").json() is (mode == "enforce")
 
 
@@ -198,7 +188,7 @@ def test_a_stream_is_refused_by_its_status_until_it_has_begun(
     shared: SharedState, runtime_dir: Path
 ) -> None:
     """Whatever the route makes of the refusal; and an error that is none stays what it is."""
-    _publish(runtime_dir, "enforce")
+    publish_gate(runtime_dir, "enforce")
     refused = _get(shared, "/stream")
     assert (refused.status_code, refused.text) == (413, "too large")
     late = _get(shared, "/stream?late=1")
