@@ -25,10 +25,11 @@ from tests.support.sglang_server import sglang_server
 
 __all__ = ["gate_error"]
 
-SERVED_BEFORE = range(33, 65)
-"""Lengths of prompts that come first.
+SERVED_BEFORE = 64
+"""Prompts of any length that come first, and whose measurements are forgotten.
 
-Until oneDNN has all the kernels that it may keep, a step of a new length takes a MiB more.
+An engine grows for a while: workspaces with the longest prompt, oneDNN with the kernels of each new
+length, a MiB each, until it has all that it may keep.
 """
 PREDICTED = 24
 """Prompts of other lengths: so few that each is measured; of sizes known well one in a few is."""
@@ -56,8 +57,11 @@ def _rows(engine: Engine, name: str, model: GateModel, folder: Path) -> Iterator
             "plain": lambda prompt: siege.server.complete(prompt, 1),
             "prompt_logprobs": lambda prompt: scored(siege.server, prompt),
         }
-        for tokens in SERVED_BEFORE:
-            asks["plain"](siege.prompt(tokens)).raise_for_status()
+        chance = random.Random(11)
+        for place in range(SERVED_BEFORE):
+            tokens = chance.randint(min(FITTED), max(FITTED))
+            asks["plain"](siege.prompt(tokens, 10 + place)).raise_for_status()
+        siege.server.admin.post("/prefill-gate/reset").raise_for_status()
         for kind, ask in asks.items():
             for tokens in FITTED:
                 ask(siege.prompt(tokens)).raise_for_status()
