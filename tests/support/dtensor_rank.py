@@ -9,7 +9,6 @@ forks of one process, which imports torch's many modules once.
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import sys
@@ -275,7 +274,6 @@ def run_rank(rank: int, folder: Path) -> None:
 
 def main() -> None:
     """End with 1 as soon as a rank fails: the others would wait for it."""
-    importlib.import_module("torch._dynamo")  # fully_shard would do so in each rank
     forks = multiprocessing.get_context("fork")
     ranks = [
         forks.Process(target=run_rank, args=(rank, Path(sys.argv[1])), daemon=True)

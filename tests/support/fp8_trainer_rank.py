@@ -8,7 +8,6 @@ each version all weights are multiplied by -2. Prints one line for each rank and
 
 from __future__ import annotations
 
-import importlib
 import json
 import multiprocessing
 import sys
@@ -76,7 +75,6 @@ def run_rank(
 def main() -> None:
     mesh = tuple(int(size) for size in sys.argv[1].split("x"))
     rendezvous, url, config, versions = sys.argv[2:]
-    importlib.import_module("torch._dynamo")  # fully_shard would do so in each rank
     forks = multiprocessing.get_context("fork")
     ranks = [
         forks.Process(

@@ -11,7 +11,7 @@ from tests.support.preloaded import PreloadedProcess, preloaded
 __all__ = ["RankProcess", "ranks_of"]
 
 _IMPORTED = (
-    "engine_plugins",
+    "engine_plugins.trainer_sender",
     "safetensors.torch",
     "torch._dynamo",  # fully_shard would import it in each rank
     "torch.distributed.fsdp",
@@ -29,13 +29,13 @@ class RankProcess(PreloadedProcess):
         stdout: what it prints.
     """
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, module: str, *arguments: str, **environment: str) -> None:
         to_read, to_it = os.pipe()
         from_it, to_print = os.pipe()
         super().__init__(
             preloaded(*_IMPORTED, **_QUIET),
             ["-m", module, *arguments],
-            environment={**os.environ, **_QUIET},
+            environment={**os.environ, **_QUIET, **environment},
             files=(to_read, to_print, 2),
         )
         os.close(to_read)
