@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from tests.support.engine_server import (
     running,
     server_events,
 )
-from tests.support.preloaded import of_the_allocator, preloaded
+from tests.support.preloaded import Nursery, of_the_allocator, preloaded
 
 __all__ = ["VllmServer", "vllm_server"]
 
@@ -38,6 +39,19 @@ IMPORTED = (
     "vllm.model_executor.models.qwen3_moe",
 )
 """What a server's processes import, see `preloaded`."""
+
+
+def _loaded_at_start() -> dict[str, str]:
+    """The OpenMP of torch, which vLLM on a CPU has each process load that it spawns.
+
+    Where this names another file than vLLM does, such processes are started, not forked.
+    """
+    torch = find_spec("torch")
+    assert torch is not None
+    assert torch.origin is not None
+    folder = Path(torch.origin).parent
+    found = [*folder.parent.glob("torch.libs/libgomp*.so*"), *folder.glob("lib/libgomp*.so*")]
+    return {"LD_PRELOAD": str(found[0])} if found else {}
 
 
 class VllmServer(EngineServer):
@@ -115,7 +129,10 @@ def vllm_server(
         api_servers=api_servers,
         environment={**QUIET, **(environment or {})},
         api_key=api_key,
-        nursery=preloaded(*IMPORTED, OMP_NUM_THREADS="1", **QUIET, **of_the_allocator(environment))
-        if preload
-        else None,
+        nursery=_nursery(environment) if preload else None,
     )
+
+
+def _nursery(environment: Mapping[str, str] | None) -> Nursery:
+    own = of_the_allocator(environment) | _loaded_at_start()
+    return preloaded(*IMPORTED, OMP_NUM_THREADS="1", **QUIET, **own)
