@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-__all__ = ["DENSE", "MOE", "PINNED_ALLOCATOR", "QUICK", "GateModel"]
+__all__ = ["DENSE", "MOE", "PINNED_ALLOCATOR", "QUICK", "GateModel", "save_tokenizer"]
 
 PINNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
@@ -67,3 +68,17 @@ def _made(model: GateModel) -> Any:
 DENSE, MOE = GateModel(), GateModel(moe=True)
 QUICK = GateModel(hidden=256)
 """For thousands of requests."""
+
+
+def save_tokenizer(folder: Path, model: GateModel) -> Path:
+    """A tokenizer for which one word, `w1` say, is one token; chats are their words alone."""
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(model.vocab)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.decoder = decoders.WordPiece()
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0", eos_token="w2")
+    made.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    made.save_pretrained(folder)
+    return folder

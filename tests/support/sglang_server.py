@@ -105,11 +105,13 @@ def sglang_server(
     admin_api_key: str | None = None,
     launcher: str = "sglang.launch_server",
     python: Path | None = None,
+    tokenizer: Path | None = None,
     preload: bool = False,
 ) -> AbstractContextManager[SglangServer]:
     """A server for as long as a context lasts: as users start it, or preloaded.
 
-    SGLang takes no key with several API servers.
+    SGLang takes no key with several API servers. Without a folder of a tokenizer it takes token
+    ids only.
     """
     port = free_port()
     command = [
@@ -117,7 +119,12 @@ def sglang_server(
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--device", "cpu", "--attention-backend", "torch_native", "--dtype", "float32"),
         *("--max-total-tokens", "2048", "--max-running-requests", "8"),
-        *("--skip-tokenizer-init", "--skip-server-warmup", "--sleep-on-idle"),
+        *("--skip-server-warmup", "--sleep-on-idle"),
+        *(
+            ("--skip-tokenizer-init",)
+            if tokenizer is None
+            else ("--tokenizer-path", str(tokenizer))
+        ),
         *("--tensor-parallel-size", str(tensor_parallel)),
         *("--tokenizer-worker-num", str(api_servers)),
         *(() if api_key is None else ("--api-key", api_key)),

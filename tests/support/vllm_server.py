@@ -105,9 +105,13 @@ def vllm_server(
     arguments: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
     api_key: str | None = None,
+    tokenizer: Path | None = None,
     preload: bool = False,
 ) -> AbstractContextManager[VllmServer]:
-    """A server for as long as a context lasts: as users start it, or preloaded."""
+    """A server for as long as a context lasts: as users start it, or preloaded.
+
+    Without a folder of a tokenizer it takes token ids only.
+    """
     port = free_port()
     program = Path(sys.executable).with_name("vllm")
     command = [
@@ -115,7 +119,8 @@ def vllm_server(
         *("serve", str(model), "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-num-seqs", "8", "--enforce-eager"),
         *("--kv-cache-memory-bytes", "64M", "--block-size", "32"),
-        *("--skip-tokenizer-init", "--worker-extension-cls", extension),
+        *(("--skip-tokenizer-init",) if tokenizer is None else ("--tokenizer", str(tokenizer))),
+        *("--worker-extension-cls", extension),
         *("--tensor-parallel-size", str(tensor_parallel)),
         *("--api-server-count", str(api_servers)),
         *(() if api_key is None else ("--api-key", api_key)),
