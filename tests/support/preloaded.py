@@ -186,7 +186,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["environment"] | set_by_imports)
     os.chdir(request["folder"])
-    tempfile.tempdir = None
+    _read_again()
     _run(*request["arguments"])
 
 
@@ -246,6 +246,13 @@ def _moved_up(file: int) -> int:
 def _close(files: Sequence[int]) -> None:
     for file in files:
         os.close(file)
+
+
+def _read_again() -> None:
+    """What imports have read from the environment that is another one now."""
+    tempfile.tempdir = None
+    if (values := sys.modules.get("prometheus_client.values")) is not None:
+        vars(values)["ValueClass"] = vars(values)["get_value_class"]()
 
 
 def _run(flag: str, what: str, *arguments: str) -> None:
