@@ -18,7 +18,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from engine_plugins.errors import EnginePluginError, MemoryPressureError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
-from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
+from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
 from vllm_ext.held_stream import is_marked_as_held
 from vllm_ext.lost_step import is_lost, take_back
 from vllm_ext.prefill_refusal import stop_reason_of
@@ -35,6 +35,8 @@ MAX_LOST = 16
 class GatedScheduler:
     """One scheduler and its gate; takes the place of six of the scheduler's methods.
 
+    Three of them, which are called for each request, only in steps that the gate is asked about.
+
     Args:
         scheduler: vLLM's, of either kind.
         gate: asked about each prefill.
@@ -44,13 +46,11 @@ class GatedScheduler:
     def __init__(self, scheduler: Scheduler, gate: EngineGate, *, on_host: bool) -> None:
         self._scheduler, self._gate, self._on_host = scheduler, gate, on_host
         self._divisible = bool(scheduler.scheduler_config.enable_chunked_prefill)
-        self._asking = False
         self._let_in: dict[str, Candidate] = {}
         self._cut: dict[str, int] = {}
         self._refused: dict[str, EnginePluginError] = {}
         self._ended: list[tuple[Request, EnginePluginError]] = []
         self._hit: tuple[str, Any] = ("", None)
-        self._ran = NOTHING
         self._needed_bytes = 0
         self._lost = self._passed = 0
         self._take_over()
@@ -64,11 +64,15 @@ class GatedScheduler:
         self._update = scheduler.update_from_output
         self._free = scheduler._free_request
         scheduler.schedule = self.schedule
-        scheduler._handle_blocked_waiting_request = self.is_ready
-        scheduler._get_local_prefix_cache_hit = self.look_up
-        scheduler._reserve_prefill_lookahead = self.size
         scheduler.update_from_output = self.update_from_output
         scheduler._free_request = self.free_request
+
+    def _answer(self, *, gated: bool) -> None:
+        """Answer what the scheduler asks itself about each request, or have it do so."""
+        scheduler: Any = self._scheduler
+        scheduler._handle_blocked_waiting_request = self.is_ready if gated else self._is_ready
+        scheduler._get_local_prefix_cache_hit = self.look_up if gated else self._look_up
+        scheduler._reserve_prefill_lookahead = self.size if gated else self._size
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Put a step together, with the prefills that the gate lets in."""
@@ -78,19 +82,19 @@ class GatedScheduler:
         if self._may_pass():
             output = self._schedule(*args, **kwargs)
             self._let_in.clear()
-            self._ran = self._shape(output)
             attach_order(output, Order(None, 0))
             return output
         self._begin()
+        self._answer(gated=True)
         try:
             output = self._schedule(*args, **kwargs)
         finally:
-            self._asking = False
+            self._answer(gated=False)
         if self._refused:
             self._end_refused()
-        self._ran = self._shape(output)
-        order = self._gate.order(self._ran)
-        if order is not None and (self._ran.tokens or order.give_back):
+        shape = self._shape(output)
+        order = self._gate.order(shape)
+        if order is not None and (shape.tokens or order.give_back):
             attach_order(output, Order(order, self._needed_bytes))
         return output
 
@@ -98,8 +102,6 @@ class GatedScheduler:
         """Whether a waiting request may join this step."""
         if not self._is_ready(request):
             return False
-        if not self._asking:
-            return True
         computed = request.num_computed_tokens or self._cached(request)
         room = self._scheduler.max_num_scheduled_tokens - self._gate.gate.planned.tokens
         return self._ask(request, computed, min(request.num_tokens - computed, max(room, 1))) > 0
@@ -114,7 +116,7 @@ class GatedScheduler:
 
     def size(self, request: Request, computed: int, tokens: int) -> int:
         """How many tokens of a request are computed now."""
-        if self._asking and tokens:
+        if tokens:
             if request.status == RequestStatus.RUNNING and request.is_prefill_chunk:
                 self._ask(request, computed, tokens)
                 tokens = min(tokens, self._cut.get(request.request_id, tokens))
@@ -158,7 +160,7 @@ class GatedScheduler:
         scheduler = self._scheduler
         if scheduler.waiting or scheduler.kv_holding_waiting:
             return False
-        if any(each.is_prefill_chunk for each in scheduler.running):
+        if [each for each in scheduler.running if each.is_prefill_chunk]:
             return False
         self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
         return self._passed != 0
@@ -175,7 +177,6 @@ class GatedScheduler:
             running=StepShape(tokens=tokens, rows=tokens),
             in_flight=decodes > 0,
         )
-        self._asking = True
 
     def _cached(self, request: Request) -> int:
         self._hit = (request.request_id, self._look_up(request))
@@ -252,7 +253,7 @@ class GatedScheduler:
             if request_id in scheduler_output.num_scheduled_tokens
         }
         take_back(self._scheduler, scheduler_output, set(prefills))
-        self._gate.ran_out(self._ran)
+        self._gate.ran_out(self._shape(scheduler_output))
         largest = max(prefills, key=scheduler_output.num_scheduled_tokens.__getitem__, default=None)
         for request_id, candidate in prefills.items():
             if candidate.prompt_logprobs or request_id == largest:

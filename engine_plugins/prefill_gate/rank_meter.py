@@ -20,7 +20,7 @@ from engine_plugins.shared_page import SharedPage
 
 __all__ = ["Measured", "OwnRank", "PagedRanks", "RankMeter", "Ranks", "StepOrder", "rank_page"]
 
-KEPT_PEAKS = 32
+KEPT_PEAKS = 8
 IDLE_REFRESH_S = 0.5
 """How old a page gets while a rank has nothing to do."""
 _PAGE_BYTES = 16 << 10
@@ -54,7 +54,7 @@ class Ranks(Protocol):
         ...
 
     def measured(self) -> list[Measured]:
-        """Steps that all ranks have measured lately, each with its largest peak."""
+        """Steps that all ranks have measured since the last time, each with its largest peak."""
         ...
 
     def device_bytes(self) -> int | None:
@@ -149,6 +149,7 @@ class PagedRanks:
         self._pages = [SharedPage(page) for page in pages]
         self._newest: list[_Page] = []
         self._sequences: list[int] = []
+        self._told = -1
 
     def reading(self, configured_cap: int | None) -> Reading:
         """As each rank last said, between two of its steps."""
@@ -163,11 +164,15 @@ class PagedRanks:
         return min((size for size in sizes if size is not None), default=None)
 
     def measured(self) -> list[Measured]:
-        """Those that every rank still has on its page."""
+        """Those that have come to be on the page of every rank."""
         self._look()
-        peaks = [dict(page.measured) for page in self._newest]
-        common = set.intersection(*(set(each) for each in peaks))
-        return [Measured(each, max(peak[each] for peak in peaks)) for each in sorted(common)]
+        peaks = [
+            {number: peak for number, peak in page.measured if number > self._told}
+            for page in self._newest
+        ]
+        common = sorted(set.intersection(*map(set, peaks)))
+        self._told = common[-1] if common else self._told
+        return [Measured(each, max(peak[each] for peak in peaks)) for each in common]
 
     def _look(self) -> None:
         sequences = [page.sequence for page in self._pages]

@@ -19,6 +19,7 @@ from rich.console import Console
 from tests.benchmarks.event_loop import event_loop
 from tests.benchmarks.gate_cost import gate_cost
 from tests.benchmarks.gate_error import gate_error
+from tests.benchmarks.gate_steps import gate_steps
 from tests.benchmarks.gate_throughput import gate_throughput
 from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.peaks import peaks
@@ -52,6 +53,7 @@ def main() -> None:
             "plan",
             "phases",
             "peaks",
+            "gate-steps",
             "gate-error",
             "gate-throughput",
         ],
@@ -92,6 +94,8 @@ def main() -> None:
             console.print(update_phases(Path(folder), pairs=pairs))
         if chosen.only in (None, "peaks"):
             console.print(peaks(Path(folder), SGLANG_PYTHON))
+        if chosen.only in (None, "gate-steps"):
+            console.print(gate_steps(Path(folder)))
         if chosen.only in (None, "gate-error"):
             console.print(gate_error(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "gate-throughput"):

@@ -118,6 +118,7 @@ def test_of_several_ranks_the_tightest_speaks(tmp_path: Path) -> None:
     a_step(meters[1], 1)
     a_step(meters[1], 2)
     assert ranks.measured() == [Measured(1, 9)]
+    assert ranks.measured() == [], "once"
     memories[0].now = MemoryFigures(90, 100)
     a_step(meters[0], 3, measure=False)
     assert ranks.reading(None) == Reading(90, 100, 10)

@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from vllm.engine.arg_utils import EngineArgs
-from vllm.sampling_params import RequestOutputKind, SamplingParams
-from vllm.utils.hashing import sha256
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, FinishReason
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-from vllm.v1.structured_output import StructuredOutputManager
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import FinishReason
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
-from engine_plugins.prefill_gate.engine_gate import EngineGate, StepFigures, make_engine_gate
-from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
+from engine_plugins.prefill_gate.engine_gate import StepFigures
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S
 from engine_plugins.prefill_gate.memory_cap import Reading
-from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.rank_meter import Measured
-from engine_plugins.settings import Settings
-from tests.support.megatron_hf import dense_config
-from tests.unit.vllm_ext.test_kv_scales import SERVED
-from vllm_ext.held_stream import marked_as_held
-from vllm_ext.lost_step import lose
+from tests.support.scheduled_vllm import BLOCK, ScheduledVllm, scheduled_vllm
 from vllm_ext.prefill_refusal import refusal_of
-from vllm_ext.scheduler_hook import MAX_LOST, GatedScheduler
+from vllm_ext.scheduler_hook import MAX_LOST
 from vllm_ext.step_order import order_of
 
 MIB = 1 << 20
 TOKEN = 3 * 4096 * 4 + 2 * 1024 * 4
 """Bytes of a token by the prior, of the sizes below."""
-BLOCK, BUDGET = 16, 1024
 DELTA = RequestOutputKind.DELTA
 
 
@@ -65,62 +46,10 @@ class Ranks:
 
 
 @dataclass
-class Engine:
-    """A scheduler behind its gate, and a model that says 7."""
+class Engine(ScheduledVllm):
+    """A scheduler whose ranks and clock a test sets."""
 
-    scheduler: Scheduler
-    gate: EngineGate
-    ranks: Ranks
-    board: GateBoard
-    outputs: list[EngineCoreOutput] = field(default_factory=list)
-
-    def add(self, name: str, prompt: Sequence[int], **params: Any) -> Request:
-        kind = params.pop("output_kind", RequestOutputKind.FINAL_ONLY)
-        held = params.pop("held", False)
-        sampling = SamplingParams(max_tokens=4, ignore_eos=True, output_kind=kind, **params)
-        if held:
-            sampling = marked_as_held(sampling)
-        request = Request(
-            name,
-            list(prompt),
-            sampling,
-            None,
-            block_hasher=get_request_block_hasher(BLOCK, sha256),
-        )
-        self.scheduler.add_request(request)
-        return request
-
-    def step(self, *, lost: bool = False) -> dict[str, int]:
-        """One step; the tokens of each request that it computed."""
-        output = self.scheduler.schedule()
-        made = self._lost(output) if lost else self._made(output)
-        for each in self.scheduler.update_from_output(output, made).values():
-            self.outputs += each.outputs
-        self.last = output
-        return dict(output.num_scheduled_tokens)
-
-    def _made(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        names = list(output.num_scheduled_tokens)
-        sampled = [[] if self.scheduler.requests[name].is_prefill_chunk else [7] for name in names]
-        places = {name: place for place, name in enumerate(names)}
-        return ModelRunnerOutput(names, places, sampled_token_ids=sampled)
-
-    def _lost(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        class Runner:
-            execute_model_state: object = "begun"
-
-        return lose(Runner(), output)
-
-    def said(self, name: str) -> list[int]:
-        return [
-            token
-            for output in self.outputs
-            if output.request_id == name
-            for token in output.new_token_ids
-        ]
-
-    def end(self, name: str) -> EngineCoreOutput:
-        return next(each for each in self.outputs if each.request_id == name and each.finish_reason)
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 @pytest.fixture
@@ -131,53 +60,14 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
 def _engine(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, mode: str, **arguments: Any
 ) -> Engine:
-    served = {key: value for key, value in SERVED.items() if key != "quantization_config"}
-    (folder / "config.json").write_text(json.dumps({**dense_config(), **served}))
-    (folder / "gate").mkdir()
-    config = EngineArgs(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        max_model_len=4096,
-        max_num_batched_tokens=BUDGET,
-        max_num_seqs=8,
-        hf_overrides={"max_position_embeddings": 4096},
-        **arguments,
-    ).create_engine_config()
-    config.cache_config.num_gpu_blocks = 2048
-    spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=1, dtype=torch.float32)
-    init_none_hash(sha256)
-    scheduler = Scheduler(
-        config,
-        KVCacheConfig(
-            num_blocks=2048,
-            kv_cache_tensors=[],
-            kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
-        ),
-        StructuredOutputManager(config),
-        BLOCK,
-        log_stats=False,
-    )
-    sizes = ModelSizes(
-        hidden=1024, intermediate=4096, heads=16, kv_heads=16, head_dim=64, vocab=32_768
-    )
-    ranks, board = Ranks(), GateBoard(folder)
-    gate = make_engine_gate(
-        ModelMemory(sizes, itemsize=4),
-        Settings(prefill_gate=mode, prefill_margin_bytes=MIB),
-        ranks,
-        smallest_chunk=64,
-        entry=EntryKind(max_prompt=4096, divisible=True, logprobs_held_bytes=20),
-        samples={},
-        board=board,
-        keep=None,
-    )
+    ranks = Ranks()
+    made = scheduled_vllm(folder, ranks, mode=mode, **arguments)
 
     def figures() -> StepFigures:
         return StepFigures(ranks.reading(None), ranks.now, ranks.now, ranks.measured())
 
-    monkeypatch.setattr(gate, "figures", figures)
-    GatedScheduler(scheduler, gate, on_host=True)
-    return Engine(scheduler, gate, ranks, board)
+    monkeypatch.setattr(made.gate, "figures", figures)
+    return Engine(**vars(made), ranks=ranks)
 
 
 def _room_for(tokens: int) -> int:
