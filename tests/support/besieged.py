@@ -30,11 +30,13 @@ ROOM_BYTES = 400 * MIB
 """
 FAR_BYTES = 8 << 30
 """More than a limit leaves, less than a machine that runs the tests has."""
-FITTED = tuple(size * part // 4 for size in (2048, 1024, 512, 256, 128) for part in (6, 5, 4))
-"""Lengths that lines are drawn from: three of each power of two, of which the first is cold.
+FITTED = tuple(size * part // 4 for size in (128, 256, 512, 1024, 2048) for part in (4, 5, 6))
+"""Lengths that lines are drawn from: three of each power of two, of which the first is cold."""
+SERVED_BEFORE = (*range(65, 105), max(FITTED))
+"""Lengths of prompts that come before those.
 
-The longest come first. An engine keeps workspaces of the longest prompt that it has seen, and a
-step that makes them larger takes more than the next one like it.
+Until oneDNN has all the kernels that it may keep, a step of a new length takes a MiB more; the
+longest prompt makes workspaces that stay.
 """
 _ARGUMENTS = {
     "vllm": ("--max-model-len", "8192", "--max-num-batched-tokens", "4096"),
@@ -80,6 +82,9 @@ class Siege:
 
     def calibrate(self) -> None:
         """One step of each of `FITTED`, plain and with the logits of every token."""
+        for tokens in SERVED_BEFORE:
+            self.server.greedy(self.prompt(tokens), 1)
+        self.server.admin.post("/prefill-gate/reset").raise_for_status()
         for tokens in FITTED:
             self.server.greedy(self.prompt(tokens), 1)
             scored(self.server, self.prompt(tokens, 1)).raise_for_status()
