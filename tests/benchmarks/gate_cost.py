@@ -42,8 +42,7 @@ def gate_cost() -> Table:
         "the same, tight": lambda: _steps(TIGHT),
         "read memory in use (host)": lambda: iter([partial(read_host, cap)] * CALLS),
         "learn from a step": _observations,
-        "all of a scheduler's step with one prefill (real memory)": lambda: _engine_steps(1),
-        "all of a scheduler's step, one prefill in 8 (real memory)": lambda: _engine_steps(8),
+        "all of a scheduler's step with one prefill (real memory)": _engine_steps,
     }
     gc.collect()
     gc.disable()
@@ -89,11 +88,8 @@ def _observations() -> Iterator[Callable[[], object]]:
         yield partial(memory.observe, shape, peak, at=float(number))
 
 
-def _engine_steps(one_in: int) -> Iterator[Callable[[], object]]:
-    """Figures of this process, a step begun, a prefill judged in some, an order for the rank.
-
-    Engines do not even ask about most steps that only decode; here all are asked about.
-    """
+def _engine_steps() -> Iterator[Callable[[], object]]:
+    """Figures of this process, a step begun, a prefill judged, an order for the rank."""
     settings = Settings(prefill_gate="enforce", prefill_margin_bytes=8 * MIB)
     gate = PrefillGate(calibrated(a_memory()), settings, smallest_chunk=64)
     ranks = OwnRank(RankMeter(HostStepMemory(ranks=1)))
@@ -104,8 +100,7 @@ def _engine_steps(one_in: int) -> Iterator[Callable[[], object]]:
 
     def step(number: int, tokens: int) -> None:
         engine.begin(engine.figures(), running=running, in_flight=True)
-        if number % one_in == 0:
-            engine.decide(Candidate(f"{number}", tokens, tokens))
+        engine.decide(Candidate(f"{number}", tokens, tokens))
         engine.order(engine.gate.planned)
         engine.forget((f"{number}",), idle=False)
 

@@ -58,10 +58,7 @@ def _rows(engine: Engine, name: str, model: GateModel, folder: Path) -> Iterator
             "prompt_logprobs": lambda prompt: scored(siege.server, prompt),
         }
         chance = random.Random(11)
-        for place in range(SERVED_BEFORE):
-            tokens = chance.randint(min(FITTED), max(FITTED))
-            asks["plain"](siege.prompt(tokens, 10 + place)).raise_for_status()
-        siege.server.admin.post("/prefill-gate/reset").raise_for_status()
+        siege.warm(chance.randint(min(FITTED), max(FITTED)) for _ in range(SERVED_BEFORE))
         for kind, ask in asks.items():
             for tokens in FITTED:
                 ask(siege.prompt(tokens)).raise_for_status()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +80,15 @@ class Siege:
         response = self.server.admin.patch("/prefill-gate", json=changes)
         assert response.status_code == 200, response.text
 
+    def warm(self, lengths: Iterable[int]) -> None:
+        """Serve a prompt of each length, and have the gate forget what it measured of them."""
+        for place, tokens in enumerate(lengths):
+            self.server.greedy(self.prompt(tokens, 100 + place), 1)
+        self.server.admin.post("/prefill-gate/reset").raise_for_status()
+
     def calibrate(self) -> None:
         """One step of each of `FITTED`, plain and with the logits of every token."""
-        for tokens in SERVED_BEFORE:
-            self.server.greedy(self.prompt(tokens), 1)
-        self.server.admin.post("/prefill-gate/reset").raise_for_status()
+        self.warm(SERVED_BEFORE)
         for tokens in FITTED:
             self.server.greedy(self.prompt(tokens), 1)
             scored(self.server, self.prompt(tokens, 1)).raise_for_status()
