@@ -42,6 +42,8 @@ class SharedPage:
 
         A memory view stores its item at once; `struct` zeroes the bytes before it fills them.
         """
+        self.gauges = memoryview(self._page)[8:_FIRST_SLOT].cast("q")
+        """Seven numbers beside the bytes, each replaced by itself."""
 
     @staticmethod
     def create(path: Path, *, nbytes: int) -> None:

@@ -112,6 +112,11 @@ def _hook_scheduler() -> None:
         HookType.AROUND,
         prefill_hook.get_new_batch_prefill,
     )
+    install(
+        f"{scheduler}._add_request_to_queue",
+        HookType.BEFORE,
+        prefill_hook.before_queueing,
+    )
     install(f"{scheduler}.run_batch", HookType.AROUND, step_hook.run_batch)
     for loop in ("event_loop_normal", "event_loop_overlap"):
         install(f"{scheduler}.{loop}", HookType.AROUND, step_hook.run_loop)

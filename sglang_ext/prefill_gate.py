@@ -28,11 +28,18 @@ from engine_plugins.prefill_gate.engine_gate import (
 )
 from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
 from engine_plugins.prefill_gate.model_memory import AttentionMemory, ModelMemory, ModelSizes
-from engine_plugins.prefill_gate.rank_meter import OwnRank, PagedRanks, RankMeter, rank_page
+from engine_plugins.prefill_gate.rank_meter import (
+    OwnRank,
+    PagedRanks,
+    RankMeter,
+    StepOrder,
+    rank_page,
+)
 from engine_plugins.prefill_gate.step_memory import step_memory
 from engine_plugins.settings import Settings
 from sglang_ext.messages import GateFigures
 from sglang_ext.prefill_shapes import HELD_BYTES_PER_LOGPROB, PrefillShapes
+from sglang_ext.unasked_steps import UnaskedSteps
 
 __all__ = ["SchedulerGate", "after_pull", "cut_step", "gate_of", "make_scheduler_gate"]
 
@@ -71,6 +78,7 @@ class SchedulerGate:
         self.smallest_chunk = smallest_chunk
         self.deferred: set[str] = set()
         """Requests that were told to wait, by id."""
+        self.unasked = UnaskedSteps(engine)
         self._told = told
         self._latest: StepFigures | None = None
         self._idle = True
@@ -87,6 +95,13 @@ class SchedulerGate:
     def figures(self) -> StepFigures | None:
         """To begin a step with; the same on all ranks."""
         return self._latest if self._told else self.engine.figures()
+
+    def order(self, scheduler: Any, batch: Any) -> StepOrder:
+        """What is to be done about a batch that runs now."""
+        requests = len(batch.reqs) + len(scheduler.waiting_queue)
+        if scheduler.running_batch is not batch:
+            requests += len(scheduler.running_batch.reqs)
+        return self.engine.order(self.shapes.batch(batch), rows=requests)
 
     def forget_gone(self, scheduler: Any, *, idle: bool) -> None:
         """Of those who waited some may have been aborted."""
@@ -125,12 +140,14 @@ def make_scheduler_gate(scheduler: Any) -> SchedulerGate:
     file = _calibration(scheduler, settings, ranks, model)
     samples = _from_first_rank(file.read(now=time.time()) if first else None, group)
     smallest = _smallest_chunk(scheduler)
+    shapes = PrefillShapes(one_by_one=_backend(runner) in _GATHERING)
     pages = [rank_page(runtime_dir, each) for each in range(ranks)]
     engine = make_engine_gate(
         model,
         settings,
         PagedRanks(pages) if told else OwnRank(meter),
         smallest_chunk=smallest,
+        largest=None if told else shapes.largest(scheduler),
         entry=EntryKind(
             max_prompt=min(scheduler.model_config.context_len, scheduler.max_total_num_tokens),
             divisible=scheduler.chunked_prefill_size is not None,
@@ -140,7 +157,6 @@ def make_scheduler_gate(scheduler: Any) -> SchedulerGate:
         board=GateBoard(runtime_dir) if first else None,
         keep=file.write if first else None,
     )
-    shapes = PrefillShapes(one_by_one=_backend(runner) in _GATHERING)
     gate = SchedulerGate(engine, meter, shapes, smallest_chunk=smallest, told=told)
     setattr(scheduler, _ATTRIBUTE, gate)
     _of_this_process[_SCHEDULER] = scheduler

@@ -18,7 +18,7 @@ from engine_plugins.prefill_gate.step_shape import NOTHING, StepShape
 from sglang_ext.prefill_gate import SchedulerGate, cut_step, gate_of
 from sglang_ext.refused_prefill import RefusedPrefill
 
-__all__ = ["end_queued", "get_new_batch_prefill"]
+__all__ = ["before_queueing", "end_queued", "get_new_batch_prefill"]
 
 
 class _Choice(NamedTuple):
@@ -28,12 +28,21 @@ class _Choice(NamedTuple):
     tokens: int | None
 
 
+def before_queueing(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+    """Before `Scheduler._add_request_to_queue`."""
+    gate = gate_of(scheduler)
+    if gate is not None:
+        gate.unasked.note(request)
+
+
 def get_new_batch_prefill(original: Any, scheduler: Any, *, running_batch: Any, **rest: Any) -> Any:
     """Around `Scheduler._get_new_batch_prefill_raw`."""
     gate = gate_of(scheduler)
     if gate is None or not gate.engine.is_on:
         return original(scheduler, running_batch=running_batch, **rest)
     _queue_compiled(scheduler)
+    if gate.unasked.begin(scheduler, running_batch):
+        return original(scheduler, running_batch=running_batch, **rest)
     attempt = _Attempt(gate, scheduler, running_batch)
     if not attempt.begin():
         return original(scheduler, running_batch=running_batch, **rest)
@@ -90,7 +99,7 @@ class _Attempt:
         if self._decodes:
             return
         order = self._gate.engine.order(NOTHING)
-        if order is not None and order.give_back:
+        if order.give_back:
             self._gate.meter.before(order)
             self._gate.meter.after()
 

@@ -50,6 +50,20 @@ class PrefillShapes:
             exempt=is_health_check_generate_req(request),
         )
 
+    def largest(self, scheduler: Any) -> StepShape:
+        """The most that a scheduler puts into a step, but for rows of logits."""
+        context: int = scheduler.model_config.context_len
+        requests: int = scheduler.max_running_requests
+        tokens = scheduler.chunked_prefill_size
+        if tokens is None:  # decodes may join the longest of prompts
+            tokens = max(scheduler.max_prefill_tokens, context) + requests
+        return StepShape(
+            tokens=tokens,
+            context=context if self._one_by_one else context * requests,
+            pairs=tokens * context,
+            lora_tokens=tokens,
+        )
+
     def batch(self, batch: Any) -> StepShape:
         """A batch that is about to run."""
         requests = batch.reqs

@@ -41,17 +41,14 @@ def run_batch(original: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: A
     gate = gate_of(scheduler)
     if gate is None or not gate.engine.is_on:
         return original(scheduler, batch, *args, **kwargs)
-    shape = gate.shapes.batch(batch)
-    order = gate.engine.order(shape)
-    if order is not None:
-        gate.meter.before(order)
+    gate.meter.before(None if gate.unasked.goes_on else gate.order(scheduler, batch))
     try:
         result = original(scheduler, batch, *args, **kwargs)
     except Exception as error:
         gate.meter.after(completed=False)
         if not is_out_of_memory(error) or not _may_go_on(scheduler, batch, error):
             raise
-        gate.engine.ran_out(shape)
+        gate.engine.ran_out(gate.shapes.batch(batch))
         _end_batch(scheduler, batch, gate, error)
         raise _StepLostError from error
     gate.meter.after()

@@ -11,6 +11,7 @@ import torch
 import vllm
 from vllm.config import VllmConfig
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
@@ -25,12 +26,13 @@ from engine_plugins.prefill_gate.engine_gate import (
 from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
 from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.rank_meter import OwnRank, PagedRanks, Ranks
+from engine_plugins.prefill_gate.step_shape import StepShape
 from engine_plugins.settings import Settings
 from vllm_ext.scheduler_hook import GatedScheduler, held_bytes_per_token
 from vllm_ext.step_order import own_meter, paged_meter
 from vllm_ext.versions import VLLM
 
-__all__ = ["install_gate", "model_memory"]
+__all__ = ["install_gate", "largest_step", "model_memory"]
 
 SMALLEST_CHUNK = 64
 LOGPROB_ROWS_AT_ONCE = 1024
@@ -57,6 +59,7 @@ def install_gate(core: Any, settings: Settings) -> EngineGate:
         settings,
         ranks,
         smallest_chunk=max(SMALLEST_CHUNK, int(scheduler.block_size)),
+        largest=largest_step(scheduler),
         entry=EntryKind(
             max_prompt=int(config.model_config.max_model_len),
             divisible=bool(config.scheduler_config.enable_chunked_prefill),
@@ -82,6 +85,18 @@ def model_memory(config: VllmConfig) -> ModelMemory:
         fused_logprobs=not current_platform.is_cpu(),
         lora_rank=int(config.lora_config.max_lora_rank) if config.lora_config else 0,
         logprob_rows_at_once=LOGPROB_ROWS_AT_ONCE if config.use_v2_model_runner else None,
+    )
+
+
+def largest_step(scheduler: Scheduler) -> StepShape:
+    """The most that a scheduler puts into a step, but for rows of logits."""
+    tokens = int(scheduler.max_num_scheduled_tokens)
+    context = int(scheduler.max_num_running_reqs) * int(scheduler.max_model_len)
+    return StepShape(
+        tokens=tokens,
+        context=context,
+        pairs=tokens * int(scheduler.max_model_len),
+        lora_tokens=tokens,
     )
 
 

@@ -7,6 +7,7 @@ keeps its place, and what the gate does not touch is computed as without it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
@@ -22,7 +23,7 @@ from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
 from vllm_ext.held_stream import is_marked_as_held
 from vllm_ext.lost_step import is_lost, take_back
 from vllm_ext.prefill_refusal import stop_reason_of
-from vllm_ext.step_order import Order, attach_order
+from vllm_ext.step_order import NOTHING_TO_DO, Order, attach_order
 
 __all__ = ["GatedScheduler", "held_bytes_per_token"]
 
@@ -33,9 +34,10 @@ MAX_LOST = 16
 
 
 class GatedScheduler:
-    """One scheduler and its gate; takes the place of six of the scheduler's methods.
+    """One scheduler and its gate; takes the place of seven of the scheduler's methods.
 
-    Three of them, which are called for each request, only in steps that the gate is asked about.
+    Three of them, which are called for each request, only in steps that the gate is asked about,
+    and the one that says how many tokens are computed only where it may have to say fewer.
 
     Args:
         scheduler: vLLM's, of either kind.
@@ -45,7 +47,11 @@ class GatedScheduler:
 
     def __init__(self, scheduler: Scheduler, gate: EngineGate, *, on_host: bool) -> None:
         self._scheduler, self._gate, self._on_host = scheduler, gate, on_host
+        self._is_cleared = gate.clearance.take
+        self._rows_each = 1 + int(scheduler.num_spec_tokens)
         self._divisible = bool(scheduler.scheduler_config.enable_chunked_prefill)
+        self._special: set[str] = set()
+        """Requests that take more than their tokens say."""
         self._let_in: dict[str, Candidate] = {}
         self._cut: dict[str, int] = {}
         self._refused: dict[str, EnginePluginError] = {}
@@ -57,12 +63,14 @@ class GatedScheduler:
 
     def _take_over(self) -> None:
         scheduler: Any = self._scheduler
+        self._add = scheduler.add_request
         self._schedule = scheduler.schedule
         self._is_ready = scheduler._handle_blocked_waiting_request
         self._look_up = scheduler._get_local_prefix_cache_hit
         self._size = scheduler._reserve_prefill_lookahead
         self._update = scheduler.update_from_output
         self._free = scheduler._free_request
+        scheduler.add_request = self.add_request
         scheduler.schedule = self.schedule
         scheduler.update_from_output = self.update_from_output
         scheduler._free_request = self.free_request
@@ -72,7 +80,19 @@ class GatedScheduler:
         scheduler: Any = self._scheduler
         scheduler._handle_blocked_waiting_request = self.is_ready if gated else self._is_ready
         scheduler._get_local_prefix_cache_hit = self.look_up if gated else self._look_up
-        scheduler._reserve_prefill_lookahead = self.size if gated else self._size
+        if not gated:
+            scheduler._reserve_prefill_lookahead = self._size
+
+    def _answer_sizes(self) -> None:
+        scheduler: Any = self._scheduler
+        scheduler._reserve_prefill_lookahead = self.size
+
+    def add_request(self, request: Request) -> None:
+        """A request has come."""
+        params = request.sampling_params
+        if request.mm_features or (params is not None and params.prompt_logprobs is not None):
+            self._special.add(request.request_id)
+        self._add(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Put a step together, with the prefills that the gate lets in."""
@@ -82,7 +102,7 @@ class GatedScheduler:
         if self._may_pass():
             output = self._schedule(*args, **kwargs)
             self._let_in.clear()
-            attach_order(output, Order(None, 0))
+            attach_order(output, NOTHING_TO_DO)
             return output
         self._begin()
         self._answer(gated=True)
@@ -92,9 +112,10 @@ class GatedScheduler:
             self._answer(gated=False)
         if self._refused:
             self._end_refused()
-        shape = self._shape(output)
-        order = self._gate.order(shape)
-        if order is not None and (shape.tokens or order.give_back):
+        shape = self._shape(output, self._let_in)
+        rows = len(self._scheduler.requests) * self._rows_each
+        order = self._gate.order(shape, rows=rows)
+        if shape.tokens or order.give_back:
             attach_order(output, Order(order, self._needed_bytes))
         return output
 
@@ -133,6 +154,11 @@ class GatedScheduler:
         else:
             self._lost = 0
         outputs: dict[int, EngineCoreOutputs] = self._update(scheduler_output, model_runner_output)
+        if self._ended:
+            self._add_ends(outputs)
+        return outputs
+
+    def _add_ends(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, refusal in self._ended:
             to_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
             to_client.outputs.append(
@@ -146,21 +172,25 @@ class GatedScheduler:
                 )
             )
         self._ended.clear()
-        return outputs
 
     def free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         """A request has ended."""
         freed = self._free(request, *args, **kwargs)
+        self._special.discard(request.request_id)
         if self._gate.is_on:
             self._gate.forget([request.request_id], idle=not self._scheduler.requests)
         return freed
 
     def _may_pass(self) -> bool:
-        """Whether a step has no prefill, and the gate need not look at it either."""
+        """Whether a step is cleared, or has no prefill and need not be looked at for once."""
         scheduler = self._scheduler
+        running = scheduler.running
+        rows = len(scheduler.requests) * self._rows_each
+        if running and not self._special and self._is_cleared(rows):
+            return True
         if scheduler.waiting or scheduler.kv_holding_waiting:
             return False
-        if [each for each in scheduler.running if each.is_prefill_chunk]:
+        if [each for each in running if each.is_prefill_chunk]:
             return False
         self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
         return self._passed != 0
@@ -170,8 +200,11 @@ class GatedScheduler:
         self._cut.clear()
         self._hit = ("", None)
         self._needed_bytes = 0
-        decodes = sum([not each.is_prefill_chunk for each in self._scheduler.running])
-        tokens = decodes * (1 + self._scheduler.num_spec_tokens)
+        running = self._scheduler.running
+        decodes = len(running) - len([each for each in running if each.is_prefill_chunk])
+        if decodes < len(running):
+            self._answer_sizes()
+        tokens = decodes * self._rows_each
         self._gate.begin(
             self._gate.figures(),
             running=StepShape(tokens=tokens, rows=tokens),
@@ -193,6 +226,7 @@ class GatedScheduler:
             return wanted
         granted = self._aligned(computed, decision.tokens)
         self._cut[request.request_id] = granted
+        self._answer_sizes()
         if granted:
             self._let_in[request.request_id] = candidate
         refusal = decision.error()
@@ -224,12 +258,12 @@ class GatedScheduler:
             refusable=_is_refusable(request),
         )
 
-    def _shape(self, output: SchedulerOutput) -> StepShape:
+    def _shape(self, output: SchedulerOutput, let_in: Mapping[str, Candidate]) -> StepShape:
         """Of the step as it runs: let in does not mean that there was room for its KV."""
         scheduled = output.num_scheduled_tokens
         prefills = [
             (candidate, scheduled[request_id])
-            for request_id, candidate in self._let_in.items()
+            for request_id, candidate in let_in.items()
             if request_id in scheduled
         ]
         decodes = output.total_num_scheduled_tokens - sum(tokens for _, tokens in prefills)
@@ -247,13 +281,9 @@ class GatedScheduler:
         self._lost += 1
         if self._lost > MAX_LOST:
             raise MemoryError(f"{self._lost} steps in a row found no memory")
-        prefills = {
-            request_id: candidate
-            for request_id, candidate in self._let_in.items()
-            if request_id in scheduler_output.num_scheduled_tokens
-        }
+        prefills = self._prefills(scheduler_output)
         take_back(self._scheduler, scheduler_output, set(prefills))
-        self._gate.ran_out(self._shape(scheduler_output))
+        self._gate.ran_out(self._shape(scheduler_output, prefills))
         largest = max(prefills, key=scheduler_output.num_scheduled_tokens.__getitem__, default=None)
         for request_id, candidate in prefills.items():
             if candidate.prompt_logprobs or request_id == largest:
@@ -262,6 +292,18 @@ class GatedScheduler:
                     remedy="try again, or send fewer tokens",
                 )
         self._end_refused()
+
+    def _prefills(self, output: SchedulerOutput) -> dict[str, Candidate]:
+        """Those of a step that has been put together, asked about or not."""
+        found = {}
+        for request_id, tokens in output.num_scheduled_tokens.items():
+            request = self._scheduler.requests.get(request_id)
+            if request is None or request.is_finished():
+                continue
+            computed = request.num_computed_tokens - tokens
+            if request.num_tokens - computed > 1 or request_id in self._let_in:
+                found[request_id] = self._candidate(request, computed, tokens)
+        return found
 
     def _end_refused(self) -> None:
         ended = self._scheduler.finish_requests(self._refused, RequestStatus.FINISHED_ERROR)

@@ -38,8 +38,7 @@ def hook_steps() -> None:
         order, meter = order_of(scheduler_output), meter_of(self)
         if order is None or meter is None:
             return execute_model(self, scheduler_output)
-        if order.step is not None:
-            meter.before(order.step)
+        meter.before(order.step)
         setattr(self, _STEP, scheduler_output)
         output = _survived(self, meter, functools.partial(execute_model, self, scheduler_output))
         if output is not None:

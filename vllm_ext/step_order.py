@@ -15,7 +15,15 @@ from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.prefill_gate.rank_meter import RankMeter, StepOrder, rank_page
 from engine_plugins.prefill_gate.step_memory import step_memory
 
-__all__ = ["Order", "attach_order", "meter_of", "order_of", "own_meter", "paged_meter"]
+__all__ = [
+    "NOTHING_TO_DO",
+    "Order",
+    "attach_order",
+    "meter_of",
+    "order_of",
+    "own_meter",
+    "paged_meter",
+]
 
 _ORDER = "engine_plugins_order"
 _METER = "_engine_plugins_meter"
@@ -31,6 +39,9 @@ class Order(NamedTuple):
 
     step: StepOrder | None
     needed_bytes: int
+
+
+NOTHING_TO_DO = Order(None, 0)
 
 
 def attach_order(scheduler_output: SchedulerOutput, order: Order) -> None:

@@ -1,8 +1,8 @@
 """The gate as an engine's scheduler drives it: figures in, decisions out, and what steps took.
 
-A step is `figures`, `begin`, `decide` for each prefill, and `order` for what the engine then runs.
-Where each rank has a scheduler of its own, one rank's figures are handed to all, and every rank
-makes the same decisions of them.
+A step is `figures`, `begin`, `decide` for each prefill, and `order` for what the engine then runs,
+or none of these where `clearance` takes it. Where each rank has a scheduler of its own, one rank's
+figures are handed to all, and every rank makes the same decisions of them.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from engine_plugins.prefill_gate.calibration_file import CalibrationFile, CalibrationKey
+from engine_plugins.prefill_gate.clearance import Clearance
 from engine_plugins.prefill_gate.decision import Decision
 from engine_plugins.prefill_gate.entry import EntryKind, EntryLimits, GateBoard, entry_limits
 from engine_plugins.prefill_gate.fitted_line import Sample
@@ -79,6 +80,7 @@ class EngineGate:
         gate: decides.
         settings: of this server; `configure` changes those of the gate.
         ranks: to measure; a scheduler that is handed figures never asks them.
+        largest: see `Clearance`; `None` for a scheduler that is handed figures.
         entry: what the API processes are told about prompts.
         board: where they read it; `None` for all schedulers but one.
         keep: stores measurements now and then; `None` for all schedulers but one.
@@ -90,13 +92,18 @@ class EngineGate:
         settings: Settings,
         ranks: Ranks,
         *,
+        largest: StepShape | None = None,
         entry: EntryKind,
         board: GateBoard | None = None,
         keep: Keep | None = None,
     ) -> None:
         self.gate = gate
         self._ranks, self._entry, self._board, self._keep = ranks, entry, board, keep
-        self._settings = settings
+        self.clearance = Clearance(gate.memory, ranks, largest)
+        """Asked first: steps that it takes are not begun here."""
+        self.is_on = False
+        """Whether the scheduler has to ask at all."""
+        self._take_settings(settings)
         self._number = 0
         self._awaited: dict[int, StepShape] = {}
         self._recent: deque[MeasuredStep] = deque(maxlen=SHOWN_STEPS)
@@ -104,11 +111,6 @@ class EngineGate:
         self._published_at = self._kept_at = time.monotonic()
         self._limits: EntryLimits | None = None
         self._publish()
-
-    @property
-    def is_on(self) -> bool:
-        """Whether the scheduler has to ask at all."""
-        return self.gate.is_on
 
     def figures(self) -> StepFigures:
         """Those of this moment."""
@@ -142,11 +144,12 @@ class EngineGate:
             self._give_back = True
         return decision
 
-    def order(self, shape: StepShape) -> StepOrder | None:
-        """What the ranks are to do about a step that runs; `None` for nothing.
+    def order(self, shape: StepShape, *, rows: int = 0) -> StepOrder:
+        """What the ranks are to do about a step that runs.
 
         Args:
             shape: of the step that the engine has put together, which may be less than was let in.
+            rows: as for `Clearance.grant`; 0 clears nothing.
         """
         give_back, self._give_back = self._give_back, False
         self._gave_back = self._gave_back or give_back
@@ -156,6 +159,8 @@ class EngineGate:
         )
         if measure:
             self._await(shape)
+        if rows:
+            self.clearance.grant(rows, self.gate.headroom_bytes)
         return StepOrder(self._number, measure, give_back)
 
     def ran_out(self, shape: StepShape) -> None:
@@ -187,7 +192,9 @@ class EngineGate:
 
     def report(self) -> GateReport:
         """The gate as it is."""
-        return msgspec.structs.replace(self.gate.report(), recent=list(self._recent))
+        return msgspec.structs.replace(
+            self.gate.report(), cleared_steps=self.clearance.steps, recent=list(self._recent)
+        )
 
     def configure(self, changes: dict[str, Any]) -> GateReport:
         """Change settings of the gate, by their names in `GateSettings`, until the server ends.
@@ -201,7 +208,7 @@ class EngineGate:
         )
         require_cap(settings, self._ranks.device_bytes())
         self.gate.configure(settings)
-        self._settings = settings
+        self._take_settings(settings)
         self._limits = None
         self._publish()
         return self.report()
@@ -209,12 +216,17 @@ class EngineGate:
     def reset(self) -> GateReport:
         """Forget measurements, kept ones too, who waits, and counters."""
         self.gate.reset()
+        self.clearance.reset()
         self._awaited.clear()
         self._recent.clear()
         self._store({})
         self._limits = None
         self._publish()
         return self.report()
+
+    def _take_settings(self, settings: Settings) -> None:
+        self._settings, self.is_on = settings, self.gate.is_on
+        self.clearance.configure(settings.prefill_cap_bytes)
 
     def _await(self, shape: StepShape) -> None:
         """The peaks of the latest steps only: a rank that lost one never names it."""
@@ -264,6 +276,7 @@ def make_engine_gate(
     ranks: Ranks,
     *,
     smallest_chunk: int,
+    largest: StepShape | None,
     entry: EntryKind,
     samples: Samples,
     board: GateBoard | None,
@@ -283,7 +296,7 @@ def make_engine_gate(
     )
     memory.restore(samples, now=time.time())
     gate = PrefillGate(memory, settings, smallest_chunk=smallest_chunk)
-    return EngineGate(gate, settings, ranks, entry=entry, board=board, keep=keep)
+    return EngineGate(gate, settings, ranks, largest=largest, entry=entry, board=board, keep=keep)
 
 
 def calibration_file(settings: Settings, key: CalibrationKey) -> CalibrationFile:

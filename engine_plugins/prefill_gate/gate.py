@@ -94,6 +94,11 @@ class PrefillGate:
         return self._mode != "off"
 
     @property
+    def headroom_bytes(self) -> int:
+        """What was left when the step began."""
+        return self._reading.headroom_bytes
+
+    @property
     def refuses(self) -> bool:
         """Whether its word counts."""
         return self._mode == "enforce"

@@ -77,6 +77,8 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
         cap_bytes: what must not be exceeded.
         calibration: by phase of a step.
         decisions: how many of each outcome; a request that is deferred is counted once for it.
+        cleared_steps: that ran without a decision, because the largest of all would have fitted
+            twice.
         exceeded: measured steps that took more than was predicted with its margin.
         waiting: requests that are deferred.
         longest_wait_s: of them, seconds.
@@ -93,4 +95,5 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
     waiting: int
     longest_wait_s: float
     deferred_s: float
+    cleared_steps: int = 0
     recent: list[MeasuredStep] = []

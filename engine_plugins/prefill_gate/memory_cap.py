@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import resource
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,8 +11,10 @@ import psutil
 from engine_plugins.errors import SettingsError
 from engine_plugins.prefill_gate.cgroup_limit import tightest_cgroup
 from engine_plugins.settings import PREFIX
+from engine_plugins.weights.peak_memory import resident_and_addresses
 
 __all__ = [
+    "UNLIMITED",
     "HostFigures",
     "MemoryCap",
     "MemoryFigures",
@@ -25,7 +25,8 @@ __all__ = [
     "resolve_device_cap",
 ]
 
-_PAGE = os.sysconf("SC_PAGE_SIZE")
+UNLIMITED = 1 << 60
+"""Bytes that no process comes to hold."""
 
 
 class Reading(NamedTuple):
@@ -57,16 +58,23 @@ class MemoryFigures(NamedTuple):
     address_limit: int | None = None
     device_bytes: int | None = None
 
+    @property
+    def address_room(self) -> int:
+        """Addresses that are left, where they are limited."""
+        if self.address_limit is None:
+            return UNLIMITED
+        return self.address_limit - self.addresses
+
     def reading(self, configured_cap: int | None) -> Reading:
         """Against the cap with the least room; a configured one stands for what is free."""
-        cap = self.cap_bytes if configured_cap is None else configured_cap
-        left = self.cap_bytes - self.used_bytes
-        if self.address_limit is None:
-            return Reading(self.used_bytes, cap, left)
-        left = min(left, self.address_limit - self.addresses)
-        reading = Reading(self.used_bytes, cap, left)
-        addresses = Reading(self.addresses, self.address_limit, left)
-        return min(reading, addresses, key=lambda each: each.headroom_bytes)
+        used, free, addresses, address_limit, _ = self
+        cap = free if configured_cap is None else configured_cap
+        if address_limit is None:
+            return Reading(used, cap, free - used)
+        left = min(free - used, address_limit - addresses)
+        if address_limit - addresses < cap - used:
+            return Reading(addresses, address_limit, left)
+        return Reading(used, cap, left)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,7 @@ class HostFigures:
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
         limit, used = tightest_cgroup()
         return cls(
-            resident=_statm()[1],
+            resident=resident_and_addresses()[0],
             machine_total=memory.total,
             machine_available=memory.available,
             cgroup_limit=limit,
@@ -177,7 +185,7 @@ def resolve_device_cap(
 
 def read_host(cap: MemoryCap) -> MemoryFigures:
     """What this process uses now."""
-    addresses, resident = _statm()
+    resident, addresses = resident_and_addresses()
     return MemoryFigures(resident, cap.resident_bytes, addresses, cap.address_space_bytes)
 
 
@@ -193,15 +201,3 @@ def require_within(configured: int | None, limit: int | None, what: str) -> None
             "would let in what cannot fit",
             remedy="lower it, or leave it out",
         )
-
-
-def _statm() -> tuple[int, int]:
-    """Bytes of addresses, and of resident memory, of this process."""
-    addresses, resident, _ = os.pread(_statm_of(os.getpid()), 256, 0).split(b" ", 2)
-    return int(addresses) * _PAGE, int(resident) * _PAGE
-
-
-@functools.cache
-def _statm_of(pid: int) -> int:
-    """The file stays open: to open it takes twice as long as to read it."""
-    return os.open(f"/proc/{pid}/statm", os.O_RDONLY | os.O_CLOEXEC)

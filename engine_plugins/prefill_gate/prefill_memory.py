@@ -22,12 +22,14 @@ TELLING_HELD_BYTES = 1 << 20
 class Prediction(NamedTuple):
     """Bytes that a step takes beyond what is in use before it.
 
-    `peak_bytes` includes what the step keeps; `margin_bytes` comes on top.
+    `peak_bytes` includes what the step keeps; `margin_bytes` comes on top. `is_proven` says whether
+    measurements reach as far as the phase that asks for most.
     """
 
     peak_bytes: float
     margin_bytes: float
     regime: Regime
+    is_proven: bool
 
     @property
     def needed_bytes(self) -> float:
@@ -65,6 +67,8 @@ class PrefillMemory:
     ) -> None:
         self.model = model
         self._lines = tuple(FittedLine(expire_s=expire_s) for _ in REGIMES)
+        self.drawn = 0
+        """How often the lines were drawn: as long as it is the same, so are predictions."""
         self.configure(margin_quantile=margin_quantile, margin_bytes=margin_bytes)
 
     def configure(self, *, margin_quantile: float, margin_bytes: int) -> None:
@@ -77,7 +81,7 @@ class PrefillMemory:
 
         A phase that little is known of may need more than the one that is expected to be the peak.
         """
-        peak, needed, regime = 0.0, 0.0, REGIMES[0]
+        peak, needed, regime, is_proven = 0.0, 0.0, REGIMES[0], False
         for line, expected in zip(self._drawn, self.model.phases(shape), strict=True):
             if not expected:
                 continue
@@ -86,10 +90,10 @@ class PrefillMemory:
             if expected > proven_up_to:
                 margin = max(margin, UNPROVEN_SHARE * slope * (expected - proven_up_to))
             if measured + margin > needed:
-                needed = measured + margin
+                needed, is_proven = measured + margin, expected <= proven_up_to
             if measured >= peak:
                 peak, regime = measured, of_line
-        return Prediction(peak + shape.held_bytes, needed - peak, regime)
+        return Prediction(peak + shape.held_bytes, needed - peak, regime, is_proven)
 
     def least_bytes(self, shape: StepShape) -> int:
         """What a step takes by the model's sizes alone, whatever was measured."""
@@ -158,6 +162,7 @@ class PrefillMemory:
 
     def _draw_all(self) -> None:
         """Take the lines over; those without samples get what others show to be fixed in a step."""
+        self.drawn += 1
         measured = [line.intercept for line in self._lines if line.samples]
         fixed = max([*measured, 0.0]) if measured else float(PRIOR_INTERCEPT_BYTES)
         self._drawn = [

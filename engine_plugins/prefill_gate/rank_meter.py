@@ -6,24 +6,26 @@ ranks' meters keep, and goes by the rank with the least room.
 
 from __future__ import annotations
 
+import functools
+import itertools
+import struct
 import threading
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-import msgspec
-
-from engine_plugins.prefill_gate.memory_cap import MemoryFigures, Reading
+from engine_plugins.prefill_gate.memory_cap import UNLIMITED, MemoryFigures, Reading
 from engine_plugins.prefill_gate.step_memory import StepMemory
 from engine_plugins.shared_page import SharedPage
 
 __all__ = ["Measured", "OwnRank", "PagedRanks", "RankMeter", "Ranks", "StepOrder", "rank_page"]
 
 KEPT_PEAKS = 8
-IDLE_REFRESH_S = 0.5
-"""How old a page gets while a rank has nothing to do."""
-_PAGE_BYTES = 16 << 10
+LOOK_S = 0.5
+"""How old it gets what is known of a rank's memory, but for what a step changes."""
+_PAGE_BYTES = 1 << 10
+_NONE = -1
 
 
 class StepOrder(NamedTuple):
@@ -41,9 +43,28 @@ class Measured(NamedTuple):
     peak_bytes: int
 
 
-class _Page(msgspec.Struct, frozen=True, kw_only=True):
+class _Page(NamedTuple):
+    """What a meter says. It is read between steps, so it is as quick to read as can be."""
+
     figures: MemoryFigures
     measured: list[Measured]
+
+    def encode(self) -> bytes:
+        figures = [_NONE if each is None else each for each in self.figures]
+        peaks = itertools.chain.from_iterable(self.measured)
+        return _numbers(len(figures) + 2 * len(self.measured)).pack(*figures, *peaks)
+
+    @classmethod
+    def decode(cls, body: bytes) -> _Page:
+        used, cap, addresses, limit, device, *peaks = _numbers(len(body) // 8).unpack(body)
+        figures = MemoryFigures(
+            used,
+            cap,
+            addresses,
+            None if limit == _NONE else limit,
+            None if device == _NONE else device,
+        )
+        return cls(figures, list(map(Measured, peaks[::2], peaks[1::2])))
 
 
 class Ranks(Protocol):
@@ -61,9 +82,18 @@ class Ranks(Protocol):
         """Size of the smallest of their GPUs; `None` for ranks on the host."""
         ...
 
+    def room(self, configured_cap: int | None) -> int:
+        """Headroom of the rank with the least, as of each one's last look: quick and rough.
+
+        A look may fall into a step, and what that takes for a while counts as used.
+        """
+        ...
+
 
 class RankMeter:
-    """One rank's: follows orders around its steps.
+    """One rank's: follows orders around its steps, and looks at memory now and then.
+
+    What a rank holds is read between two of its steps: within one it would be what the step takes.
 
     Args:
         memory: of the rank.
@@ -73,48 +103,77 @@ class RankMeter:
     def __init__(self, memory: StepMemory, page: Path | None = None) -> None:
         self.memory = memory
         self.peaks: deque[Measured] = deque(maxlen=KEPT_PEAKS)
+        self.looked = memory.figures()
+        """Memory at the last look, whether in a step or not."""
         self._order: StepOrder | None = None
+        self._in_step = self._is_due = False
+        self._between_steps = threading.Event()
         self._page: SharedPage | None = None
         self._publishing = threading.Lock()
         if page is not None:
             SharedPage.create(page, nbytes=_PAGE_BYTES)
             self._page = SharedPage(page)
+            self._look()
             self._publish()
-            threading.Thread(target=self._refresh, name="prefill-gate", daemon=True).start()
+        threading.Thread(target=self._keep_looking, name="prefill-gate", daemon=True).start()
 
-    def before(self, order: StepOrder) -> None:
-        """A step is about to run."""
+    def before(self, order: StepOrder | None) -> None:
+        """A step is about to run; `None` if nothing is to be done about it."""
+        self._order = order
+        if order is None:
+            self._in_step = True
+            return
         if order.give_back:
             self.memory.give_back()
-        with self._publishing:
-            self._order = order
+        with self._publishing:  # what is published is read before the step, or after it
+            self._in_step = True
         if order.measure:
             self.memory.start()
 
     def after(self, *, completed: bool = True) -> None:
         """It has run, or failed on the way; without a step before this does nothing."""
-        order = self._order
-        if order is None:
+        if not self._in_step:
             return
-        if order.measure and completed:
+        order = self._order
+        if order is not None and order.measure and completed:
             peak = self.memory.peak_bytes()
             if peak >= 0:
                 self.peaks.append(Measured(order.number, peak))
-        self._order = None
-        if self._page is not None:
-            self._publish()
+        self._in_step, self._order = False, None
+        if order is not None:
+            with self._publishing:
+                self._publish()
+        if self._is_due:
+            self._between_steps.set()
 
-    def _refresh(self) -> None:
-        """An idle rank's figures change too: others take and free memory."""
+    def _keep_looking(self) -> None:
+        """Others take and free memory too."""
         waiting = threading.Event()
-        while not waiting.wait(IDLE_REFRESH_S):
-            self._publish()
+        while not waiting.wait(LOOK_S):
+            self.memory.look()
+            self._look()
+            if not self._publish_if_between():
+                self._between_steps.wait(LOOK_S)
+                self._publish_if_between()
+
+    def _look(self) -> None:
+        self.looked = self.memory.figures()
+        if self._page is not None:
+            gauges = self._page.gauges
+            gauges[0], gauges[1] = self.looked.used_bytes, self.looked.cap_bytes
+            gauges[2] = self.looked.address_room
+
+    def _publish_if_between(self) -> bool:
+        with self._publishing:
+            self._between_steps.clear()
+            self._is_due = self._in_step
+            if not self._in_step:
+                self._publish()
+        return not self._is_due
 
     def _publish(self) -> None:
-        with self._publishing:
-            if self._page is not None and self._order is None:
-                page = _Page(figures=self.memory.figures(), measured=list(self.peaks))
-                self._page.write(msgspec.msgpack.encode(page))
+        if self._page is not None:
+            self._page.write(_Page(self.memory.figures(), list(self.peaks)).encode())
 
 
 class OwnRank:
@@ -130,6 +189,10 @@ class OwnRank:
     def device_bytes(self) -> int | None:
         """Of its GPU."""
         return self._meter.memory.figures().device_bytes
+
+    def room(self, configured_cap: int | None) -> int:
+        """As of its meter's last look."""
+        return self._meter.looked.reading(configured_cap).headroom_bytes
 
     def measured(self) -> list[Measured]:
         """Since the last time."""
@@ -154,7 +217,9 @@ class PagedRanks:
     def reading(self, configured_cap: int | None) -> Reading:
         """As each rank last said, between two of its steps."""
         self._look()
-        readings = (page.figures.reading(configured_cap) for page in self._newest)
+        readings = [page.figures.reading(configured_cap) for page in self._newest]
+        if len(readings) == 1:
+            return readings[0]
         return min(readings, key=lambda each: each.headroom_bytes)
 
     def device_bytes(self) -> int | None:
@@ -163,9 +228,22 @@ class PagedRanks:
         sizes = [page.figures.device_bytes for page in self._newest]
         return min((size for size in sizes if size is not None), default=None)
 
+    def room(self, configured_cap: int | None) -> int:
+        """By the gauges on their pages."""
+        least = UNLIMITED
+        for page in self._pages:
+            used, cap, address_room = page.gauges[:3]
+            room = (cap if configured_cap is None else configured_cap) - used
+            least = min(least, room, address_room)
+        return least
+
     def measured(self) -> list[Measured]:
         """Those that have come to be on the page of every rank."""
         self._look()
+        if not all(page.measured for page in self._newest):
+            return []
+        if self._newest[0].measured[-1].number <= self._told:
+            return []
         peaks = [
             {number: peak for number, peak in page.measured if number > self._told}
             for page in self._newest
@@ -177,12 +255,15 @@ class PagedRanks:
     def _look(self) -> None:
         sequences = [page.sequence for page in self._pages]
         if sequences != self._sequences:
-            self._newest = [
-                msgspec.msgpack.decode(page.read()[1], type=_Page) for page in self._pages
-            ]
+            self._newest = [_Page.decode(page.read()[1]) for page in self._pages]
             self._sequences = sequences
 
 
 def rank_page(runtime_dir: Path, rank: int) -> Path:
     """Where the meter of a rank keeps its page."""
     return runtime_dir / "gate" / f"rank{rank}.page"
+
+
+@functools.cache
+def _numbers(count: int) -> struct.Struct:
+    return struct.Struct(f"<{count}q")

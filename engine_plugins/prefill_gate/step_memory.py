@@ -7,14 +7,12 @@ allocator has given out there.
 from __future__ import annotations
 
 import gc
-import time
 from typing import Protocol
 
 import torch
 
 from engine_plugins.prefill_gate.memory_cap import (
     HostFigures,
-    MemoryCap,
     MemoryFigures,
     read_host,
     resolve_cap,
@@ -24,15 +22,16 @@ from engine_plugins.weights.peak_memory import PeakMemory, return_free_memory
 
 __all__ = ["DeviceStepMemory", "HostStepMemory", "StepMemory", "step_memory"]
 
-CAP_LASTS_S = 1.0
-"""After which it is looked again how much memory is free."""
-
 
 class StepMemory(Protocol):
     """Measured in the rank's own process."""
 
+    def look(self) -> None:
+        """See how much memory is free beside what the rank holds; takes a while."""
+        ...
+
     def figures(self) -> MemoryFigures:
-        """What is in use now."""
+        """What is in use now, and what may be, as of the last look."""
         ...
 
     def start(self) -> None:
@@ -63,13 +62,16 @@ class HostStepMemory:
 
     def __init__(self, *, ranks: int) -> None:
         self._ranks = ranks
-        self._resolved_at = 0.0
-        self._cap: MemoryCap | None = None
         self._peak: PeakMemory | None = None
+        self.look()
+
+    def look(self) -> None:
+        """At the machine, and at the limits of this process and its cgroup."""
+        self._cap = resolve_cap(None, HostFigures.now(), ranks=self._ranks)
 
     def figures(self) -> MemoryFigures:
         """Resident bytes, addresses and their limits."""
-        return read_host(self._newest_cap())
+        return read_host(self._cap)
 
     def start(self) -> None:
         """Reset the kernel's high-water mark."""
@@ -83,14 +85,7 @@ class HostStepMemory:
         """Collect Python's garbage and trim the C library's heap."""
         gc.collect()
         return_free_memory()
-        self._cap = None
-
-    def _newest_cap(self) -> MemoryCap:
-        now = time.monotonic()
-        if self._cap is None or now - self._resolved_at >= CAP_LASTS_S:
-            self._cap = resolve_cap(None, HostFigures.now(), ranks=self._ranks)
-            self._resolved_at = now
-        return self._cap
+        self.look()
 
 
 class DeviceStepMemory:
@@ -98,25 +93,43 @@ class DeviceStepMemory:
 
     def __init__(self) -> None:
         self._before = -1
+        self._cap_bytes = self._total_bytes = 0
+
+    def look(self) -> None:
+        """At what the GPU has free."""
+        free, self._total_bytes = torch.cuda.mem_get_info()
+        ours, reserved = _allocated("current"), torch.cuda.memory_reserved()
+        cap = resolve_device_cap(
+            None, total=self._total_bytes, free=free + reserved - ours, ours=ours
+        )
+        self._cap_bytes = cap.resident_bytes
 
     def figures(self) -> MemoryFigures:
         """Bytes given out by torch's allocator, and what it could come to give out."""
-        free, total = torch.cuda.mem_get_info()
-        allocated = torch.cuda.memory_allocated()
-        reserve = torch.cuda.memory_reserved() - allocated
-        cap = resolve_device_cap(None, total=total, free=free + reserve, ours=allocated)
-        return MemoryFigures(allocated, cap.resident_bytes, device_bytes=total)
+        if not self._total_bytes:
+            self.look()
+        return MemoryFigures(_allocated("current"), self._cap_bytes, device_bytes=self._total_bytes)
 
     def start(self) -> None:
         """Reset the allocator's high-water mark."""
         torch.cuda.reset_peak_memory_stats()
-        self._before = torch.cuda.memory_allocated()
+        self._before = _allocated("current")
 
     def peak_bytes(self) -> int:
         """From the allocator's high-water mark."""
-        return -1 if self._before < 0 else torch.cuda.max_memory_allocated() - self._before
+        return -1 if self._before < 0 else _allocated("peak") - self._before
 
     def give_back(self) -> None:
         """Collect Python's garbage and empty torch's cache."""
         gc.collect()
         torch.cuda.empty_cache()
+        self.look()
+
+
+def _allocated(when: str) -> int:
+    """Bytes that torch's allocator has given out.
+
+    `torch.cuda.memory_allocated` says the same, and puts all its figures into one dict first.
+    """
+    stats = torch.cuda.memory_stats_as_nested_dict()
+    return int(stats["allocated_bytes"]["all"][when])

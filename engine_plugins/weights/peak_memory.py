@@ -1,16 +1,24 @@
-"""Peak resident memory of this process over a stretch of time, read from the kernel."""
+"""Peak resident memory of this process over a stretch of time, read from the kernel.
+
+Two sources say the same high-water mark. `getrusage` takes 2 microseconds and `/proc/self/status`
+20, but the first never falls below the peak of what the process was before `execve`.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import re
+import resource
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-__all__ = ["PeakMemory", "return_free_memory"]
+__all__ = ["PeakMemory", "resident_and_addresses", "return_free_memory"]
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_COUNTED_IN_BATCHES = 1 << 20
+"""Bytes by which the kernel's quick count of a process's pages may differ from its exact one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +27,7 @@ class PeakMemory:
 
     before_bytes: int
     already_held_bytes: int
+    read_mark: Callable[[], int]
 
     @classmethod
     def start(cls, *, already_held: int) -> PeakMemory:
@@ -26,18 +35,29 @@ class PeakMemory:
 
         `already_held` bytes are resident from an earlier update and count as extra all the same.
         """
+        read = _usage_mark
         try:
-            _CLEAR_REFS.write_text("5")
-            before = _status_bytes("VmRSS")
+            os.pwrite(_kept_open(os.getpid(), "clear_refs", os.O_WRONLY), b"5", 0)
+            before = _usage_mark()
+            if before > resident_and_addresses()[0] + _COUNTED_IN_BATCHES:
+                read = functools.partial(_status_bytes, b"VmHWM")
+                before = _status_bytes(b"VmRSS")
         except OSError:
             before = -1
-        return cls(before_bytes=before, already_held_bytes=already_held)
+        return cls(before_bytes=before, already_held_bytes=already_held, read_mark=read)
 
     def peak_extra_bytes(self) -> int:
         """Highest resident size since the start, over the size at the start; -1 if unknown."""
         if self.before_bytes < 0:
             return -1
-        return max(_status_bytes("VmHWM") - self.before_bytes, 0) + self.already_held_bytes
+        return max(self.read_mark() - self.before_bytes, 0) + self.already_held_bytes
+
+
+def resident_and_addresses() -> tuple[int, int]:
+    """Bytes of this process that are resident, and of its addresses."""
+    file = _kept_open(os.getpid(), "statm", os.O_RDONLY)
+    addresses, resident, _ = os.pread(file, 256, 0).split(b" ", 2)
+    return int(resident) * _PAGE, int(addresses) * _PAGE
 
 
 def return_free_memory() -> None:
@@ -51,8 +71,19 @@ def return_free_memory() -> None:
         trim(0)
 
 
-def _status_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+def _usage_mark() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _status_bytes(field: bytes) -> int:
+    status = os.pread(_kept_open(os.getpid(), "status", os.O_RDONLY), 8192, 0)
+    found = re.search(rb"^%s:\s+(\d+) kB" % field, status, re.MULTILINE)
     if found is None:
-        raise OSError(f"{_STATUS} has no {field}")
+        raise OSError(f"/proc/self/status has no {field.decode()}")
     return int(found.group(1)) * 1024
+
+
+@functools.cache
+def _kept_open(pid: int, name: str, flags: int) -> int:
+    """To open such a file takes longer than to read it. A fork opens its own."""
+    return os.open(f"/proc/{pid}/{name}", flags | os.O_CLOEXEC)

@@ -226,9 +226,7 @@ class GeneratingEngine(ABC):
         running = StepShape(tokens=len(decoding), rows=len(decoding))
         self.gate.begin(self.gate.figures(), running=running, in_flight=bool(decoding))
         let_in = [each for each in requests if each in decoding or self._may_prefill(each)]
-        order = self.gate.order(self.gate.gate.planned)
-        if order is not None:
-            self._meter.before(order)
+        self._meter.before(self.gate.order(self.gate.gate.planned))
         for request in let_in:
             self._step(request)
         self._meter.after()
@@ -277,6 +275,7 @@ def _gate(meter: RankMeter, board: GateBoard | None) -> EngineGate:
         Settings.load(),
         OwnRank(meter),
         smallest_chunk=SMALLEST_CHUNK,
+        largest=None,
         entry=EntryKind(max_prompt=4096, divisible=False, logprobs_held_bytes=0),
         samples={},
         board=board,

@@ -29,6 +29,7 @@ from engine_plugins.settings import Settings
 from tests.support.megatron_hf import dense_config
 from vllm_ext.held_stream import marked_as_held
 from vllm_ext.lost_step import lose
+from vllm_ext.prefill_gate import largest_step
 from vllm_ext.scheduler_hook import GatedScheduler
 
 __all__ = ["BLOCK", "BUDGET", "ScheduledVllm", "scheduled_vllm"]
@@ -104,9 +105,18 @@ class ScheduledVllm:
 
 
 def scheduled_vllm(
-    folder: Path, ranks: Ranks, *, mode: str, places: int = 8, **arguments: Any
+    folder: Path,
+    ranks: Ranks,
+    *,
+    mode: str,
+    places: int = 8,
+    clears: bool = True,
+    **arguments: Any,
 ) -> ScheduledVllm:
-    """A scheduler of a model of random sizes, in `folder`, for `places` requests at once."""
+    """A scheduler of a model of random sizes, in `folder`, for `places` requests at once.
+
+    Without `clears` its gate is asked about every prefill, however much room there is.
+    """
     served = {
         **dense_config(),
         "architectures": ["Qwen3ForCausalLM"],
@@ -149,6 +159,7 @@ def scheduled_vllm(
         Settings(prefill_gate=mode, prefill_margin_bytes=1 << 20),
         ranks,
         smallest_chunk=64,
+        largest=largest_step(scheduler) if clears else None,
         entry=EntryKind(max_prompt=CONTEXT, divisible=True, logprobs_held_bytes=20),
         samples={},
         board=board,

@@ -51,6 +51,9 @@ class ToldRanks:
             return self.now
         return Reading(self.now.used_bytes, configured_cap)
 
+    def room(self, configured_cap: int | None) -> int:
+        return self.reading(configured_cap).headroom_bytes
+
     def measured(self) -> list[Measured]:
         return self.peaks
 
@@ -64,6 +67,9 @@ class SilentRanks:
     def reading(self, configured_cap: int | None) -> Reading:
         raise AssertionError("asked for a reading")
 
+    def room(self, configured_cap: int | None) -> int:
+        raise AssertionError("asked for room")
+
     def measured(self) -> list[Measured]:
         raise AssertionError("asked for peaks")
 
@@ -75,12 +81,14 @@ def a_gate(
     board: GateBoard | None = None,
     keep: Keep | None = None,
     samples: Mapping[Regime, Sequence[Sample]] | None = None,
+    largest: StepShape | None = None,
 ) -> EngineGate:
     return make_engine_gate(
         ModelMemory(SIZES, itemsize=2),
         settings,
         ranks,
         smallest_chunk=64,
+        largest=largest,
         entry=EntryKind(max_prompt=4096, divisible=True, logprobs_held_bytes=24),
         samples=samples or {},
         board=board,
@@ -98,7 +106,6 @@ def step(gate: EngineGate, shape: StepShape) -> int:
     """One step of an idle engine that runs this; its number."""
     gate.begin(gate.figures(), in_flight=False)
     order = gate.order(shape)
-    assert order is not None
     return order.number
 
 
@@ -130,7 +137,7 @@ def test_equal_figures_give_equal_decisions_and_orders(ranks: ToldRanks) -> None
         orders = [gate.order(gate.gate.planned) for gate in (leader, follower)]
         assert orders[0] == orders[1]
         order, planned = orders[0], leader.gate.planned
-        if order is not None and order.measure:
+        if order.measure:
             ranks.peaks = [Measured(order.number, round(true_peak(planned, chance)))]
     assert {"run", "shrink", "defer", "reclaim"} <= outcomes
     assert leader.report() == follower.report()
@@ -197,8 +204,8 @@ def test_nothing_is_measured_of_an_empty_step(ranks: ToldRanks) -> None:
     """Its number is given all the same."""
     gate = a_gate(ranks)
     orders = [gate.order(NOTHING) for _ in range(20)]
-    assert all(order is not None and not order.measure for order in orders)
-    assert [order.number for order in orders if order is not None] == list(range(1, 21))
+    assert not any(order.measure for order in orders)
+    assert [order.number for order in orders] == list(range(1, 21))
 
 
 def test_a_board_of_which_nothing_was_said_yet_is_none(tmp_path: Path, ranks: ToldRanks) -> None:

@@ -34,6 +34,10 @@ class ToldMemory:
     def __init__(self, used: int, cap: int, *, peak: int = 0) -> None:
         self.now, self.peak = MemoryFigures(used, cap), peak
         self.calls: list[str] = []
+        self.looks = 0
+
+    def look(self) -> None:
+        self.looks += 1
 
     def figures(self) -> MemoryFigures:
         return self.now
@@ -129,7 +133,7 @@ def test_an_idle_rank_keeps_its_page_fresh_and_one_in_a_step_leaves_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between two chunks a reading would say what the step takes, not what is held."""
-    monkeypatch.setattr(rank_meter, "IDLE_REFRESH_S", 0.01)
+    monkeypatch.setattr(rank_meter, "LOOK_S", 0.01)
     memory = ToldMemory(10, 100)
     meter = RankMeter(memory, tmp_path / "page")
     page, ranks = SharedPage(tmp_path / "page"), PagedRanks([tmp_path / "page"])

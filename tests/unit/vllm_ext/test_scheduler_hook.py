@@ -41,6 +41,9 @@ class Ranks:
     def reading(self, configured_cap: int | None) -> Reading:
         return Reading(0, self.room_bytes)
 
+    def room(self, configured_cap: int | None) -> int:
+        return self.room_bytes
+
     def measured(self) -> list[Measured]:
         return self.done
 

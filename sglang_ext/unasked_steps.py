@@ -1,0 +1,64 @@
+"""Which steps of an SGLang scheduler run without the gate being asked about them.
+
+Those that the gate has cleared, and most of those that only decode. All ranks must find the same,
+so nothing here reads a clock, nor memory where there are several.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from engine_plugins.prefill_gate.engine_gate import EngineGate
+
+__all__ = ["UnaskedSteps"]
+
+LOOKED_AT_ONE_IN = 16
+"""Of steps that only decode, which take the same memory again and again."""
+
+
+class UnaskedSteps:
+    """Of one scheduler.
+
+    Args:
+        engine: its gate.
+    """
+
+    def __init__(self, engine: EngineGate) -> None:
+        self._take = engine.clearance.take
+        self._special: set[str] = set()
+        """Requests of the queue that take more than their tokens say, by id."""
+        self._passed = 0
+        self.goes_on = False
+        """Whether the step that is being put together, or runs, is one."""
+
+    def note(self, request: Any) -> None:
+        """A request is about to join the queue."""
+        if request.return_logprob or request.multimodal_inputs is not None:
+            self._special.add(request.rid)
+
+    def begin(self, scheduler: Any, running_batch: Any) -> bool:
+        """Whether the next step is one."""
+        self.goes_on = self._is_cleared(scheduler, running_batch) or self._only_decodes(
+            scheduler, running_batch
+        )
+        return self.goes_on
+
+    def _is_cleared(self, scheduler: Any, running_batch: Any) -> bool:
+        decodes = len(running_batch.reqs)
+        if not decodes or (self._special and self._asks_for_more(scheduler)):
+            return False
+        chunked = scheduler.chunked_req is not None
+        return self._take(decodes + len(scheduler.waiting_queue) + chunked)
+
+    def _asks_for_more(self, scheduler: Any) -> bool:
+        waiting = {request.rid for request in scheduler.waiting_queue}
+        if scheduler.chunked_req is not None:
+            waiting.add(scheduler.chunked_req.rid)
+        self._special &= waiting
+        return bool(self._special)
+
+    def _only_decodes(self, scheduler: Any, running_batch: Any) -> bool:
+        if scheduler.waiting_queue or scheduler.chunked_req is not None or not running_batch.reqs:
+            return False
+        self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
+        return self._passed != 0
