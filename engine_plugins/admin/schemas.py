@@ -311,6 +311,9 @@ class GateView(BaseModel):
     cap_bytes: int
     calibration: dict[Regime, LineView] = Field(description="by phase of a step")
     decisions: dict[Outcome, int] = Field(description="how many of each; a wait counts once")
+    cleared_steps: int = Field(
+        description="that ran without a decision: the largest of all would have fitted twice"
+    )
     exceeded: int = Field(description="measured steps that took more than predicted with margin")
     waiting: int
     longest_wait_s: float

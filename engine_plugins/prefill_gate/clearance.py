@@ -45,11 +45,16 @@ class Clearance:
     def configure(self, configured_cap: int | None) -> None:
         """Go by another cap, or `None` for what is free; the next step is judged."""
         self._cap = configured_cap
-        self._left = 0
+        self.withdraw()
 
     def reset(self) -> None:
         """Have the next step judged, and count anew."""
-        self._left = self.steps = 0
+        self.steps = 0
+        self.withdraw()
+
+    def withdraw(self) -> None:
+        """Have the next step judged."""
+        self._left = 0
 
     def grant(self, rows: int, headroom_bytes: int) -> None:
         """Clear the next steps, if there is memory enough and measurements say so.
@@ -80,7 +85,7 @@ class Clearance:
         if not left or rows > self._rows:
             return False
         if not left % LOOKED_AT_EVERY and self._ranks.room(self._cap) < self._wanted_bytes:
-            self._left = 0
+            self.withdraw()
             return False
         self._left = left - 1
         self.steps += 1

@@ -171,6 +171,7 @@ class EngineGate:
         """
         needed = self.gate.memory.predict(shape).needed_bytes
         self._learn(shape, round(needed) + 1, time.time())
+        self.clearance.withdraw()
 
     def forget(self, request_ids: Sequence[str], *, idle: bool) -> None:
         """Requests have ended; `idle` says whether none is left."""

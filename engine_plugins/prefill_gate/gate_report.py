@@ -77,12 +77,12 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
         cap_bytes: what must not be exceeded.
         calibration: by phase of a step.
         decisions: how many of each outcome; a request that is deferred is counted once for it.
-        cleared_steps: that ran without a decision, because the largest of all would have fitted
-            twice.
         exceeded: measured steps that took more than was predicted with its margin.
         waiting: requests that are deferred.
         longest_wait_s: of them, seconds.
         deferred_s: seconds that requests which were let in had waited, in all.
+        cleared_steps: that ran without a decision, because the largest of all would have fitted
+            twice.
         recent: the latest steps that were measured, oldest first.
     """
 

@@ -79,6 +79,9 @@ class GateMetrics:
         )
         self._margin = gauge("margin_bytes", "On top of a phase's prediction.", ("regime",))
         self._decisions = counter("decisions", "Prefills judged, by outcome.", ("outcome",))
+        self._cleared = counter(
+            "cleared_steps", "Steps that ran unasked: the largest of all would have fitted twice."
+        )
         self._deferred = counter("deferred_seconds", "Waited by requests that were let in.")
         self._exceeded = counter("exceeded", "Steps that took more than predicted with margin.")
 
@@ -113,12 +116,14 @@ class GateMetrics:
         growth = self._told.growth(
             {
                 **{str(outcome): float(count) for outcome, count in report.decisions.items()},
+                "cleared_steps": report.cleared_steps,
                 "deferred_s": report.deferred_s,
                 "exceeded": report.exceeded,
             }
         )
         for outcome in report.decisions:
             self._decisions.labels(outcome).inc(growth[outcome])
+        self._cleared.inc(growth["cleared_steps"])
         self._deferred.inc(growth["deferred_s"])
         self._exceeded.inc(growth["exceeded"])
 

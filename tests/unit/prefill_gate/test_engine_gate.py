@@ -31,7 +31,7 @@ from engine_plugins.prefill_gate.model_memory import ModelMemory, Regime
 from engine_plugins.prefill_gate.rank_meter import Measured
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from engine_plugins.settings import Settings
-from tests.support.simulated_steps import MIB, SIZES, true_peak
+from tests.support.simulated_steps import MIB, SIZES, a_memory, calibrated, true_peak
 
 ENFORCED = Settings(prefill_gate="enforce", prefill_margin_bytes=8 * MIB)
 
@@ -151,13 +151,11 @@ def test_a_reclaim_is_ordered_once_and_the_next_step_judged_anew(ranks: ToldRank
     gate.begin(gate.figures(), in_flight=False)
     assert gate.decide(PLAIN).outcome == "reclaim"
     order = gate.order(NOTHING)
-    assert order is not None
     assert (order.give_back, order.measure) == (True, False)
     ranks.now = Reading(1024 * MIB, 3072 * MIB)
     gate.begin(gate.figures(), in_flight=True)
     assert gate.decide(PLAIN).outcome == "run"
     order = gate.order(SHAPE)
-    assert order is not None
     assert not order.give_back
 
 
@@ -190,7 +188,6 @@ def test_what_was_measured_is_what_the_next_step_is_judged_by(ranks: ToldRanks) 
     for _ in range(40):
         gate.begin(gate.figures(), in_flight=False)
         order = gate.order(SHAPE)
-        assert order is not None
         measured.append(order.measure)
         ranks.peaks = [Measured(order.number, 200 * MIB)] if order.measure else []
     assert measured[:9] == [True] * 9, "the first is cold, and not counted"
@@ -198,6 +195,36 @@ def test_what_was_measured_is_what_the_next_step_is_judged_by(ranks: ToldRanks) 
     gate.begin(gate.figures(), in_flight=False)
     assert gate.decide(PLAIN).peak_bytes == pytest.approx(200 * MIB, rel=0.02)
     assert gate.report().calibration["layers"].samples == 8
+
+
+def test_a_judged_step_clears_others_until_settings_change(ranks: ToldRanks) -> None:
+    """A change, a reset and a step that found no memory have the next one judged."""
+    gate = a_gate(ranks, largest=StepShape(tokens=1500))
+    gate.gate.memory.restore(calibrated(a_memory()).samples, now=0.0)
+    assert not gate.clearance.take(1)
+
+    def judged() -> None:
+        gate.begin(gate.figures(), in_flight=True)
+        gate.order(SHAPE, rows=1)
+
+    judged()
+    assert gate.clearance.take(1)
+    assert gate.report().cleared_steps == 1
+    gate.configure({"cap_bytes": 2500 * MIB})
+    assert not gate.clearance.take(1)
+    judged()
+    assert gate.clearance.take(1)
+    gate.ran_out(SHAPE)
+    assert not gate.clearance.take(1)
+    gate.begin(gate.figures(), in_flight=True)
+    gate.order(SHAPE)
+    assert not gate.clearance.take(1), "nobody said how many rows there may be"
+    judged()
+    gate.reset()
+    assert not gate.clearance.take(1)
+    assert gate.report().cleared_steps == 0
+    judged()
+    assert not gate.clearance.take(1), "nothing is measured"
 
 
 def test_nothing_is_measured_of_an_empty_step(ranks: ToldRanks) -> None:

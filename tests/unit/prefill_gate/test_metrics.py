@@ -36,6 +36,7 @@ REPORT = GateReport(
     waiting=4,
     longest_wait_s=1.5,
     deferred_s=2.5,
+    cleared_steps=9,
 )
 
 
@@ -82,6 +83,7 @@ def test_every_series_of_a_report(folder: Path, board: GateBoard) -> None:
         'decisions_total{outcome="too_large"}': 2,
         "deferred_seconds_total": 2.5,
         "exceeded_total": 3,
+        "cleared_steps_total": 9,
     }
     assert f"# TYPE {NAME}_decisions_total counter" in text
 

@@ -149,6 +149,46 @@ def test_an_idle_rank_keeps_its_page_fresh_and_one_in_a_step_leaves_it(
     assert ranks.reading(None) == Reading(99, 100, 1)
 
 
+def test_a_rank_that_is_never_idle_says_what_it_holds_between_its_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of which nothing is to be done publish nothing, but for one after each look."""
+    monkeypatch.setattr(rank_meter, "LOOK_S", 0.01)
+    memory = ToldMemory(10, 100)
+    meter = RankMeter(memory, tmp_path / "page")
+    ranks = PagedRanks([tmp_path / "page"])
+
+    def busy() -> Reading:
+        meter.before(None)
+        memory.now = MemoryFigures(99, 100)
+        time.sleep(0.02)
+        memory.now = MemoryFigures(30, 100)
+        meter.after()
+        time.sleep(0)
+        return ranks.reading(None)
+
+    until(lambda: busy() == Reading(30, 100, 70), otherwise=lambda: "it was never published")
+    assert ranks.measured() == []
+
+
+def test_room_is_that_of_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least of all ranks, against a configured cap or their own, and in addresses."""
+    monkeypatch.setattr(rank_meter, "LOOK_S", 0.01)
+    memories = [ToldMemory(10, 100), ToldMemory(50, 110)]
+    pages = [tmp_path / f"{rank}" for rank in range(2)]
+    meters = [RankMeter(memory, page) for memory, page in zip(memories, pages, strict=True)]
+    own, all_ranks = OwnRank(meters[1]), PagedRanks(pages)
+    assert (own.room(None), own.room(55)) == (60, 5)
+    assert (all_ranks.room(None), all_ranks.room(55)) == (60, 5)
+    memories[0].now = MemoryFigures(10, 100, 1000, 1007)
+    until(lambda: all_ranks.room(None) == 7, otherwise=lambda: all_ranks.room(None))
+    assert all_ranks.room(55) == 5
+    for meter in meters:
+        meter.before(None)
+    memories[1].now = MemoryFigures(108, 110)
+    until(lambda: own.room(None) == all_ranks.room(None) == 2, otherwise=lambda: "within a step")
+
+
 RANK = """
 import sys
 from pathlib import Path

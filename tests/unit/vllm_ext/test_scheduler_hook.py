@@ -12,14 +12,16 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
+from engine_plugins.prefill_gate.clearance import LOOKED_AT_EVERY
 from engine_plugins.prefill_gate.engine_gate import StepFigures
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.rank_meter import Measured
+from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from tests.support.scheduled_vllm import BLOCK, ScheduledVllm, scheduled_vllm
 from vllm_ext.prefill_refusal import refusal_of
 from vllm_ext.scheduler_hook import MAX_LOST
-from vllm_ext.step_order import order_of
+from vllm_ext.step_order import NOTHING_TO_DO, order_of
 
 MIB = 1 << 20
 TOKEN = 3 * 4096 * 4 + 2 * 1024 * 4
@@ -73,6 +75,26 @@ def _engine(
     return Engine(**vars(made), ranks=ranks)
 
 
+def _calibrate(engine: Engine) -> None:
+    """Its gate has measured prompts and decodes of all sizes; what it measured is the prior."""
+    memory = engine.gate.gate.memory
+    for tokens in (1, 4, 16, 64, 256, 1024):
+        prompt = Candidate("x", tokens, tokens).joined_to(NOTHING, tokens)
+        for shape in (prompt, StepShape(tokens=tokens, rows=tokens)):
+            for _ in range(3):
+                memory.observe(shape, memory.least_bytes(shape) + MIB, at=engine.ranks.now)
+
+
+def _in_flight(engine: Engine) -> None:
+    """Somebody decodes, and the step after this one is cleared."""
+    _calibrate(engine)
+    engine.add("decoding", range(5000, 5040), max_tokens=50)
+    engine.step()
+    cleared = engine.gate.report().cleared_steps
+    engine.step()
+    assert engine.gate.report().cleared_steps == cleared + 1
+
+
 def _room_for(tokens: int) -> int:
     """Bytes that a gate which has measured nothing wants for so many tokens: twice the prior."""
     return 2 * TOKEN * tokens + 4 * MIB
@@ -94,6 +116,79 @@ def test_with_room_for_all_the_engine_does_as_ever(
         assert engine.said("long") == engine.said("like") == [7] * 4
     assert steps[0] == steps[1] == steps[2]
     assert steps[0][3]["like"] == 1200 - 1200 // BLOCK * BLOCK + BLOCK
+
+
+def test_cleared_steps_are_not_asked_about_and_say_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for those of an idle engine."""
+    engines: dict[str, Engine] = {}
+    steps = {}
+    for mode in ("off", "enforce"):
+        (tmp_path / mode).mkdir()
+        engine = engines[mode] = _engine(tmp_path / mode, monkeypatch, mode=mode)
+        _calibrate(engine)
+        for name in ("first", "second"):
+            engine.add(name, range(40))
+        steps[mode] = [engine.step()]
+        engine.add("long", range(1500))
+        engine.add("short", range(9, 40))
+        steps[mode] += [engine.step() for _ in range(3)]
+        assert (order_of(engine.last) == NOTHING_TO_DO) == (mode == "enforce")
+        engine.add("like", range(1200))
+        steps[mode] += [engine.step() for _ in range(6)]
+        assert engine.said("long") == engine.said("like") == [7] * 4
+    assert steps["off"] == steps["enforce"]
+    engine = engines["enforce"]
+    assert not engine.scheduler.requests
+    report = engine.gate.report()
+    assert report.decisions["run"] == 2
+    assert report.cleared_steps == 7, "all others but two that were empty"
+    engine.add("to an idle engine", range(30))
+    engine.step()
+    assert engine.gate.report().decisions["run"] == 3
+
+
+def test_who_asks_for_more_than_tokens_is_judged_all_the_same(engine: Engine) -> None:
+    """As is whoever comes with it, until it has ended."""
+    _in_flight(engine)
+    engine.add("scored", range(200), prompt_logprobs=1, max_tokens=2)
+    engine.add("plain", range(300, 330))
+    engine.step()
+    assert engine.gate.report().decisions["run"] == 3
+    while "scored" in engine.scheduler.requests:
+        engine.step()
+    before = engine.gate.report().cleared_steps
+    engine.add("after", range(400, 430))
+    engine.step()
+    assert engine.gate.report().cleared_steps == before + 1
+    assert engine.gate.report().decisions["run"] == 3
+
+
+def test_where_memory_becomes_scarce_prefills_are_judged_again(engine: Engine) -> None:
+    """After a few steps, which had room for anything when they were cleared."""
+    _in_flight(engine)
+    engine.ranks.room_bytes = _room_for(40)
+    for _ in range(LOOKED_AT_EVERY):
+        engine.step()
+    engine.add("cut", range(900))
+    assert 0 < engine.step()["cut"] < 200
+    assert engine.gate.report().decisions["shrink"] == 1
+
+
+def test_a_lost_step_that_was_cleared_is_computed_again(engine: Engine) -> None:
+    """Without its largest prompt, and with the rest of what it computed; then all are judged."""
+    _in_flight(engine)
+    engine.add("largest", range(1000, 1600))
+    engine.add("small", range(300, 330))
+    assert engine.step(lost=True) == {"decoding": 1, "largest": 600, "small": 30}
+    assert isinstance(refusal_of(engine.end("largest").stop_reason), MemoryPressureError)
+    judged = engine.gate.report().decisions["run"]
+    assert engine.step() == {"decoding": 1, "small": 30}
+    assert engine.gate.report().decisions["run"] > judged
+    for _ in range(3):
+        engine.step()
+    assert engine.said("small") == [7] * 4
 
 
 def test_off_puts_nothing_on_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
