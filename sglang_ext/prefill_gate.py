@@ -79,14 +79,14 @@ class SchedulerGate:
         self.deferred: set[str] = set()
         """Requests that were told to wait, by id."""
         self.unasked = UnaskedSteps(engine)
-        self._told = told
+        self.told = told
         self._latest: StepFigures | None = None
         self._idle = True
 
     @property
     def sends_figures(self) -> bool:
         """Whether other ranks wait for what the first one reads."""
-        return self._told and self.engine.is_on
+        return self.told and self.engine.is_on
 
     def take(self, message: GateFigures) -> None:
         """The first rank's figures have come."""
@@ -94,7 +94,7 @@ class SchedulerGate:
 
     def figures(self) -> StepFigures | None:
         """To begin a step with; the same on all ranks."""
-        return self._latest if self._told else self.engine.figures()
+        return self._latest if self.told else self.engine.figures()
 
     def order(self, scheduler: Any, batch: Any) -> StepOrder:
         """What is to be done about a batch that runs now."""

@@ -38,11 +38,9 @@ def before_queueing(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> 
 def get_new_batch_prefill(original: Any, scheduler: Any, *, running_batch: Any, **rest: Any) -> Any:
     """Around `Scheduler._get_new_batch_prefill_raw`."""
     gate = gate_of(scheduler)
-    if gate is None or not gate.engine.is_on:
+    if gate is None or not gate.engine.is_on or gate.unasked.begin(scheduler, running_batch):
         return original(scheduler, running_batch=running_batch, **rest)
     _queue_compiled(scheduler)
-    if gate.unasked.begin(scheduler, running_batch):
-        return original(scheduler, running_batch=running_batch, **rest)
     attempt = _Attempt(gate, scheduler, running_batch)
     if not attempt.begin():
         return original(scheduler, running_batch=running_batch, **rest)

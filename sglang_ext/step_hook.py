@@ -41,7 +41,10 @@ def run_batch(original: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: A
     gate = gate_of(scheduler)
     if gate is None or not gate.engine.is_on:
         return original(scheduler, batch, *args, **kwargs)
-    gate.meter.before(None if gate.unasked.goes_on else gate.order(scheduler, batch))
+    order = None if gate.unasked.goes_on else gate.order(scheduler, batch)
+    is_metered = order is not None or gate.told
+    if is_metered:
+        gate.meter.before(order)
     try:
         result = original(scheduler, batch, *args, **kwargs)
     except Exception as error:
@@ -51,7 +54,8 @@ def run_batch(original: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: A
         gate.engine.ran_out(gate.shapes.batch(batch))
         _end_batch(scheduler, batch, gate, error)
         raise _StepLostError from error
-    gate.meter.after()
+    if is_metered:
+        gate.meter.after()
     return result
 
 

@@ -24,7 +24,7 @@ class UnaskedSteps:
     """
 
     def __init__(self, engine: EngineGate) -> None:
-        self._take = engine.clearance.take
+        self._is_cleared = engine.clearance.take
         self._special: set[str] = set()
         """Requests of the queue that take more than their tokens say, by id."""
         self._passed = 0
@@ -38,17 +38,17 @@ class UnaskedSteps:
 
     def begin(self, scheduler: Any, running_batch: Any) -> bool:
         """Whether the next step is one."""
-        self.goes_on = self._is_cleared(scheduler, running_batch) or self._only_decodes(
-            scheduler, running_batch
-        )
-        return self.goes_on
-
-    def _is_cleared(self, scheduler: Any, running_batch: Any) -> bool:
-        decodes = len(running_batch.reqs)
-        if not decodes or (self._special and self._asks_for_more(scheduler)):
-            return False
+        decodes, waiting = len(running_batch.reqs), len(scheduler.waiting_queue)
         chunked = scheduler.chunked_req is not None
-        return self._take(decodes + len(scheduler.waiting_queue) + chunked)
+        if not decodes or scheduler.grammar_manager.grammar_queue:
+            self.goes_on = False
+        elif (not self._special or not self._asks_for_more(scheduler)) and self._is_cleared(
+            decodes + waiting + chunked
+        ):
+            self.goes_on = True
+        else:
+            self.goes_on = not waiting and not chunked and self._is_passed()
+        return self.goes_on
 
     def _asks_for_more(self, scheduler: Any) -> bool:
         waiting = {request.rid for request in scheduler.waiting_queue}
@@ -57,8 +57,6 @@ class UnaskedSteps:
         self._special &= waiting
         return bool(self._special)
 
-    def _only_decodes(self, scheduler: Any, running_batch: Any) -> bool:
-        if scheduler.waiting_queue or scheduler.chunked_req is not None or not running_batch.reqs:
-            return False
+    def _is_passed(self) -> bool:
         self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
         return self._passed != 0

@@ -99,7 +99,10 @@ class GatedScheduler:
         output: SchedulerOutput
         if not self._gate.is_on:
             return self._schedule(*args, **kwargs)
-        if self._may_pass():
+        scheduler = self._scheduler
+        rows = len(scheduler.requests) * self._rows_each
+        clear = scheduler.running and not self._special and self._is_cleared(rows)
+        if clear or self._may_pass():
             output = self._schedule(*args, **kwargs)
             self._let_in.clear()
             attach_order(output, NOTHING_TO_DO)
@@ -113,7 +116,6 @@ class GatedScheduler:
         if self._refused:
             self._end_refused()
         shape = self._shape(output, self._let_in)
-        rows = len(self._scheduler.requests) * self._rows_each
         order = self._gate.order(shape, rows=rows)
         if shape.tokens or order.give_back:
             attach_order(output, Order(order, self._needed_bytes))
@@ -182,15 +184,11 @@ class GatedScheduler:
         return freed
 
     def _may_pass(self) -> bool:
-        """Whether a step is cleared, or has no prefill and need not be looked at for once."""
+        """Whether a step has no prefill, and need not be looked at for once."""
         scheduler = self._scheduler
-        running = scheduler.running
-        rows = len(scheduler.requests) * self._rows_each
-        if running and not self._special and self._is_cleared(rows):
-            return True
         if scheduler.waiting or scheduler.kv_holding_waiting:
             return False
-        if [each for each in running if each.is_prefill_chunk]:
+        if [each for each in scheduler.running if each.is_prefill_chunk]:
             return False
         self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
         return self._passed != 0

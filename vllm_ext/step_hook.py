@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -35,12 +34,21 @@ def hook_steps() -> None:
 
     @functools.wraps(execute_model)
     def execute(self: Any, scheduler_output: SchedulerOutput) -> Any:
-        order, meter = order_of(scheduler_output), meter_of(self)
+        order = order_of(scheduler_output)
+        meter = None if order is None else meter_of(self)
         if order is None or meter is None:
             return execute_model(self, scheduler_output)
         meter.before(order.step)
         setattr(self, _STEP, scheduler_output)
-        output = _survived(self, meter, functools.partial(execute_model, self, scheduler_output))
+        output, is_lost = None, False
+        try:
+            output = execute_model(self, scheduler_output)
+        except Exception as error:
+            if not _may_be_lost(self, meter, error):
+                raise
+            is_lost = True
+        if is_lost:
+            output = _lose(self, meter)
         if output is not None:
             _end(self, meter)
         return output
@@ -50,7 +58,15 @@ def hook_steps() -> None:
         meter = meter_of(self)
         if meter is None or getattr(self, _STEP, None) is None:
             return sample_tokens(self, grammar_output)
-        output = _survived(self, meter, functools.partial(sample_tokens, self, grammar_output))
+        output, is_lost = None, False
+        try:
+            output = sample_tokens(self, grammar_output)
+        except Exception as error:
+            if not _may_be_lost(self, meter, error):
+                raise
+            is_lost = True
+        if is_lost:
+            output = _lose(self, meter)
         _end(self, meter)
         return output
 
@@ -63,21 +79,21 @@ def _end(worker: Any, meter: RankMeter) -> None:
     setattr(worker, _STEP, None)
 
 
-def _survived(worker: Any, meter: RankMeter, work: Callable[[], Any]) -> Any:
-    """What a part of a step gives; that the step is lost, where memory ran out and it may be."""
-    try:
-        return work()
-    except Exception as error:
-        step: SchedulerOutput = getattr(worker, _STEP)
-        if not is_out_of_memory(error):
-            raise
-        taken_back = can_be_taken_back(worker.vllm_config, step)
-        _tell(worker, meter, step, error, taken_back=taken_back)
-        if not taken_back:
-            raise
+def _may_be_lost(worker: Any, meter: RankMeter, error: Exception) -> bool:
+    """Whether memory ran out where nothing but the step is lost; the log says so, or why not."""
+    if not is_out_of_memory(error):
+        return False
+    step: SchedulerOutput = getattr(worker, _STEP)
+    taken_back = can_be_taken_back(worker.vllm_config, step)
+    _tell(worker, meter, step, error, taken_back=taken_back)
+    return taken_back
+
+
+def _lose(worker: Any, meter: RankMeter) -> Any:
+    """What a lost step gives; the error, and all that its frames held, must be gone by now."""
     meter.after(completed=False)
-    meter.memory.give_back()  # the error, and all that its frames held, is gone by now
-    return lose(worker.model_runner, step)
+    meter.memory.give_back()
+    return lose(worker.model_runner, getattr(worker, _STEP))
 
 
 def _tell(

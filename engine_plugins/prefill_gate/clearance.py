@@ -13,7 +13,7 @@ from engine_plugins.prefill_gate.step_shape import StepShape
 
 __all__ = ["CLEARED_STEPS", "TIMES", "Clearance"]
 
-CLEARED_STEPS = 255
+CLEARED_STEPS = 511
 """Steps between two that are judged, and measured where that is worth it."""
 LOOKED_AT_EVERY = 7
 """Steps after which it is seen what room the ranks have."""

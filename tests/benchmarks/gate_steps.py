@@ -1,7 +1,7 @@
-"""What the prefill gate costs the steps of vLLM's own scheduler, and of the rank that runs them.
+"""What the prefill gate takes of an engine's steps, one in eight of which has a prefill.
 
-Requests come so that one step in eight has a prefill; the model is made up. Timed is what our
-methods take, without vLLM's within them.
+vLLM's own scheduler runs with a made-up model, beside a rank that only measures. SGLang is a server
+in use. Timed is what our methods take, without the engine's within them.
 """
 
 from __future__ import annotations
@@ -9,23 +9,27 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
 from engine_plugins.prefill_gate.rank_meter import PagedRanks, RankMeter
 from engine_plugins.prefill_gate.step_memory import HostStepMemory
+from tests.support.gate_clock import GateClock
+from tests.support.gate_models import QUICK
 from tests.support.scheduled_vllm import scheduled_vllm
+from tests.support.sglang_server import sglang_server
 from vllm_ext.step_order import order_of
 
 __all__ = ["gate_steps"]
 
 STEPS, WARMING = 4000, 500
 ONE_IN, RUNNING = 8, 20
+CLIENTS, LIVE_REQUESTS, WARMING_REQUESTS = 6, 150, 50
+TIMES = "GATE_TIMES"
+CALIBRATED = (32, 64, 128, 256, 512, 1024, 2048)
 OURS = {
     "is_ready": "_is_ready",
     "look_up": "_look_up",
@@ -37,63 +41,65 @@ OURS = {
 """Our methods, and vLLM's that they call."""
 
 
-def gate_steps(folder: Path) -> Table:
+def gate_steps(folder: Path, sglang_python: Path) -> Table:
     """Microseconds of a step: median, 99th percentile."""
-    table = Table(title=f"A step of vLLM, one in {ONE_IN} with a prefill: microseconds of the gate")
-    for column in ("", "scheduler, p50", "p99", "rank, p50", "p99", "both, p50", "p99"):
+    table = Table(title="What the gate takes of a step, in microseconds")
+    for column in ("", "p50", "p99"):
         table.add_column(column, justify="right" if column else "left")
-    for name, clears in (("away from the cap", True), ("where no step is cleared", False)):
-        place = folder / name
+    for where, clears in (("away from the cap", True), ("where no step is cleared", False)):
+        place = folder / where
         place.mkdir()
         scheduler, rank = _steps(place, clears=clears)
         both = [one + other for one, other in zip(scheduler, rank, strict=True)]
-        figures = [
-            f"{each:.1f}"
-            for took in (scheduler, rank, both)
-            for each in (statistics.median(took), statistics.quantiles(took, n=100)[-1])
-        ]
-        table.add_row(name, *figures)
+        for what, took in (("scheduler", scheduler), ("rank", rank), ("both", both)):
+            table.add_row(f"vLLM, {where}: {what}", *_percentiles(took))
+    for mode, took in _live_steps(folder, sglang_python).items():
+        table.add_row(f"SGLang, a server in use, gate {mode}", *_percentiles(took))
     return table
 
 
-class _Clock:
-    """Adds up the time within our methods, without that of vLLM's that they call, nor its own."""
-
-    def __init__(self) -> None:
-        self.nanoseconds = 0
-        self._ours, self._since = False, 0
-        self._own = 0
-        self._own = _median_of_nothing(self)
-
-    def timed(self, method: Callable[..., Any], *, ours: bool) -> Callable[..., Any]:
-        """The method, with the clock running or standing while it is in it."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            before = self._turn(ours)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                self._turn(before)
-
-        return call
-
-    def _turn(self, ours: bool) -> bool:
-        now, before = time.perf_counter_ns(), self._ours
-        if before:
-            self.nanoseconds += now - self._since - self._own
-        self._ours, self._since = ours, now
-        return before
+def _percentiles(took: list[float]) -> tuple[str, str]:
+    return f"{statistics.median(took):.1f}", f"{statistics.quantiles(took, n=100)[-1]:.1f}"
 
 
-def _median_of_nothing(clock: _Clock) -> int:
-    """Nanoseconds that a clock counts for a method of ours that does nothing."""
-    nothing, counted = clock.timed(lambda: None, ours=True), []
-    for _ in range(1000):
-        before = clock.nanoseconds
-        nothing()
-        counted.append(clock.nanoseconds - before)
-    clock.nanoseconds = 0
-    return round(statistics.median(counted))
+def _live_steps(folder: Path, sglang_python: Path) -> dict[str, list[float]]:
+    """Microseconds of each step of an SGLang server, by its gate's mode, once all sizes are known.
+
+    The clock's own calls take longer between two steps of a model than one after the other: what is
+    left with the gate off is theirs.
+    """
+    times, chance = folder / "times", random.Random(1)
+
+    def prompt(tokens: int) -> list[int]:
+        return [chance.randrange(1, QUICK.vocab) for _ in range(tokens)]
+
+    def served(requests: int, mode: str) -> list[float]:
+        server.admin.patch("/prefill-gate", json={"mode": mode}).raise_for_status()
+        asked = [
+            (prompt(chance.randint(20, 1000)), chance.randint(1, 2 * ONE_IN * CLIENTS))
+            for _ in range(requests)
+        ]
+        before = len(times.read_text().splitlines())
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            list(pool.map(lambda each: server.greedy(*each), asked))
+        return [int(line) / 1e3 for line in times.read_text().splitlines()[before:]]
+
+    times.touch()
+    with sglang_server(
+        QUICK.copy_to(folder / "model"),
+        folder / "server.log",
+        python=sglang_python,
+        launcher="tests.support.timed_sglang",
+        arguments=["--engine-plugins-prefill-gate", "enforce", "--max-total-tokens", "16384"],
+        environment={
+            TIMES: str(times),
+            "ENGINE_PLUGINS_PREFILL_CALIBRATION_DIR": str(folder / "calibration"),
+        },
+    ) as server:
+        for tokens in CALIBRATED * 3:
+            server.greedy(prompt(tokens), 1)
+        served(WARMING_REQUESTS, "enforce")
+        return {mode: served(LIVE_REQUESTS, mode) for mode in ("off", "enforce")}
 
 
 def _steps(folder: Path, *, clears: bool) -> tuple[list[float], list[float]]:
@@ -106,7 +112,7 @@ def _steps(folder: Path, *, clears: bool) -> tuple[list[float], list[float]]:
         places=2 * RUNNING,
         clears=clears,
     )
-    clock, rank_clock = _Clock(), _Clock()
+    clock, rank_clock = GateClock(), GateClock()
     gated, scheduler = engine.gated, engine.scheduler
     for ours, theirs in OURS.items():
         setattr(gated, theirs, clock.timed(getattr(gated, theirs), ours=False))

@@ -95,7 +95,7 @@ def main() -> None:
         if chosen.only in (None, "peaks"):
             console.print(peaks(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "gate-steps"):
-            console.print(gate_steps(Path(folder)))
+            console.print(gate_steps(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "gate-error"):
             console.print(gate_error(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "gate-throughput"):

@@ -165,6 +165,34 @@ def uncut(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield siege
 
 
+def test_away_from_the_cap_prefills_run_unasked_and_say_the_same(uncut: Siege) -> None:
+    """Once sizes are known; whoever asks for more than tokens is judged among them."""
+    lengths = (64, 200, 500, 1500, 4000)
+    for tokens in lengths * 2:
+        uncut.server.greedy(uncut.prompt(tokens, 59), 1)
+        uncut.server.admin.post("/flush").raise_for_status()
+    prompts = [uncut.prompt(tokens, 60) for tokens in lengths]
+    alone = [uncut.server.greedy(prompt, 8) for prompt in prompts]
+    busy = Stream(uncut.server, CHAT, 4000)
+    busy.wait_for(5)
+    until(
+        lambda: len(uncut.server.greedy(CHAT, 20)) * uncut.gate()["cleared_steps"] > 0,
+        otherwise=lambda: f"no step was cleared: {uncut.gate()}",
+    )
+    before = uncut.gate()
+    assert [uncut.server.greedy(prompt, 8) for prompt in prompts] == alone
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(lambda prompt: uncut.server.greedy(prompt, 8), prompts)) == alone
+    after = uncut.gate()
+    assert after["cleared_steps"] - before["cleared_steps"] >= len(prompts)
+    assert after["decisions"]["run"] - before["decisions"]["run"] < 2 * len(prompts)
+    scored(uncut.server, uncut.prompt(300, 61)).raise_for_status()
+    assert uncut.gate()["decisions"]["run"] > after["decisions"]["run"]
+    assert busy.is_alive()
+    uncut.server.admin.post("/pause", json={"mode": "abort"}).raise_for_status()
+    uncut.server.admin.post("/resume").raise_for_status()
+
+
 @pytest.fixture
 def tight(uncut: Siege) -> Iterator[Siege]:
     """The same, with room for some hundred tokens."""
