@@ -15,6 +15,7 @@ import pytest
 from engine_plugins.prefill_gate.engine_gate import PUBLISH_S
 from engine_plugins.prefill_gate.entry import LIMITS_LAST_S
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S
+from engine_plugins.prefill_gate.rank_meter import LOOK_S
 from tests.support.besieged import Siege, besieged
 from tests.support.chaos import scored
 from tests.support.engine_server import EngineServer
@@ -34,6 +35,8 @@ MEASURED = {"vllm": (450, 700, 1000), "sglang": (300, 450, 700)}
 MIB = 1 << 20
 NO_ROOM = 1
 """A cap under what any engine holds."""
+STARVED_BYTES = 256 << 10
+"""Less than 32 tokens take."""
 LOST = {"vllm": "ran out of memory", "sglang": "memory ended"}
 """What an engine says to a request whose step found no memory, and below what it logs."""
 LOGGED = {"vllm": "The step is taken back", "sglang": "its 1 requests are ended"}
@@ -200,6 +203,20 @@ def tight(uncut: Siege) -> Iterator[Siege]:
     uncut.configure(cap_bytes=uncut.gate()["used_bytes"] + 64 * MIB)
     yield uncut
     uncut.configure(cap_bytes=None)
+    assert uncut.lives(), uncut.server.log_tail()
+
+
+def test_an_idle_engine_without_memory_for_even_a_chunk_refuses_for_now(uncut: Siege) -> None:
+    """It would not outlive the step; as soon as there is memory, the same prompt runs."""
+    prompt = uncut.prompt(32, 70)
+    uncut.limit_addresses(STARVED_BYTES)
+    time.sleep(3 * LOOK_S)
+    try:
+        assert _retry_after_s(uncut.server.complete(prompt, 2)) >= 1
+    finally:
+        uncut.unlimit_addresses()
+    time.sleep(3 * LOOK_S)
+    assert uncut.server.complete(prompt, 2).status_code == 200
     assert uncut.lives(), uncut.server.log_tail()
 
 

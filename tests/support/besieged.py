@@ -95,8 +95,14 @@ class Siege:
 
     def limit_addresses(self, room_bytes: int = ROOM_BYTES) -> None:
         """From now on the engine's process may map so much more than it has, and no more."""
+        _, hard = resource.prlimit(self.engine_pid, resource.RLIMIT_AS)
         limit = psutil.Process(self.engine_pid).memory_info().vms + room_bytes
-        resource.prlimit(self.engine_pid, resource.RLIMIT_AS, (limit, limit))
+        resource.prlimit(self.engine_pid, resource.RLIMIT_AS, (limit, hard))
+
+    def unlimit_addresses(self) -> None:
+        """As before `limit_addresses`."""
+        _, hard = resource.prlimit(self.engine_pid, resource.RLIMIT_AS)
+        resource.prlimit(self.engine_pid, resource.RLIMIT_AS, (hard, hard))
 
     def move_to(self, group: MemoryCgroup, room_bytes: int = ROOM_BYTES) -> None:
         """From now on the kernel kills the engine's process if it takes so much more."""
@@ -104,7 +110,7 @@ class Siege:
         group.limit(room_bytes)
 
     def wait_until_seen(self) -> None:
-        """The gate looks for limits once a second, and is asked with the next step."""
+        """The ranks look for limits twice a second, and the gate is asked with the next step."""
 
         def cap_after_a_step() -> int:
             self.server.greedy([3, 1, 4], 1)
