@@ -5,10 +5,7 @@ PYTHON ?= python3.11
 ENGINE ?= vllm
 VLLM_ENV := .venv/vllm
 VLLM_PYTHON := $(VLLM_ENV)/bin/python
-SGLANG_PYTHON := .venv/sglang/bin/python
 ARGS ?=
-# What ARGS asks for may be tests of the other engine alone; pytest ends with 5 without any.
-OR_NONE_HERE = $(if $(ARGS),|| [ $$? -eq 5 ])
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint bench chaos fmt setup setup-vllm setup-sglang setup-megatron \
@@ -20,9 +17,8 @@ help: ## show this list
 demo: $(if $(filter vllm sglang,$(ENGINE)),setup-$(ENGINE),no-such-engine) ## train a tiny model and update a live server with it (ENGINE=sglang: SGLang's)
 	.venv/$(ENGINE)/bin/python examples/live_update_demo.py --engine $(ENGINE) $(ARGS)
 
-test: setup ## all tests, on both engines (ARGS="-k name" narrows them)
-	$(SGLANG_PYTHON) -m pytest tests $(or $(ARGS),-m "not core") $(OR_NONE_HERE)
-	$(VLLM_PYTHON) -m pytest tests $(ARGS) $(OR_NONE_HERE)
+test: setup ## all tests, on both engines side by side (ARGS="-k name" narrows them)
+	$(PYTHON) scripts/run_tests.py $(ARGS)
 
 check: lint ## the quick loop: lint, types, import contracts, unit tests without engines
 	$(VLLM_PYTHON) -m pytest tests/unit -q -m core $(ARGS)

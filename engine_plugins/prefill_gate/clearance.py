@@ -7,6 +7,8 @@ scarcer, or more requests have come than were reckoned with.
 
 from __future__ import annotations
 
+import time
+
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
 from engine_plugins.prefill_gate.rank_meter import Ranks
 from engine_plugins.prefill_gate.step_shape import StepShape
@@ -17,6 +19,8 @@ CLEARED_STEPS = 511
 """Steps between two that are judged, and measured where that is worth it."""
 LOOKED_AT_EVERY = 7
 """Steps after which it is seen what room the ranks have."""
+STOOD_STILL_S = 0.5
+"""A pause after which it is seen at once: others were awake meanwhile."""
 TIMES = 2
 """How often the largest step has to fit: others take memory too, between two looks at it."""
 
@@ -37,7 +41,7 @@ class Clearance:
         self._drawn = -1
         self._rows = 0
         self._wanted_bytes = 0.0
-        self._left = 0
+        self._left, self._taken_at = 0, 0.0
         self._cap: int | None = None
         self.steps = 0
         """That were cleared, in all."""
@@ -84,9 +88,11 @@ class Clearance:
         left = self._left
         if not left or rows > self._rows:
             return False
-        if not left % LOOKED_AT_EVERY and self._ranks.room(self._cap) < self._wanted_bytes:
+        now = time.monotonic()
+        is_due = not left % LOOKED_AT_EVERY or now - self._taken_at > STOOD_STILL_S
+        if is_due and self._ranks.room(self._cap) < self._wanted_bytes:
             self.withdraw()
             return False
-        self._left = left - 1
+        self._left, self._taken_at = left - 1, now
         self.steps += 1
         return True

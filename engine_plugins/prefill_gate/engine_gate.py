@@ -159,7 +159,7 @@ class EngineGate:
         )
         if measure:
             self._await(shape)
-        if rows:
+        if rows and not self.gate.waiting:
             self.clearance.grant(rows, self.gate.headroom_bytes)
         return StepOrder(self._number, measure, give_back)
 

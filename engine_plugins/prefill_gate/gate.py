@@ -94,6 +94,11 @@ class PrefillGate:
         return self._mode != "off"
 
     @property
+    def waiting(self) -> int:
+        """Requests that are deferred."""
+        return len(self._line)
+
+    @property
     def headroom_bytes(self) -> int:
         """What was left when the step began."""
         return self._reading.headroom_bytes
@@ -200,7 +205,7 @@ class PrefillGate:
             calibration=self.memory.description(),
             decisions=dict(self.decisions),
             exceeded=self.exceeded,
-            waiting=len(self._line),
+            waiting=self.waiting,
             longest_wait_s=self.longest_wait_s(),
             deferred_s=self.deferred_s,
         )

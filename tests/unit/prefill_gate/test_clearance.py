@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass
 
 import pytest
 
-from engine_plugins.prefill_gate.clearance import CLEARED_STEPS, LOOKED_AT_EVERY, TIMES, Clearance
+from engine_plugins.prefill_gate.clearance import (
+    CLEARED_STEPS,
+    LOOKED_AT_EVERY,
+    STOOD_STILL_S,
+    TIMES,
+    Clearance,
+)
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
 from engine_plugins.prefill_gate.rank_meter import Measured
@@ -129,10 +136,21 @@ def test_it_ends_soon_after_others_took_the_memory(clearance: Clearance, ranks: 
     assert not clearance.take(ROWS)
 
 
-def test_ranks_are_not_asked_at_every_step(clearance: Clearance, ranks: Ranks) -> None:
+def test_ranks_are_not_asked_at_every_step(
+    clearance: Clearance, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first step of an engine that stood still, whose memory others may have taken."""
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    clearance.take(ROWS)
+    before = ranks.asked
     for _ in range(10 * LOOKED_AT_EVERY):
+        now += 0.02
         clearance.take(ROWS)
-    assert ranks.asked == 10
+    assert ranks.asked == before + 10
+    now += STOOD_STILL_S + 0.1
+    ranks.room_bytes = 0
+    assert not clearance.take(ROWS)
 
 
 def test_more_requests_than_were_reckoned_with_are_not_cleared(clearance: Clearance) -> None:

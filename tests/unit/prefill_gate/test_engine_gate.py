@@ -219,6 +219,14 @@ def test_a_judged_step_clears_others_until_settings_change(ranks: ToldRanks) -> 
     gate.begin(gate.figures(), in_flight=True)
     gate.order(SHAPE)
     assert not gate.clearance.take(1), "nobody said how many rows there may be"
+    ranks.now, roomy = Reading(3071 * MIB, 3072 * MIB), ranks.now
+    gate.begin(gate.figures(), in_flight=True)
+    assert gate.decide(PLAIN).outcome == "defer"
+    ranks.now = roomy
+    gate.gate.reclaimed()
+    judged()
+    assert not gate.clearance.take(1), "somebody waits"
+    gate.forget(["x"], idle=False)
     judged()
     gate.reset()
     assert not gate.clearance.take(1)
