@@ -24,16 +24,21 @@ FOLLOWED_EVERY_S = 0.2
 
 def main(arguments: list[str]) -> int:
     """Run both; 0 if all passed, else the first other exit code."""
+    runs: dict[str, subprocess.Popen[bytes]] = {}
     with tempfile.NamedTemporaryFile() as held_back:
-        runs = {
-            HELD_BACK: _started(HELD_BACK, arguments, held_back),
-            LIVE: _started(LIVE, arguments, None),
-        }
         try:
+            runs[HELD_BACK] = _started(HELD_BACK, arguments, held_back)
+            runs[LIVE] = _started(LIVE, arguments, None)
             runs[LIVE].wait()
             print(f"\n{'=' * 30} tests of {HELD_BACK} {'=' * 30}", flush=True)
             _follow(Path(held_back.name), runs[HELD_BACK])
-        except KeyboardInterrupt:  # they were interrupted too, and clean up
+        except KeyboardInterrupt:
+            pass  # they were interrupted too, and clean up
+        except BaseException:
+            for run in runs.values():
+                run.terminate()
+            raise
+        finally:
             for run in runs.values():
                 run.wait()
     codes = {name: run.returncode for name, run in runs.items()}

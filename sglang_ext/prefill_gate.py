@@ -101,7 +101,8 @@ class SchedulerGate:
         requests = len(batch.reqs) + len(scheduler.waiting_queue)
         if scheduler.running_batch is not batch:
             requests += len(scheduler.running_batch.reqs)
-        return self.engine.order(self.shapes.batch(batch), rows=requests)
+        rows = min(requests, scheduler.max_running_requests)
+        return self.engine.order(self.shapes.batch(batch), rows=rows)
 
     def forget_gone(self, scheduler: Any, *, idle: bool) -> None:
         """Of those who waited some may have been aborted."""

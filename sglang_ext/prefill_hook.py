@@ -32,7 +32,7 @@ def before_queueing(scheduler: Any, request: Any, *args: Any, **kwargs: Any) -> 
     """Before `Scheduler._add_request_to_queue`."""
     gate = gate_of(scheduler)
     if gate is not None:
-        gate.unasked.note(request)
+        gate.unasked.note(scheduler, request)
 
 
 def get_new_batch_prefill(original: Any, scheduler: Any, *, running_batch: Any, **rest: Any) -> Any:

@@ -1,7 +1,7 @@
 """Which steps of an SGLang scheduler run without the gate being asked about them.
 
 Those that the gate has cleared, and most of those that only decode. All ranks must find the same,
-so nothing here reads a clock, nor memory where there are several.
+so where there are several nothing here reads a clock or memory.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from engine_plugins.prefill_gate.engine_gate import EngineGate
 
 __all__ = ["UnaskedSteps"]
 
+MANY = 1024
 LOOKED_AT_ONE_IN = 16
 """Of steps that only decode, which take the same memory again and again."""
 
@@ -31,9 +32,11 @@ class UnaskedSteps:
         self.goes_on = False
         """Whether the step that is being put together, or runs, is one."""
 
-    def note(self, request: Any) -> None:
+    def note(self, scheduler: Any, request: Any) -> None:
         """A request is about to join the queue."""
         if request.return_logprob or request.multimodal_inputs is not None:
+            if len(self._special) >= 2 * len(scheduler.waiting_queue) + MANY:
+                self._asks_for_more(scheduler)  # nobody has asked for long
             self._special.add(request.rid)
 
     def begin(self, scheduler: Any, running_batch: Any) -> bool:
@@ -43,7 +46,7 @@ class UnaskedSteps:
         if not decodes or scheduler.grammar_manager.grammar_queue:
             self.goes_on = False
         elif (not self._special or not self._asks_for_more(scheduler)) and self._is_cleared(
-            decodes + waiting + chunked
+            min(decodes + waiting + chunked, scheduler.max_running_requests)
         ):
             self.goes_on = True
         else:

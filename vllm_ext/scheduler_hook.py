@@ -48,6 +48,7 @@ class GatedScheduler:
     def __init__(self, scheduler: Scheduler, gate: EngineGate, *, on_host: bool) -> None:
         self._scheduler, self._gate, self._on_host = scheduler, gate, on_host
         self._is_cleared = gate.clearance.take
+        self._most_running = int(scheduler.max_num_running_reqs)
         self._rows_each = 1 + int(scheduler.num_spec_tokens)
         self._divisible = bool(scheduler.scheduler_config.enable_chunked_prefill)
         self._special: set[str] = set()
@@ -100,7 +101,7 @@ class GatedScheduler:
         if not self._gate.is_on:
             return self._schedule(*args, **kwargs)
         scheduler = self._scheduler
-        rows = len(scheduler.requests) * self._rows_each
+        rows = min(len(scheduler.requests), self._most_running) * self._rows_each
         clear = scheduler.running and not self._special and self._is_cleared(rows)
         if clear or self._may_pass():
             output = self._schedule(*args, **kwargs)

@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from engine_plugins.prefill_gate.rank_meter import RankMeter
 from vllm_ext.lost_step import can_be_taken_back, is_out_of_memory, lose
-from vllm_ext.step_order import meter_of, order_of
+from vllm_ext.step_order import Order, meter_of, order_of
 from vllm_ext.versions import VLLM
 
 __all__ = ["hook_steps"]
@@ -101,13 +101,18 @@ def _tell(
 ) -> None:
     order, reading = order_of(step), meter.memory.figures().reading(None)
     logger.error(
-        "rank %d ran out of memory in a step of %d tokens: %d bytes were predicted with their "
-        "margin, %d of %d are in use now. %s: %s",
+        "rank %d ran out of memory in a step of %d tokens: %s, %d of %d are in use now. %s: %s",
         worker.rank,
         step.total_num_scheduled_tokens,
-        0 if order is None else order.needed_bytes,
+        _predicted(order),
         reading.used_bytes,
         reading.cap_bytes,
         "The step is taken back" if taken_back else "It cannot be taken back, vLLM ends",
         str(error).partition("\n")[0],
     )
+
+
+def _predicted(order: Order | None) -> str:
+    if order is None or not order.needed_bytes:
+        return "the gate was not asked about a prefill in it"
+    return f"{order.needed_bytes} bytes were predicted with their margin"

@@ -61,7 +61,7 @@ class Clearance:
         self._left = 0
 
     def grant(self, rows: int, headroom_bytes: int) -> None:
-        """Clear the next steps, if there is memory enough and measurements say so.
+        """Clear the next steps, if there is memory enough and measurements say so, or none.
 
         Args:
             rows: of logits that all requests together may come to add to a step.
@@ -73,8 +73,7 @@ class Clearance:
             self._drawn, self._rows = self._memory.drawn, 1 << rows.bit_length()
             step = self._memory.predict(self._largest._replace(rows=self._rows))
             self._wanted_bytes = TIMES * step.needed_bytes if step.is_proven else float("inf")
-        if headroom_bytes >= self._wanted_bytes:
-            self._left = CLEARED_STEPS
+        self._left = CLEARED_STEPS if headroom_bytes >= self._wanted_bytes else 0
 
     def take(self, rows: int) -> bool:
         """Whether the next step may run without being asked about; it counts as run.

@@ -149,7 +149,8 @@ class EngineGate:
 
         Args:
             shape: of the step that the engine has put together, which may be less than was let in.
-            rows: as for `Clearance.grant`; 0 clears nothing.
+            rows: as for `Clearance.grant`; 0 clears nothing, and nothing is
+                while somebody waits, or those who come are still told so.
         """
         give_back, self._give_back = self._give_back, False
         self._gave_back = self._gave_back or give_back
@@ -159,8 +160,11 @@ class EngineGate:
         )
         if measure:
             self._await(shape)
-        if rows and not self.gate.waiting:
+        told_to_wait = self._limits is not None and self._limits.waiting_s > 0
+        if rows and not self.gate.waiting and not told_to_wait:
             self.clearance.grant(rows, self.gate.headroom_bytes)
+        else:
+            self.clearance.withdraw()
         return StepOrder(self._number, measure, give_back)
 
     def ran_out(self, shape: StepShape) -> None:

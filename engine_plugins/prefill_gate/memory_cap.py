@@ -99,12 +99,17 @@ class HostFigures:
 
     @classmethod
     def now(cls) -> HostFigures:
-        """Read them."""
+        """Read them.
+
+        Of a process in a step what it holds grows or shrinks meanwhile: it is read twice, and the
+        smaller counts, so that what is held and what is free are never too much together.
+        """
+        before, _ = resident_and_addresses()
         memory = psutil.virtual_memory()
         soft, _ = resource.getrlimit(resource.RLIMIT_AS)
         limit, used = tightest_cgroup()
         return cls(
-            resident=resident_and_addresses()[0],
+            resident=min(before, resident_and_addresses()[0]),
             machine_total=memory.total,
             machine_available=memory.available,
             cgroup_limit=limit,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from engine_plugins.prefill_gate.memory_cap import UNLIMITED, MemoryFigures, Reading
-from engine_plugins.prefill_gate.step_memory import StepMemory
+from engine_plugins.prefill_gate.memory_cap import MemoryFigures, Reading
+from engine_plugins.prefill_gate.step_memory import LOOK_LASTS_S, StepMemory
 from engine_plugins.shared_page import SharedPage
 
 __all__ = ["Measured", "OwnRank", "PagedRanks", "RankMeter", "Ranks", "StepOrder", "rank_page"]
@@ -24,8 +26,13 @@ __all__ = ["Measured", "OwnRank", "PagedRanks", "RankMeter", "Ranks", "StepOrder
 KEPT_PEAKS = 8
 LOOK_S = 0.5
 """How old it gets what is known of a rank's memory, but for what a step changes."""
+TRIES_TO_PUBLISH = 8
+"""Ends of steps after each of which the next may have begun already."""
+NO_ROOM = -1
 _PAGE_BYTES = 1 << 10
 _NONE = -1
+
+logger = logging.getLogger(__name__)
 
 
 class StepOrder(NamedTuple):
@@ -67,6 +74,30 @@ class _Page(NamedTuple):
         return cls(figures, list(map(Measured, peaks[::2], peaks[1::2])))
 
 
+class _Look(NamedTuple):
+    """What can be had roughly, as numbers that can be read one by one; `at` in nanoseconds."""
+
+    used_bytes: int
+    cap_bytes: int
+    address_room: int
+    at: int
+
+    @classmethod
+    def now(cls, figures: MemoryFigures) -> _Look:
+        return cls(figures.used_bytes, figures.cap_bytes, figures.address_room, time.monotonic_ns())
+
+    def show(self, gauges: memoryview) -> None:
+        """Put it on a page, the time first: an old look is no look."""
+        for place in (3, 0, 1, 2):
+            gauges[place] = self[place]
+
+    def room(self, configured_cap: int | None) -> int:
+        used, cap, address_room, at = self
+        if time.monotonic_ns() - at > LOOK_LASTS_S * 1e9:
+            return NO_ROOM
+        return min((cap if configured_cap is None else configured_cap) - used, address_room)
+
+
 class Ranks(Protocol):
     """The ranks of an engine, as its scheduler sees them."""
 
@@ -85,7 +116,8 @@ class Ranks(Protocol):
     def room(self, configured_cap: int | None) -> int:
         """Headroom of the rank with the least, as of each one's last look: quick and rough.
 
-        A look may fall into a step, and what that takes for a while counts as used.
+        A look may fall into a step, and what that takes for a while counts as used. Less than 0
+        where somebody has not looked for a while.
         """
         ...
 
@@ -103,8 +135,7 @@ class RankMeter:
     def __init__(self, memory: StepMemory, page: Path | None = None) -> None:
         self.memory = memory
         self.peaks: deque[Measured] = deque(maxlen=KEPT_PEAKS)
-        self.looked = memory.figures()
-        """Memory at the last look, whether in a step or not."""
+        self.looked = _Look.now(memory.figures())
         self._order: StepOrder | None = None
         self._in_step = self._is_due = False
         self._between_steps = threading.Event()
@@ -119,15 +150,11 @@ class RankMeter:
 
     def before(self, order: StepOrder | None) -> None:
         """A step is about to run; `None` if nothing is to be done about it."""
-        self._order = order
-        if order is None:
-            self._in_step = True
-            return
-        if order.give_back:
+        if order is not None and order.give_back:
             self.memory.give_back()
         with self._publishing:  # what is published is read before the step, or after it
-            self._in_step = True
-        if order.measure:
+            self._in_step, self._order = True, order
+        if order is not None and order.measure:
             self.memory.start()
 
     def after(self, *, completed: bool = True) -> None:
@@ -150,26 +177,35 @@ class RankMeter:
         """Others take and free memory too."""
         waiting = threading.Event()
         while not waiting.wait(LOOK_S):
-            self.memory.look()
-            self._look()
-            if not self._publish_if_between():
-                self._between_steps.wait(LOOK_S)
-                self._publish_if_between()
+            try:
+                self._wait_for_the_end_of_a_step()
+                self.memory.look()
+                self._look()
+                for _ in range(TRIES_TO_PUBLISH):
+                    if self._publish_if_between():
+                        break
+                    self._wait_for_the_end_of_a_step()
+            except Exception:  # memory may be what is missing; what is known grows old, and is told
+                logger.exception("a look at the memory of this rank failed; the next is soon")
+
+    def _wait_for_the_end_of_a_step(self) -> None:
+        """Or for so long that it cannot be waited for."""
+        self._between_steps.clear()
+        self._is_due = self._in_step
+        if self._is_due:
+            self._between_steps.wait(LOOK_S)
+        self._is_due = False
 
     def _look(self) -> None:
-        self.looked = self.memory.figures()
+        self.looked = _Look.now(self.memory.figures())
         if self._page is not None:
-            gauges = self._page.gauges
-            gauges[0], gauges[1] = self.looked.used_bytes, self.looked.cap_bytes
-            gauges[2] = self.looked.address_room
+            self.looked.show(self._page.gauges)
 
     def _publish_if_between(self) -> bool:
         with self._publishing:
-            self._between_steps.clear()
-            self._is_due = self._in_step
             if not self._in_step:
                 self._publish()
-        return not self._is_due
+            return not self._in_step
 
     def _publish(self) -> None:
         if self._page is not None:
@@ -192,7 +228,7 @@ class OwnRank:
 
     def room(self, configured_cap: int | None) -> int:
         """As of its meter's last look."""
-        return self._meter.looked.reading(configured_cap).headroom_bytes
+        return self._meter.looked.room(configured_cap)
 
     def measured(self) -> list[Measured]:
         """Since the last time."""
@@ -230,12 +266,7 @@ class PagedRanks:
 
     def room(self, configured_cap: int | None) -> int:
         """By the gauges on their pages."""
-        least = UNLIMITED
-        for page in self._pages:
-            used, cap, address_room = page.gauges[:3]
-            room = (cap if configured_cap is None else configured_cap) - used
-            least = min(least, room, address_room)
-        return least
+        return min([_Look(*page.gauges[:4]).room(configured_cap) for page in self._pages])
 
     def measured(self) -> list[Measured]:
         """Those that have come to be on the page of every rank."""

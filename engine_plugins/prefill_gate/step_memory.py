@@ -7,6 +7,7 @@ allocator has given out there.
 from __future__ import annotations
 
 import gc
+import time
 from typing import Protocol
 
 import torch
@@ -21,6 +22,9 @@ from engine_plugins.prefill_gate.memory_cap import (
 from engine_plugins.weights.peak_memory import PeakMemory, return_free_memory
 
 __all__ = ["DeviceStepMemory", "HostStepMemory", "StepMemory", "step_memory"]
+
+LOOK_LASTS_S = 2.0
+"""After which figures need another: whoever looks now and then has stood still, or ended."""
 
 
 class StepMemory(Protocol):
@@ -54,7 +58,7 @@ def step_memory(device: torch.device, *, ranks: int) -> StepMemory:
         device: of the rank.
         ranks: that take from the same free memory.
     """
-    return DeviceStepMemory() if device.type == "cuda" else HostStepMemory(ranks=ranks)
+    return DeviceStepMemory(device) if device.type == "cuda" else HostStepMemory(ranks=ranks)
 
 
 class HostStepMemory:
@@ -68,9 +72,12 @@ class HostStepMemory:
     def look(self) -> None:
         """At the machine, and at the limits of this process and its cgroup."""
         self._cap = resolve_cap(None, HostFigures.now(), ranks=self._ranks)
+        self._looked_at = time.monotonic()
 
     def figures(self) -> MemoryFigures:
         """Resident bytes, addresses and their limits."""
+        if time.monotonic() - self._looked_at > LOOK_LASTS_S:
+            self.look()
         return read_host(self._cap)
 
     def start(self) -> None:
@@ -89,35 +96,43 @@ class HostStepMemory:
 
 
 class DeviceStepMemory:
-    """Of a rank on a CUDA device; what torch holds in reserve counts as free."""
+    """Of a rank on a CUDA device; what torch holds in reserve counts as free.
 
-    def __init__(self) -> None:
+    Args:
+        device: of the rank; which one is current may differ from thread to thread.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._before = -1
         self._cap_bytes = self._total_bytes = 0
+        self._looked_at = -LOOK_LASTS_S
 
     def look(self) -> None:
-        """At what the GPU has free."""
-        free, self._total_bytes = torch.cuda.mem_get_info()
-        ours, reserved = _allocated("current"), torch.cuda.memory_reserved()
-        cap = resolve_device_cap(
-            None, total=self._total_bytes, free=free + reserved - ours, ours=ours
-        )
+        """At what the GPU has free, reading what torch holds twice as on the host."""
+        before = torch.cuda.memory_reserved(self._device)
+        free, self._total_bytes = torch.cuda.mem_get_info(self._device)
+        reserved = min(before, torch.cuda.memory_reserved(self._device))
+        cap = resolve_device_cap(None, total=self._total_bytes, free=free, ours=reserved)
         self._cap_bytes = cap.resident_bytes
+        self._looked_at = time.monotonic()
 
     def figures(self) -> MemoryFigures:
         """Bytes given out by torch's allocator, and what it could come to give out."""
-        if not self._total_bytes:
+        if time.monotonic() - self._looked_at > LOOK_LASTS_S:
             self.look()
-        return MemoryFigures(_allocated("current"), self._cap_bytes, device_bytes=self._total_bytes)
+        return MemoryFigures(
+            self._allocated("current"), self._cap_bytes, device_bytes=self._total_bytes
+        )
 
     def start(self) -> None:
         """Reset the allocator's high-water mark."""
-        torch.cuda.reset_peak_memory_stats()
-        self._before = _allocated("current")
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = self._allocated("current")
 
     def peak_bytes(self) -> int:
         """From the allocator's high-water mark."""
-        return -1 if self._before < 0 else _allocated("peak") - self._before
+        return -1 if self._before < 0 else self._allocated("peak") - self._before
 
     def give_back(self) -> None:
         """Collect Python's garbage and empty torch's cache."""
@@ -125,11 +140,10 @@ class DeviceStepMemory:
         torch.cuda.empty_cache()
         self.look()
 
+    def _allocated(self, when: str) -> int:
+        """Bytes that torch's allocator has given out.
 
-def _allocated(when: str) -> int:
-    """Bytes that torch's allocator has given out.
-
-    `torch.cuda.memory_allocated` says the same, and puts all its figures into one dict first.
-    """
-    stats = torch.cuda.memory_stats_as_nested_dict()
-    return int(stats["allocated_bytes"]["all"][when])
+        `torch.cuda.memory_allocated` says the same, and puts all its figures into one dict first.
+        """
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        return int(stats["allocated_bytes"]["all"][when])

@@ -1,8 +1,4 @@
-"""Peak resident memory of this process over a stretch of time, read from the kernel.
-
-Two sources say the same high-water mark. `getrusage` takes 2 microseconds and `/proc/self/status`
-20, but the first never falls below the peak of what the process was before `execve`.
-"""
+"""Peak resident memory of this process over a stretch of time, read from the kernel."""
 
 from __future__ import annotations
 
@@ -10,15 +6,11 @@ import ctypes
 import functools
 import os
 import re
-import resource
-from collections.abc import Callable
 from dataclasses import dataclass
 
 __all__ = ["PeakMemory", "resident_and_addresses", "return_free_memory"]
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-_COUNTED_IN_BATCHES = 1 << 20
-"""Bytes by which the kernel's quick count of a process's pages may differ from its exact one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +19,6 @@ class PeakMemory:
 
     before_bytes: int
     already_held_bytes: int
-    read_mark: Callable[[], int]
 
     @classmethod
     def start(cls, *, already_held: int) -> PeakMemory:
@@ -35,22 +26,18 @@ class PeakMemory:
 
         `already_held` bytes are resident from an earlier update and count as extra all the same.
         """
-        read = _usage_mark
         try:
             os.pwrite(_kept_open(os.getpid(), "clear_refs", os.O_WRONLY), b"5", 0)
-            before = _usage_mark()
-            if before > resident_and_addresses()[0] + _COUNTED_IN_BATCHES:
-                read = functools.partial(_status_bytes, b"VmHWM")
-                before = _status_bytes(b"VmRSS")
+            before = _status_bytes(b"VmRSS")
         except OSError:
             before = -1
-        return cls(before_bytes=before, already_held_bytes=already_held, read_mark=read)
+        return cls(before_bytes=before, already_held_bytes=already_held)
 
     def peak_extra_bytes(self) -> int:
         """Highest resident size since the start, over the size at the start; -1 if unknown."""
         if self.before_bytes < 0:
             return -1
-        return max(self.read_mark() - self.before_bytes, 0) + self.already_held_bytes
+        return max(_status_bytes(b"VmHWM") - self.before_bytes, 0) + self.already_held_bytes
 
 
 def resident_and_addresses() -> tuple[int, int]:
@@ -69,10 +56,6 @@ def return_free_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _usage_mark() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _status_bytes(field: bytes) -> int:
