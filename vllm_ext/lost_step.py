@@ -14,9 +14,10 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 
-__all__ = ["can_be_taken_back", "is_lost", "is_out_of_memory", "lose", "take_back"]
+__all__ = ["LOST", "can_be_taken_back", "is_out_of_memory", "lose", "take_back"]
 
-_LOST = "engine_plugins_lost"
+LOST = "engine_plugins_lost"
+"""Attribute of the output of a worker that lost the step."""
 _SAID_BY_ALLOCATORS = ("can't allocate memory", "out of memory", "std::bad_alloc")
 
 
@@ -54,13 +55,8 @@ def lose(runner: Any, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
     output = ModelRunnerOutput(
         req_ids=request_ids, req_id_to_index={name: at for at, name in enumerate(request_ids)}
     )
-    setattr(output, _LOST, True)
+    setattr(output, LOST, True)
     return output
-
-
-def is_lost(output: ModelRunnerOutput) -> bool:
-    """Whether a worker answered that it lost the step."""
-    return hasattr(output, _LOST)
 
 
 def take_back(scheduler: Scheduler, scheduler_output: SchedulerOutput, prefills: set[str]) -> None:

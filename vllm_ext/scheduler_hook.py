@@ -21,9 +21,9 @@ from engine_plugins.errors import EnginePluginError, MemoryPressureError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
 from vllm_ext.held_stream import is_marked_as_held
-from vllm_ext.lost_step import is_lost, take_back
+from vllm_ext.lost_step import LOST, take_back
 from vllm_ext.prefill_refusal import stop_reason_of
-from vllm_ext.step_order import NOTHING_TO_DO, Order, attach_order
+from vllm_ext.step_order import NOTHING_TO_DO, ORDER, Order
 
 __all__ = ["GatedScheduler", "held_bytes_per_token"]
 
@@ -106,7 +106,7 @@ class GatedScheduler:
         if clear or self._may_pass():
             output = self._schedule(*args, **kwargs)
             self._let_in.clear()
-            attach_order(output, NOTHING_TO_DO)
+            setattr(output, ORDER, NOTHING_TO_DO)
             return output
         self._begin()
         self._answer(gated=True)
@@ -119,7 +119,7 @@ class GatedScheduler:
         shape = self._shape(output, self._let_in)
         order = self._gate.order(shape, rows=rows)
         if shape.tokens or order.give_back:
-            attach_order(output, Order(order, self._needed_bytes))
+            setattr(output, ORDER, Order(order, self._needed_bytes))
         return output
 
     def is_ready(self, request: Request) -> bool:
@@ -152,7 +152,7 @@ class GatedScheduler:
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         """Add the ends of refused requests to what a step gave; take a lost step back."""
-        if is_lost(model_runner_output):
+        if hasattr(model_runner_output, LOST):
             self._recover(scheduler_output)
         else:
             self._lost = 0

@@ -17,15 +17,16 @@ from engine_plugins.prefill_gate.step_memory import step_memory
 
 __all__ = [
     "NOTHING_TO_DO",
+    "ORDER",
     "Order",
-    "attach_order",
     "meter_of",
     "order_of",
     "own_meter",
     "paged_meter",
 ]
 
-_ORDER = "engine_plugins_order"
+ORDER = "engine_plugins_order"
+"""Attribute of a scheduler's output: an order to the workers that run the step."""
 _METER = "_engine_plugins_meter"
 
 
@@ -44,14 +45,9 @@ class Order(NamedTuple):
 NOTHING_TO_DO = Order(None, 0)
 
 
-def attach_order(scheduler_output: SchedulerOutput, order: Order) -> None:
-    """Have the workers that run a step follow an order."""
-    setattr(scheduler_output, _ORDER, order)
-
-
 def order_of(scheduler_output: SchedulerOutput) -> Order | None:
     """The order that came with a step, if any did."""
-    return getattr(scheduler_output, _ORDER, None)
+    return getattr(scheduler_output, ORDER, None)
 
 
 def meter_of(worker: Any) -> RankMeter | None:

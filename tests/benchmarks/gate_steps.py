@@ -29,6 +29,8 @@ STEPS, WARMING = 4000, 500
 ONE_IN, RUNNING = 8, 20
 CLIENTS, LIVE_REQUESTS, WARMING_REQUESTS = 6, 150, 50
 TIMES = "GATE_TIMES"
+RAMP = 100
+"""Steps after a change of mode, while the requests become as many as there are clients."""
 CALIBRATED = (32, 64, 128, 256, 512, 1024, 2048)
 OURS = {
     "is_ready": "_is_ready",
@@ -79,7 +81,7 @@ def _live_steps(folder: Path, sglang_python: Path) -> dict[str, list[float]]:
             (prompt(chance.randint(20, 1000)), chance.randint(1, 2 * ONE_IN * CLIENTS))
             for _ in range(requests)
         ]
-        before = len(times.read_text().splitlines())
+        before = len(times.read_text().splitlines()) + RAMP
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(lambda each: server.greedy(*each), asked))
         return [int(line) / 1e3 for line in times.read_text().splitlines()[before:]]
