@@ -1,76 +1,94 @@
 """Run the tests of both engines side by side: `run_tests.py [ARGUMENT_OF_PYTEST ...]`.
 
-Each engine's tests run in its own environment. Starting servers and waiting for them leaves much of
-a machine idle, so two runs take little longer than one. What the second one prints follows when the
-first has ended.
+Each engine's tests run in its own environment, two runs at once: starting servers and waiting for
+them leaves much of a machine idle. What is printed is one run after the other.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-LIVE, HELD_BACK = "vllm", "sglang"
-WITHOUT_ARGUMENTS = {LIVE: [], HELD_BACK: ["-m", "not core"]}
-"""Tests that know no engine run once."""
+AT_ONCE = 2
 NO_TESTS_COLLECTED = 5
-FOLLOWED_EVERY_S = 0.2
+LOOKED_AT_EVERY_S = 0.2
+
+
+@dataclass
+class Run:
+    """One run of pytest in an engine's environment."""
+
+    engine: str
+    arguments: list[str]
+    output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
+    process: subprocess.Popen[bytes] | None = None
+    shown: int = 0
+
+    def start(self) -> None:
+        """Begin it."""
+        python = ROOT / ".venv" / self.engine / "bin" / "python"
+        self.process = subprocess.Popen(
+            [python, "-m", "pytest", "tests", *self.arguments],
+            cwd=ROOT,
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def code(self) -> int | None:
+        """Its exit code; `None` before its end."""
+        return None if self.process is None else self.process.poll()
+
+    def show(self) -> None:
+        """Print what it has said since the last time."""
+        while said := os.pread(self.output.fileno(), 1 << 16, self.shown):
+            self.shown += len(said)
+            sys.stdout.buffer.write(said)
+        sys.stdout.flush()
 
 
 def main(arguments: list[str]) -> int:
-    """Run both; 0 if all passed, else the first other exit code."""
-    runs: dict[str, subprocess.Popen[bytes]] = {}
-    with tempfile.NamedTemporaryFile() as held_back:
-        try:
-            runs[HELD_BACK] = _started(HELD_BACK, arguments, held_back)
-            runs[LIVE] = _started(LIVE, arguments, None)
-            runs[LIVE].wait()
-            print(f"\n{'=' * 30} tests of {HELD_BACK} {'=' * 30}", flush=True)
-            _follow(Path(held_back.name), runs[HELD_BACK])
-        except KeyboardInterrupt:
-            pass  # they were interrupted too, and clean up
-        except BaseException:
-            for run in runs.values():
-                run.terminate()
-            raise
-        finally:
-            for run in runs.values():
-                run.wait()
-    codes = {name: run.returncode for name, run in runs.items()}
-    for name, code in codes.items():
-        print(f"tests of {name}: exit code {code}", flush=True)
-    # What was asked for may be tests of the other engine alone.
-    passed = {0, NO_TESTS_COLLECTED} if arguments else {0}
-    if set(codes.values()) == {NO_TESTS_COLLECTED}:
-        return NO_TESTS_COLLECTED
-    return next((code for code in codes.values() if code not in passed), 0)
+    """Run them; 0 if all passed, else the first other exit code."""
+    runs = [Run("vllm", arguments), Run("sglang", arguments)]
+    if not arguments:  # what knows no engine is run once, and quickest at the end
+        engines = ["-m", "not core"]
+        runs = [Run("vllm", engines), Run("sglang", engines), Run("vllm", ["-m", "core"])]
+    try:
+        _run_all(runs)
+    finally:  # of an interrupt each was told too, and cleans up
+        for run in runs:
+            if run.process is not None:
+                run.process.wait()
+    codes = [run.code or 0 for run in runs]
+    for run, code in zip(runs, codes, strict=True):
+        print(f"{run.engine} {' '.join(run.arguments)}: exit code {code}", flush=True)
+    # What was asked for may be tests of one engine alone.
+    if arguments and set(codes) != {NO_TESTS_COLLECTED}:
+        codes = [0 if code == NO_TESTS_COLLECTED else code for code in codes]
+    return next((code for code in codes if code), 0)
 
 
-def _started(name: str, arguments: list[str], output: IO[bytes] | None) -> subprocess.Popen[bytes]:
-    python = ROOT / ".venv" / name / "bin" / "python"
-    return subprocess.Popen(
-        [python, "-m", "pytest", "tests", *(arguments or WITHOUT_ARGUMENTS[name])],
-        cwd=ROOT,
-        stdout=output,
-        stderr=None if output is None else subprocess.STDOUT,
-    )
-
-
-def _follow(output: Path, run: subprocess.Popen[bytes]) -> None:
-    """Print what a run has said and says, until it has ended."""
-    with output.open("rb") as file:
-        ended = False
-        while not ended:
-            ended = run.poll() is not None
-            sys.stdout.buffer.write(file.read())
-            sys.stdout.flush()
-            if not ended:
-                time.sleep(FOLLOWED_EVERY_S)
+def _run_all(runs: list[Run]) -> None:
+    """Start each as soon as there is a place, and print them in their order."""
+    for run in runs:
+        print(f"{'=' * 20} {run.engine}: {' '.join(run.arguments)} {'=' * 20}", flush=True)
+        is_over = False
+        while not is_over:
+            running = [each for each in runs if each.process is not None and each.code is None]
+            waiting = [each for each in runs if each.process is None]
+            for each in waiting[: AT_ONCE - len(running)]:
+                each.start()
+            is_over = run.code is not None
+            run.show()
+            if not is_over:
+                time.sleep(LOOKED_AT_EVERY_S)
 
 
 if __name__ == "__main__":
