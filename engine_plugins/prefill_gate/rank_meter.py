@@ -12,6 +12,7 @@ import logging
 import struct
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,7 +138,7 @@ class RankMeter:
         self.peaks: deque[Measured] = deque(maxlen=KEPT_PEAKS)
         self.looked = _Look.now(memory.figures())
         self._order: StepOrder | None = None
-        self._in_step = self._is_due = False
+        self._looks = self._in_step = self._is_due = False
         self._between_steps = threading.Event()
         self._page: SharedPage | None = None
         self._publishing = threading.Lock()
@@ -146,10 +147,12 @@ class RankMeter:
             self._page = SharedPage(page)
             self._look()
             self._publish()
-        threading.Thread(target=self._keep_looking, name="prefill-gate", daemon=True).start()
+            self._begin_to_look()
 
     def before(self, order: StepOrder | None) -> None:
         """A step is about to run; `None` if nothing is to be done about it."""
+        if not self._looks:
+            self._begin_to_look()
         if order is not None and order.give_back:
             self.memory.give_back()
         with self._publishing:  # what is published is read before the step, or after it
@@ -173,20 +176,22 @@ class RankMeter:
         if self._is_due:
             self._between_steps.set()
 
-    def _keep_looking(self) -> None:
-        """Others take and free memory too."""
-        waiting = threading.Event()
-        while not waiting.wait(LOOK_S):
-            try:
-                self._wait_for_the_end_of_a_step()
-                self.memory.look()
-                self._look()
-                for _ in range(TRIES_TO_PUBLISH):
-                    if self._publish_if_between():
-                        break
-                    self._wait_for_the_end_of_a_step()
-            except Exception:  # memory may be what is missing; what is known grows old, and is told
-                logger.exception("a look at the memory of this rank failed; the next is soon")
+    def _begin_to_look(self) -> None:
+        self._looks = True
+        meter = weakref.ref(self)
+        threading.Thread(
+            target=_keep_looking, args=(meter,), name="prefill-gate", daemon=True
+        ).start()
+
+    def look(self) -> None:
+        """See what others have taken and freed, at the end of a step if there is one."""
+        self._wait_for_the_end_of_a_step()
+        self.memory.look()
+        self._look()
+        for _ in range(TRIES_TO_PUBLISH):
+            if self._publish_if_between():
+                break
+            self._wait_for_the_end_of_a_step()
 
     def _wait_for_the_end_of_a_step(self) -> None:
         """Or for so long that it cannot be waited for."""
@@ -210,6 +215,20 @@ class RankMeter:
     def _publish(self) -> None:
         if self._page is not None:
             self._page.write(_Page(self.memory.figures(), list(self.peaks)).encode())
+
+
+def _keep_looking(meter: weakref.ref[RankMeter]) -> None:
+    """As long as the meter is in use."""
+    waiting = threading.Event()
+    while not waiting.wait(LOOK_S):
+        looking = meter()
+        if looking is None:
+            return
+        try:
+            looking.look()
+        except Exception:  # memory may be what is missing; what is known grows old, and is told
+            logger.exception("a look at the memory of this rank failed; the next is soon")
+        del looking
 
 
 class OwnRank:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ class ToldMemory:
 
     def give_back(self) -> None:
         self.calls.append("give back")
+
+
+class FailingOnce:
+    """A look that finds no memory for itself, the first time."""
+
+    def __init__(self, look: Callable[[], None]) -> None:
+        self._look, self.failed = look, False
+
+    def __call__(self) -> None:
+        if not self.failed:
+            self.failed = True
+            raise MemoryError
+        self._look()
 
 
 def a_step(meter: RankMeter, number: int, *, measure: bool = True, give_back: bool = False) -> None:
@@ -171,6 +185,36 @@ def test_a_rank_that_is_never_idle_says_what_it_holds_between_its_steps(
     assert ranks.measured() == []
 
 
+def test_a_failed_look_is_followed_by_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory may be what is missing when it is looked at."""
+    monkeypatch.setattr(rank_meter, "LOOK_S", 0.01)
+    memory = ToldMemory(10, 100)
+    monkeypatch.setattr(memory, "look", failing := FailingOnce(memory.look))
+    meter = RankMeter(memory)
+    a_step(meter, 1)
+    until(lambda: memory.looks > 1, otherwise=lambda: failing.failed)
+    assert failing.failed
+
+
+def test_a_meter_looks_from_its_first_step_until_nobody_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An engine whose gate is off has none."""
+    monkeypatch.setattr(rank_meter, "LOOK_S", 0.01)
+    memory = ToldMemory(10, 100)
+    meter = RankMeter(memory)
+    time.sleep(0.1)
+    assert memory.looks == 0
+    a_step(meter, 1)
+    until(lambda: memory.looks > 1, otherwise=lambda: "it does not look")
+    del meter
+    gc.collect()
+    time.sleep(0.1)
+    before = memory.looks
+    time.sleep(0.1)
+    assert memory.looks == before
+
+
 def test_room_is_that_of_the_last_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least of all ranks, against a configured cap or their own, and in addresses."""
     monkeypatch.setattr(rank_meter, "LOOK_S", 0.01)
@@ -178,6 +222,7 @@ def test_room_is_that_of_the_last_look(tmp_path: Path, monkeypatch: pytest.Monke
     pages = [tmp_path / f"{rank}" for rank in range(2)]
     meters = [RankMeter(memory, page) for memory, page in zip(memories, pages, strict=True)]
     own, all_ranks = OwnRank(meters[1]), PagedRanks(pages)
+    assert OwnRank(RankMeter(ToldMemory(0, 9))).room(None) == 9
     assert (own.room(None), own.room(55)) == (60, 5)
     assert (all_ranks.room(None), all_ranks.room(55)) == (60, 5)
     memories[0].now = MemoryFigures(10, 100, 1000, 1007)
