@@ -311,11 +311,11 @@ class GateView(BaseModel):
     cap_bytes: int
     calibration: dict[Regime, LineView] = Field(description="by phase of a step")
     decisions: dict[Outcome, int] = Field(description="how many of each; a wait counts once")
-    cleared_steps: int = Field(
-        description="that ran without a decision: the largest of all would have fitted twice"
-    )
     exceeded: int = Field(description="measured steps that took more than predicted with margin")
     waiting: int
     longest_wait_s: float
     deferred_s: float = Field(description="that requests which were let in had waited, in all")
+    cleared_steps: int = Field(
+        description="that ran without a decision: the largest of all would have fitted twice"
+    )
     recent: list[MeasuredStepView] = Field(description="measured lately, oldest first")
