@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -40,15 +41,7 @@ def hook_steps() -> None:
             return execute_model(self, scheduler_output)
         meter.before(order.step)
         setattr(self, _STEP, scheduler_output)
-        output, is_lost = None, False
-        try:
-            output = execute_model(self, scheduler_output)
-        except Exception as error:
-            if not _may_be_lost(self, meter, error):
-                raise
-            is_lost = True
-        if is_lost:
-            output = _lose(self, meter)
+        output = _run_or_lose(self, meter, execute_model, scheduler_output)
         if output is not None:
             _end(self, meter)
         return output
@@ -58,20 +51,24 @@ def hook_steps() -> None:
         meter = meter_of(self)
         if meter is None or getattr(self, _STEP, None) is None:
             return sample_tokens(self, grammar_output)
-        output, is_lost = None, False
-        try:
-            output = sample_tokens(self, grammar_output)
-        except Exception as error:
-            if not _may_be_lost(self, meter, error):
-                raise
-            is_lost = True
-        if is_lost:
-            output = _lose(self, meter)
+        output = _run_or_lose(self, meter, sample_tokens, grammar_output)
         _end(self, meter)
         return output
 
     setattr(execute, _HOOKED, True)
     Worker.execute_model, Worker.sample_tokens = execute, sample
+
+
+def _run_or_lose(
+    worker: Any, meter: RankMeter, method: Callable[[Any, Any], Any], argument: Any
+) -> Any:
+    """What `method` gives, or what stands for a step that ran out of memory and was taken back."""
+    try:
+        return method(worker, argument)
+    except Exception as error:
+        if not _may_be_lost(worker, meter, error):
+            raise
+    return _lose(worker, meter)
 
 
 def _end(worker: Any, meter: RankMeter) -> None:
