@@ -78,7 +78,7 @@ class SchedulerGate:
         self.smallest_chunk = smallest_chunk
         self.deferred: set[str] = set()
         """Requests that were told to wait, by id."""
-        self.unasked = UnaskedSteps(engine)
+        self.unasked = UnaskedSteps(engine.clearance)
         self.told = told
         self._latest: StepFigures | None = None
         self._idle = True

@@ -6,13 +6,16 @@ so where there are several nothing here reads a clock or memory.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from engine_plugins.prefill_gate.engine_gate import EngineGate
+from engine_plugins.prefill_gate.clearance import Clearance
 
 __all__ = ["UnaskedSteps"]
 
 MANY = 1024
+FEW_WAITING = 8
+"""Requests whose tokens are counted to find whether they may join a step unasked."""
 LOOKED_AT_ONE_IN = 16
 """Of steps that only decode, which take the same memory again and again."""
 
@@ -21,11 +24,11 @@ class UnaskedSteps:
     """Of one scheduler.
 
     Args:
-        engine: its gate.
+        clearance: of its gate.
     """
 
-    def __init__(self, engine: EngineGate) -> None:
-        self._is_cleared = engine.clearance.take
+    def __init__(self, clearance: Clearance) -> None:
+        self._clearance = clearance
         self._special: set[str] = set()
         """Requests of the queue that take more than their tokens say, by id."""
         self._passed = 0
@@ -45,13 +48,25 @@ class UnaskedSteps:
         chunked = scheduler.chunked_req is not None
         if not decodes or scheduler.grammar_manager.grammar_queue:
             self.goes_on = False
-        elif (not self._special or not self._asks_for_more(scheduler)) and self._is_cleared(
-            min(decodes + waiting + chunked, scheduler.max_running_requests)
+        elif (not self._special or not self._asks_for_more(scheduler)) and self._clearance.take(
+            min(decodes + waiting + chunked, scheduler.max_running_requests),
+            self._most_tokens(scheduler, decodes) if self._clearance.is_bounded else 0,
         ):
             self.goes_on = True
         else:
             self.goes_on = not waiting and not chunked and self._is_passed()
         return self.goes_on
+
+    def _most_tokens(self, scheduler: Any, decodes: int) -> int:
+        """Of the next step, if few wait for it; else more than any has."""
+        prompts = scheduler.waiting_queue
+        if len(prompts) > FEW_WAITING:
+            return sys.maxsize
+        if scheduler.chunked_req is not None:
+            prompts = [*prompts, scheduler.chunked_req]
+        return decodes + sum(
+            [len(each.origin_input_ids) + len(each.output_ids) for each in prompts]
+        )
 
     def _asks_for_more(self, scheduler: Any) -> bool:
         waiting = {request.rid for request in scheduler.waiting_queue}

@@ -7,6 +7,7 @@ keeps its place, and what the gate does not touch is computed as without it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +30,8 @@ __all__ = ["GatedScheduler", "held_bytes_per_token"]
 
 LOOKED_AT_ONE_IN = 16
 """Of steps that only decode, which take the same memory again and again."""
+FEW_WAITING = 8
+"""Requests whose tokens are counted to find whether they may join a step unasked."""
 MAX_LOST = 16
 """Steps in a row that may run out of memory: each gives up a prefill, if it has one."""
 
@@ -47,7 +50,7 @@ class GatedScheduler:
 
     def __init__(self, scheduler: Scheduler, gate: EngineGate, *, on_host: bool) -> None:
         self._scheduler, self._gate, self._on_host = scheduler, gate, on_host
-        self._is_cleared = gate.clearance.take
+        self._clearance = gate.clearance
         self._most_running = int(scheduler.max_num_running_reqs)
         self._rows_each = 1 + int(scheduler.num_spec_tokens)
         self._divisible = bool(scheduler.scheduler_config.enable_chunked_prefill)
@@ -102,7 +105,8 @@ class GatedScheduler:
             return self._schedule(*args, **kwargs)
         scheduler = self._scheduler
         rows = min(len(scheduler.requests), self._most_running) * self._rows_each
-        clear = scheduler.running and not self._special and self._is_cleared(rows)
+        tokens = self._most_tokens() if self._clearance.is_bounded else 0
+        clear = scheduler.running and not self._special and self._clearance.take(rows, tokens)
         if clear or self._may_pass():
             output = self._schedule(*args, **kwargs)
             self._let_in.clear()
@@ -183,6 +187,21 @@ class GatedScheduler:
         if self._gate.is_on:
             self._gate.forget([request.request_id], idle=not self._scheduler.requests)
         return freed
+
+    def _most_tokens(self) -> int:
+        """Of the next step, if few wait for it; else more than any has."""
+        scheduler = self._scheduler
+        if len(scheduler.waiting) + len(scheduler.kv_holding_waiting) > FEW_WAITING:
+            return sys.maxsize
+        prefills = [
+            *scheduler.waiting,
+            *scheduler.kv_holding_waiting,
+            *[each for each in scheduler.running if each.is_prefill_chunk],
+        ]
+        tokens: int = len(scheduler.running) * self._rows_each
+        for each in prefills:
+            tokens += each.num_tokens - each.num_computed_tokens
+        return tokens
 
     def _may_pass(self) -> bool:
         """Whether a step has no prefill, and need not be looked at for once."""

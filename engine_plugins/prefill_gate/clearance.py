@@ -2,18 +2,20 @@
 
 Away from the cap every prefill is let in, and to find that out anew costs more than it tells. So a
 step that was judged clears those behind it: until a number of them have run, memory has become
-scarcer, or more requests have come than were reckoned with.
+scarcer, or more requests have come than were reckoned with. Nearer to the cap, where the largest
+step would not fit twice, it clears those of fewer tokens.
 """
 
 from __future__ import annotations
 
+import math
 import time
 
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
 from engine_plugins.prefill_gate.rank_meter import Ranks
 from engine_plugins.prefill_gate.step_shape import StepShape
 
-__all__ = ["CLEARED_STEPS", "TIMES", "Clearance"]
+__all__ = ["CLEARED_STEPS", "LEAST_TOKENS", "TIMES", "Clearance"]
 
 CLEARED_STEPS = 511
 """Steps between two that are judged, and measured where that is worth it."""
@@ -21,6 +23,8 @@ LOOKED_AT_EVERY = 7
 """Steps after which it is seen what room the ranks have."""
 STOOD_STILL_S = 0.5
 """A pause after which it is seen at once: others were awake meanwhile."""
+LEAST_TOKENS = 64
+"""To clear steps of even fewer is not worth the asking."""
 TIMES = 2
 """How often the largest step has to fit: others take memory too, between two looks at it."""
 
@@ -40,9 +44,13 @@ class Clearance:
         self._memory, self._ranks, self._largest = memory, ranks, largest
         self._drawn = -1
         self._rows = 0
-        self._wanted_bytes = 0.0
+        self._wanted: dict[int, float] = {}
+        """Bytes that have to be free, by the tokens of a step."""
+        self._tokens, self._wanted_bytes = 0, 0.0
         self._left, self._taken_at = 0, 0.0
         self._cap: int | None = None
+        self.is_bounded = False
+        """Whether only steps up to a number of tokens are cleared."""
         self.steps = 0
         """That were cleared, in all."""
 
@@ -58,24 +66,45 @@ class Clearance:
 
     def withdraw(self) -> None:
         """Have the next step judged."""
-        self._left = 0
+        self._left, self.is_bounded = 0, False
 
     def grant(self, rows: int, headroom_bytes: int) -> None:
-        """Clear the next steps, if there is memory enough and measurements say so, or none.
+        """Clear the next steps, of as many tokens as there is memory for and measurements reach to.
 
         Args:
             rows: of logits that all requests together may come to add to a step.
             headroom_bytes: of the rank with the least.
         """
+        self.withdraw()
         if self._largest is None:
             return
         if self._drawn != self._memory.drawn or not rows <= self._rows <= 2 * rows:
             self._drawn, self._rows = self._memory.drawn, 1 << rows.bit_length()
-            step = self._memory.predict(self._largest._replace(rows=self._rows))
-            self._wanted_bytes = TIMES * step.needed_bytes if step.is_proven else float("inf")
-        self._left = CLEARED_STEPS if headroom_bytes >= self._wanted_bytes else 0
+            self._wanted.clear()
+        tokens = self._largest.tokens
+        while tokens >= LEAST_TOKENS:
+            wanted = self._wanted.get(tokens)
+            if wanted is None:
+                wanted = self._wanted[tokens] = self._wanted_for(self._largest, tokens)
+            if wanted <= headroom_bytes:
+                self._tokens, self._wanted_bytes = tokens, wanted
+                self._left, self.is_bounded = CLEARED_STEPS, tokens < self._largest.tokens
+                return
+            tokens //= 2
 
-    def take(self, rows: int) -> bool:
+    def _wanted_for(self, largest: StepShape, tokens: int) -> float:
+        """What steps of so many tokens want to have free; infinite where none was measured."""
+        step = self._memory.predict(
+            largest._replace(
+                tokens=tokens,
+                pairs=largest.pairs * tokens // largest.tokens,
+                lora_tokens=min(largest.lora_tokens, tokens),
+                rows=self._rows,
+            )
+        )
+        return TIMES * step.needed_bytes if step.is_proven else math.inf
+
+    def take(self, rows: int, tokens: int) -> bool:
         """Whether the next step may run without being asked about; it counts as run.
 
         Not to be asked for an engine with nothing in flight, nor where a request wants more than
@@ -83,9 +112,10 @@ class Clearance:
 
         Args:
             rows: of logits that all requests together may come to add to a step.
+            tokens: that the step has at most; only looked at if the clearance `is_bounded`.
         """
         left = self._left
-        if not left or rows > self._rows:
+        if not left or rows > self._rows or (self.is_bounded and tokens > self._tokens):
             return False
         now = time.monotonic()
         is_due = not left % LOOKED_AT_EVERY or now - self._taken_at > STOOD_STILL_S

@@ -9,19 +9,23 @@ from __future__ import annotations
 import gc
 import random
 import statistics
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 from rich.table import Table
+from vllm.v1.core.sched.scheduler import Scheduler
 
 from engine_plugins.prefill_gate.rank_meter import PagedRanks, RankMeter
 from engine_plugins.prefill_gate.step_memory import HostStepMemory
+from engine_plugins.prefill_gate.step_shape import StepShape
 from tests.support.gate_clock import GateClock
 from tests.support.gate_models import QUICK
 from tests.support.scheduled_vllm import scheduled_vllm
 from tests.support.sglang_server import sglang_server
-from vllm_ext.step_order import order_of
+from vllm_ext.prefill_gate import largest_step
+from vllm_ext.step_order import Order, order_of
 
 __all__ = ["gate_steps"]
 
@@ -43,21 +47,37 @@ OURS = {
 """Our methods, and vLLM's that they call."""
 
 
+Largest = Callable[[Scheduler], StepShape | None]
+FURTHER = 8
+REGIMES: dict[str, tuple[str, Largest]] = {
+    "gate off": ("off", largest_step),
+    "away from the cap": ("enforce", largest_step),
+    "nearer to it, small steps are cleared": (
+        "enforce",
+        lambda scheduler: _times(FURTHER, largest_step(scheduler)),
+    ),
+    "at the cap, every prefill is judged": ("enforce", lambda scheduler: None),
+}
+"""The gate's mode, and what it takes for the largest step: none that fits is one that is judged."""
+
+
 def gate_steps(folder: Path, sglang_python: Path) -> Table:
     """Microseconds of a step: median, 99th percentile."""
     table = Table(title="What the gate takes of a step, in microseconds")
     for column in ("", "p50", "p99"):
         table.add_column(column, justify="right" if column else "left")
-    for where, clears in (("away from the cap", True), ("where no step is cleared", False)):
-        place = folder / where
+    for where, (mode, largest) in REGIMES.items():
+        place = folder / where.partition(",")[0]
         place.mkdir()
-        scheduler, rank = _steps(place, clears=clears)
-        both = [one + other for one, other in zip(scheduler, rank, strict=True)]
-        for what, took in (("scheduler", scheduler), ("rank", rank), ("both", both)):
-            table.add_row(f"vLLM, {where}: {what}", *_percentiles(took))
+        table.add_row(f"vLLM, {where}", *_percentiles(_steps(place, mode, largest)))
     for mode, took in _live_steps(folder, sglang_python).items():
         table.add_row(f"SGLang, a server in use, gate {mode}", *_percentiles(took))
     return table
+
+
+def _times(times: int, largest: StepShape) -> StepShape:
+    """A step so large that it was never measured, so that it is seen how large each step is."""
+    return largest._replace(tokens=times * largest.tokens, pairs=times * largest.pairs)
 
 
 def _percentiles(took: list[float]) -> tuple[str, str]:
@@ -104,17 +124,20 @@ def _live_steps(folder: Path, sglang_python: Path) -> dict[str, list[float]]:
         return {mode: served(LIVE_REQUESTS, mode) for mode in ("off", "enforce")}
 
 
-def _steps(folder: Path, *, clears: bool) -> tuple[list[float], list[float]]:
-    """Microseconds of each step in the scheduler and in the rank."""
+def _steps(folder: Path, mode: str, largest: Largest) -> list[float]:
+    """Microseconds of each step in the scheduler and in the rank.
+
+    With the gate off what is left are the clock's own calls, between two steps.
+    """
     meter = RankMeter(HostStepMemory(ranks=1), folder / "rank.page")
     engine = scheduled_vllm(
         folder,
         PagedRanks([folder / "rank.page"]),
-        mode="enforce",
+        mode=mode,
         places=2 * RUNNING,
-        clears=clears,
+        largest=largest,
     )
-    clock, rank_clock = GateClock(), GateClock()
+    clock = GateClock()
     gated, scheduler = engine.gated, engine.scheduler
     for ours, theirs in OURS.items():
         setattr(gated, theirs, clock.timed(getattr(gated, theirs), ours=False))
@@ -132,15 +155,18 @@ def _steps(folder: Path, *, clears: bool) -> tuple[list[float], list[float]]:
                 engine.add(str(number), prompt, max_tokens=ONE_IN * RUNNING)
             engine.step()
             engine.outputs.clear()
-            order = order_of(engine.last)
-            if order is not None:
-                rank_clock.timed(meter.before, ours=True)(order.step)
-                rank_clock.timed(meter.after, ours=True)()
-            totals.append((clock.nanoseconds, rank_clock.nanoseconds))
+            _in_rank(clock, meter, order_of(engine.last))
+            totals.append(clock.nanoseconds)
     finally:
         gc.enable()
-    steps = [
-        [(after - before) / 1e3 for before, after in pairwise(each)][WARMING:]
-        for each in zip(*totals, strict=True)
-    ]
-    return steps[0], steps[1]
+    return [(after - before) / 1e3 for before, after in pairwise(totals)][WARMING:]
+
+
+def _in_rank(clock: GateClock, meter: RankMeter, order: Order | None) -> None:
+    """What is done around the step of a model; nothing where no order came with it."""
+    if order is None:
+        clock.timed(lambda: None, ours=True)()
+        clock.timed(lambda: None, ours=True)()
+        return
+    clock.timed(meter.before, ours=True)(order.step)
+    clock.timed(meter.after, ours=True)()

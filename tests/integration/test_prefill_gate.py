@@ -176,12 +176,7 @@ def test_away_from_the_cap_prefills_run_unasked_and_say_the_same(uncut: Siege) -
         uncut.server.admin.post("/flush").raise_for_status()
     prompts = [uncut.prompt(tokens, 60) for tokens in lengths]
     alone = [uncut.server.greedy(prompt, 8) for prompt in prompts]
-    busy = Stream(uncut.server, CHAT, 4000)
-    busy.wait_for(5)
-    until(
-        lambda: len(uncut.server.greedy(CHAT, 20)) * uncut.gate()["cleared_steps"] > 0,
-        otherwise=lambda: f"no step was cleared: {uncut.gate()}",
-    )
+    busy = _busy(uncut)
     before = uncut.gate()
     assert [uncut.server.greedy(prompt, 8) for prompt in prompts] == alone
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -192,8 +187,46 @@ def test_away_from_the_cap_prefills_run_unasked_and_say_the_same(uncut: Siege) -
     scored(uncut.server, uncut.prompt(300, 61)).raise_for_status()
     assert uncut.gate()["decisions"]["run"] > after["decisions"]["run"]
     assert busy.is_alive()
-    uncut.server.admin.post("/pause", json={"mode": "abort"}).raise_for_status()
-    uncut.server.admin.post("/resume").raise_for_status()
+    _end_all(uncut)
+
+
+def test_nearer_to_the_cap_small_prompts_run_unasked_and_large_ones_asked(uncut: Siege) -> None:
+    """Large is what would not fit twice."""
+    assert uncut.server.greedy(uncut.prompt(4000, 62), 1)
+    largest = max(uncut.gate()["recent"], key=lambda step: step["tokens"])
+    needed = 1.8 * largest["measured_bytes"] + 2 * uncut.gate()["recent"][-1]["margin_bytes"]
+    uncut.configure(cap_bytes=uncut.gate()["used_bytes"] + round(needed))
+    try:
+        busy = _busy(uncut)
+        before = uncut.gate()
+        for seed in range(63, 73):
+            assert uncut.server.greedy(uncut.prompt(100, seed), 1)
+        after = uncut.gate()
+        assert after["cleared_steps"] - before["cleared_steps"] >= 8
+        assert after["decisions"]["run"] - before["decisions"]["run"] <= 2
+        assert uncut.server.greedy(uncut.prompt(largest["tokens"], 73), 1)
+        assert uncut.gate()["decisions"]["run"] > after["decisions"]["run"]
+        assert busy.is_alive()
+    finally:
+        _end_all(uncut)
+        uncut.configure(cap_bytes=None)
+
+
+def _busy(siege: Siege) -> Stream:
+    """Somebody is answered for long, and steps behind that are cleared."""
+    busy = Stream(siege.server, CHAT, 4000)
+    busy.wait_for(5)
+    before = siege.gate()["cleared_steps"]
+    until(
+        lambda: bool(siege.server.greedy(CHAT, 20)) and siege.gate()["cleared_steps"] > before,
+        otherwise=lambda: f"no step was cleared: {siege.gate()}",
+    )
+    return busy
+
+
+def _end_all(siege: Siege) -> None:
+    siege.server.admin.post("/pause", json={"mode": "abort"}).raise_for_status()
+    siege.server.admin.post("/resume").raise_for_status()
 
 
 @pytest.fixture

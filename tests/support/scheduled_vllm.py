@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from engine_plugins.prefill_gate.engine_gate import EngineGate, make_engine_gate
 from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
 from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.rank_meter import Ranks
+from engine_plugins.prefill_gate.step_shape import StepShape
 from engine_plugins.settings import Settings
 from tests.support.megatron_hf import dense_config
 from vllm_ext.held_stream import marked_as_held
@@ -110,12 +111,12 @@ def scheduled_vllm(
     *,
     mode: str,
     places: int = 8,
-    clears: bool = True,
+    largest: Callable[[Scheduler], StepShape | None] = largest_step,
     **arguments: Any,
 ) -> ScheduledVllm:
     """A scheduler of a model of random sizes, in `folder`, for `places` requests at once.
 
-    Without `clears` its gate is asked about every prefill, however much room there is.
+    What it takes for its `largest` step says which steps are cleared; none are for `None`.
     """
     served = {
         **dense_config(),
@@ -159,7 +160,7 @@ def scheduled_vllm(
         Settings(prefill_gate=mode, prefill_margin_bytes=1 << 20),
         ranks,
         smallest_chunk=64,
-        largest=largest_step(scheduler) if clears else None,
+        largest=largest(scheduler),
         entry=EntryKind(max_prompt=CONTEXT, divisible=True, logprobs_held_bytes=20),
         samples={},
         board=board,

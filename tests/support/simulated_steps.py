@@ -10,6 +10,7 @@ from engine_plugins.prefill_gate.gate import PrefillGate
 from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
+from engine_plugins.prefill_gate.rank_meter import Measured
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from engine_plugins.settings import Settings
 
@@ -44,6 +45,41 @@ def calibrated(memory: PrefillMemory, at: float = 0.0) -> PrefillMemory:
             for _ in range(3):
                 memory.observe(shape, true_peak(shape, noise), at=at)
     return memory
+
+
+def measured_memory() -> PrefillMemory:
+    """That has measured prompts up to 1,024 tokens, and up to 16 decodes at once."""
+    memory = calibrated(a_memory())
+    for rows in (1, 4, 16):
+        shape = StepShape(tokens=rows, rows=rows)
+        for _ in range(3):
+            memory.observe(shape, true_peak(shape), at=0.0)
+    return memory
+
+
+@dataclass
+class SimulatedRanks:
+    """Ranks whose room a test sets, and which say how often they were asked for it."""
+
+    room_bytes: int = 1 << 40
+    asked: int = 0
+
+    def device_bytes(self) -> int | None:
+        """None: they are on the host."""
+        return None
+
+    def room(self, configured_cap: int | None) -> int:
+        """What the test says, or all of a configured cap."""
+        self.asked += 1
+        return self.room_bytes if configured_cap is None else configured_cap
+
+    def reading(self, configured_cap: int | None) -> Reading:
+        """Of ranks that hold nothing."""
+        return Reading(0, self.room_bytes)
+
+    def measured(self) -> list[Measured]:
+        """Nothing is."""
+        return []
 
 
 class EngineDiedError(Exception):

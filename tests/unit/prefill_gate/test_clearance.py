@@ -4,56 +4,32 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass
 
 import pytest
 
 from engine_plugins.prefill_gate.clearance import (
     CLEARED_STEPS,
+    LEAST_TOKENS,
     LOOKED_AT_EVERY,
     STOOD_STILL_S,
     TIMES,
     Clearance,
 )
-from engine_plugins.prefill_gate.memory_cap import Reading
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
-from engine_plugins.prefill_gate.rank_meter import Measured
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
-from tests.support.simulated_steps import MIB, a_memory, calibrated, true_peak
+from tests.support.simulated_steps import (
+    MIB,
+    SimulatedRanks,
+    a_memory,
+    calibrated,
+    measured_memory,
+    true_peak,
+)
 
 LARGEST = StepShape(tokens=2048, context=2048, pairs=2048 * 2048)
 ROWS = 20
-
-
-@dataclass
-class Ranks:
-    """Ranks whose room a test sets, and which say how often they were asked for it."""
-
-    room_bytes: int = 1 << 40
-    asked: int = 0
-
-    def device_bytes(self) -> int | None:
-        return None
-
-    def room(self, configured_cap: int | None) -> int:
-        self.asked += 1
-        return self.room_bytes if configured_cap is None else configured_cap
-
-    def reading(self, configured_cap: int | None) -> Reading:
-        return Reading(0, self.room_bytes)
-
-    def measured(self) -> list[Measured]:
-        return []
-
-
-def measured_memory() -> PrefillMemory:
-    """That has measured prompts up to a half of the largest step, and up to 16 decodes at once."""
-    memory = calibrated(a_memory())
-    for rows in (1, 4, 16):
-        shape = StepShape(tokens=rows, rows=rows)
-        for _ in range(3):
-            memory.observe(shape, true_peak(shape), at=0.0)
-    return memory
+ANY = LARGEST.tokens
+"""Tokens of a step that may be as large as any."""
 
 
 @pytest.fixture
@@ -62,124 +38,163 @@ def memory() -> PrefillMemory:
 
 
 @pytest.fixture
-def ranks() -> Ranks:
-    return Ranks()
+def ranks() -> SimulatedRanks:
+    return SimulatedRanks()
 
 
 @pytest.fixture
-def clearance(memory: PrefillMemory, ranks: Ranks) -> Clearance:
+def clearance(memory: PrefillMemory, ranks: SimulatedRanks) -> Clearance:
     """Granted, with room for anything."""
     made = Clearance(memory, ranks, LARGEST)
     made.grant(ROWS, ranks.room_bytes)
     return made
 
 
-def wanted(memory: PrefillMemory, rows: int) -> float:
-    """Bytes for the largest step with so many rows, as often as it has to fit."""
-    return TIMES * memory.predict(LARGEST._replace(rows=rows)).needed_bytes
+def wanted(memory: PrefillMemory, rows: int, tokens: int = ANY) -> float:
+    """Bytes for steps up to so many tokens with so many rows, as often as they have to fit."""
+    step = LARGEST._replace(tokens=tokens, pairs=tokens * LARGEST.context, rows=rows)
+    return TIMES * memory.predict(step).needed_bytes
 
 
 def test_a_judged_step_clears_those_behind_it_and_no_more(clearance: Clearance) -> None:
     """A step that is judged, and may be measured, comes in between."""
-    assert all(clearance.take(ROWS) for _ in range(CLEARED_STEPS))
-    assert not clearance.take(ROWS)
+    assert all(clearance.take(ROWS, ANY) for _ in range(CLEARED_STEPS))
+    assert not clearance.take(ROWS, ANY)
     assert clearance.steps == CLEARED_STEPS
 
 
-def test_the_largest_step_has_to_fit_twice(memory: PrefillMemory, ranks: Ranks) -> None:
+def test_the_largest_step_has_to_fit_twice(memory: PrefillMemory, ranks: SimulatedRanks) -> None:
     """With a row for each request, and for as many again as may come meanwhile."""
     clearance = Clearance(memory, ranks, LARGEST)
     needed = wanted(memory, 32)
     clearance.grant(ROWS, int(needed) - 1)
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
     clearance.grant(ROWS, int(needed) + 1)
-    assert clearance.take(ROWS)
+    assert clearance.take(ROWS, ANY)
 
 
-def test_sizes_that_were_not_measured_clear_nothing(ranks: Ranks) -> None:
+def test_nearer_to_the_cap_it_clears_smaller_steps(
+    memory: PrefillMemory, ranks: SimulatedRanks
+) -> None:
+    """The most tokens, of halves of the largest step, that would fit twice."""
+    clearance = Clearance(memory, ranks, LARGEST)
+    clearance.grant(ROWS, int(wanted(memory, 32)) + 1)
+    assert not clearance.is_bounded
+    for tokens in (ANY // 2, ANY // 4):
+        clearance.grant(ROWS, int(wanted(memory, 32, tokens)) + 1)
+        assert clearance.is_bounded
+        assert not clearance.take(ROWS, tokens + 1)
+        assert clearance.take(ROWS, tokens)
+    clearance.withdraw()
+    assert not clearance.is_bounded
+    assert not clearance.take(ROWS, 1)
+
+
+def test_where_not_even_the_fewest_tokens_fit_twice_all_are_judged(
+    memory: PrefillMemory, ranks: SimulatedRanks
+) -> None:
+    clearance = Clearance(memory, ranks, LARGEST)
+    clearance.grant(ROWS, int(wanted(memory, 32, LEAST_TOKENS)) - 1)
+    assert not clearance.take(ROWS, 1)
+    assert not clearance.is_bounded
+
+
+def test_steps_as_small_as_what_was_measured_are_cleared(ranks: SimulatedRanks) -> None:
+    """Though nobody knows yet what larger ones take."""
+    memory = measured_memory()
+    clearance = Clearance(memory, ranks, StepShape(tokens=1 << 20, context=2048, pairs=1 << 20))
+    clearance.grant(ROWS, 1 << 50)
+    assert clearance.is_bounded
+    assert not clearance.take(ROWS, 1 << 16)
+    assert clearance.take(ROWS, 1 << 10)
+
+
+def test_sizes_that_were_not_measured_clear_nothing(ranks: SimulatedRanks) -> None:
     """Of a few rows of logits nobody knows what twenty take."""
     clearance = Clearance(calibrated(a_memory()), ranks, LARGEST)
     clearance.grant(ROWS, 1 << 40)
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
     clearance.grant(1, 1 << 40)
-    assert clearance.take(1)
+    assert clearance.take(1, ANY)
 
 
-def test_what_was_never_measured_clears_nothing(ranks: Ranks) -> None:
+def test_what_was_never_measured_clears_nothing(ranks: SimulatedRanks) -> None:
     """However much room there is: an engine that is new learns from each of its steps."""
     clearance = Clearance(a_memory(), ranks, LARGEST)
     clearance.grant(ROWS, 1 << 50)
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
 
 
-def test_measurements_that_come_later_count(ranks: Ranks) -> None:
+def test_measurements_that_come_later_count(ranks: SimulatedRanks) -> None:
     memory = a_memory()
     clearance = Clearance(memory, ranks, LARGEST)
     clearance.grant(ROWS, 1 << 40)
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
     memory.restore(measured_memory().samples, now=0.0)
     clearance.grant(ROWS, 1 << 40)
-    assert clearance.take(ROWS)
+    assert clearance.take(ROWS, ANY)
     memory.reset()
     clearance.reset()
     clearance.grant(ROWS, 1 << 40)
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
 
 
-def test_it_ends_soon_after_others_took_the_memory(clearance: Clearance, ranks: Ranks) -> None:
+def test_it_ends_soon_after_others_took_the_memory(
+    clearance: Clearance, ranks: SimulatedRanks
+) -> None:
     """And does not come back by itself when they give it back."""
-    assert clearance.take(ROWS)
+    assert clearance.take(ROWS, ANY)
     ranks.room_bytes = 0
-    taken = [clearance.take(ROWS) for _ in range(2 * LOOKED_AT_EVERY)]
+    taken = [clearance.take(ROWS, ANY) for _ in range(2 * LOOKED_AT_EVERY)]
     assert sum(taken) < LOOKED_AT_EVERY
     ranks.room_bytes = 1 << 40
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
 
 
 def test_ranks_are_not_asked_at_every_step(
-    clearance: Clearance, ranks: Ranks, monkeypatch: pytest.MonkeyPatch
+    clearance: Clearance, ranks: SimulatedRanks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But for the first step of an engine that stood still, whose memory others may have taken."""
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    clearance.take(ROWS)
+    clearance.take(ROWS, ANY)
     before = ranks.asked
     for _ in range(10 * LOOKED_AT_EVERY):
         now += 0.02
-        clearance.take(ROWS)
+        clearance.take(ROWS, ANY)
     assert ranks.asked == before + 10
     now += STOOD_STILL_S + 0.1
     ranks.room_bytes = 0
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
 
 
 def test_more_requests_than_were_reckoned_with_are_not_cleared(clearance: Clearance) -> None:
     """Each adds a row of logits; as soon as there are fewer again, the others are."""
-    assert clearance.take(32)
-    assert not clearance.take(33)
-    assert clearance.take(32)
+    assert clearance.take(32, ANY)
+    assert not clearance.take(33, ANY)
+    assert clearance.take(32, ANY)
 
 
 def test_a_change_of_settings_and_a_reset_have_the_next_step_judged(
-    clearance: Clearance, ranks: Ranks
+    clearance: Clearance, ranks: SimulatedRanks
 ) -> None:
     clearance.configure(1 * MIB)
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
     clearance.grant(ROWS, ranks.room_bytes)
-    taken = [clearance.take(ROWS) for _ in range(LOOKED_AT_EVERY)]
+    taken = [clearance.take(ROWS, ANY) for _ in range(LOOKED_AT_EVERY)]
     assert not all(taken), "it goes by the new cap"
     clearance.grant(ROWS, ranks.room_bytes)
     clearance.reset()
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
     assert clearance.steps == 0
 
 
 def test_an_engine_whose_ranks_must_agree_is_never_cleared(
-    memory: PrefillMemory, ranks: Ranks
+    memory: PrefillMemory, ranks: SimulatedRanks
 ) -> None:
     clearance = Clearance(memory, ranks, None)
     clearance.grant(ROWS, 1 << 40)
-    assert not clearance.take(ROWS)
+    assert not clearance.take(ROWS, ANY)
     assert ranks.asked == 0
 
 
@@ -193,7 +208,7 @@ def test_cleared_steps_never_exceed_what_there_is(seed: int) -> None:
     memory = measured_memory()
     largest = memory.predict(LARGEST._replace(rows=32)).needed_bytes
     most = 6 * largest
-    ranks = Ranks(round(most))
+    ranks = SimulatedRanks(round(most))
     clearance = Clearance(memory, ranks, LARGEST)
     cleared = 0
     for _ in range(10_000):
@@ -203,7 +218,7 @@ def test_cleared_steps_never_exceed_what_there_is(seed: int) -> None:
         shape = Candidate("x", tokens, tokens).joined_to(
             NOTHING._replace(rows=chance.randint(1, ROWS)), tokens
         )
-        if clearance.take(ROWS):
+        if clearance.take(ROWS, tokens):
             cleared += 1
             assert true_peak(shape, chance) <= ranks.room_bytes
         else:

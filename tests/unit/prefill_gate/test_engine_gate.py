@@ -201,38 +201,38 @@ def test_a_judged_step_clears_others_until_settings_change(ranks: ToldRanks) -> 
     """A change, a reset and a step that found no memory have the next one judged."""
     gate = a_gate(ranks, largest=StepShape(tokens=1500))
     gate.gate.memory.restore(calibrated(a_memory()).samples, now=0.0)
-    assert not gate.clearance.take(1)
+    assert not gate.clearance.take(1, 1)
 
     def judged() -> None:
         gate.begin(gate.figures(), in_flight=True)
         gate.order(SHAPE, rows=1)
 
     judged()
-    assert gate.clearance.take(1)
+    assert gate.clearance.take(1, 1)
     assert gate.report().cleared_steps == 1
     gate.configure({"cap_bytes": 2500 * MIB})
-    assert not gate.clearance.take(1)
+    assert not gate.clearance.take(1, 1)
     judged()
-    assert gate.clearance.take(1)
+    assert gate.clearance.take(1, 1)
     gate.ran_out(SHAPE)
-    assert not gate.clearance.take(1)
+    assert not gate.clearance.take(1, 1)
     gate.begin(gate.figures(), in_flight=True)
     gate.order(SHAPE)
-    assert not gate.clearance.take(1), "nobody said how many rows there may be"
+    assert not gate.clearance.take(1, 1), "nobody said how many rows there may be"
     ranks.now, roomy = Reading(3071 * MIB, 3072 * MIB), ranks.now
     gate.begin(gate.figures(), in_flight=True)
     assert gate.decide(PLAIN).outcome == "defer"
     ranks.now = roomy
     gate.gate.reclaimed()
     judged()
-    assert not gate.clearance.take(1), "somebody waits"
+    assert not gate.clearance.take(1, 1), "somebody waits"
     gate.forget(["x"], idle=False)
     judged()
     gate.reset()
-    assert not gate.clearance.take(1)
+    assert not gate.clearance.take(1, 1)
     assert gate.report().cleared_steps == 0
     judged()
-    assert not gate.clearance.take(1), "nothing is measured"
+    assert not gate.clearance.take(1, 1), "nothing is measured"
 
 
 def test_nothing_is_measured_of_an_empty_step(ranks: ToldRanks) -> None:

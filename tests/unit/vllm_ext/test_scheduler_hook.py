@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from engine_plugins.prefill_gate.rank_meter import Measured
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from tests.support.scheduled_vllm import BLOCK, ScheduledVllm, scheduled_vllm
 from vllm_ext.prefill_refusal import refusal_of
-from vllm_ext.scheduler_hook import MAX_LOST
+from vllm_ext.scheduler_hook import FEW_WAITING, MAX_LOST
 from vllm_ext.step_order import NOTHING_TO_DO, order_of
 
 MIB = 1 << 20
@@ -174,6 +175,39 @@ def test_where_memory_becomes_scarce_prefills_are_judged_again(engine: Engine) -
     engine.add("cut", range(900))
     assert 0 < engine.step()["cut"] < 200
     assert engine.gate.report().decisions["shrink"] == 1
+
+
+def test_nearer_to_the_cap_small_steps_run_unasked_and_larger_are_judged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the tokens of all that may join a step; where many wait they are not counted."""
+    engine = _engine(tmp_path, monkeypatch, mode="enforce", places=64)
+    _calibrate(engine)
+    engine.ranks.room_bytes = 2 * (256 * TOKEN + 8 * MIB)
+    numbers, decoding = count(100), 20
+    for number in range(decoding):
+        engine.add(f"decoding {number}", range(5000, 5002), max_tokens=50)
+    engine.step()
+
+    def judged(*prompts: int) -> int:
+        before = engine.gate.report()
+        for number, tokens in enumerate(prompts):
+            start = 100 * next(numbers)
+            engine.add(f"{start} {number}", range(start, start + tokens), max_tokens=1)
+        assert sum(engine.step().values()) == sum(prompts) + decoding
+        after = engine.gate.report()
+        judged = after.decisions["run"] - before.decisions["run"]
+        assert after.cleared_steps - before.cleared_steps == (judged == 0)
+        return judged
+
+    assert judged(200) == 0
+    assert judged(100, 100) == 0
+    assert judged(300) == 1
+    assert judged(150, 150) == 2
+    assert judged(200) == 0
+    assert judged(*[20] * FEW_WAITING) == 0
+    assert judged(*[20] * (FEW_WAITING + 1)) == FEW_WAITING + 1
+    assert judged() == 0
 
 
 def test_a_lost_step_that_was_cleared_is_computed_again(engine: Engine) -> None:
