@@ -63,6 +63,8 @@ class GatedScheduler:
         self._hit: tuple[str, Any] = ("", None)
         self._needed_bytes = 0
         self._lost = self._passed = 0
+        self._all_decode = False
+        """Whether all that runs computed one token in the last step: no prompt is left of it."""
         self._take_over()
 
     def _take_over(self) -> None:
@@ -105,10 +107,12 @@ class GatedScheduler:
             return self._schedule(*args, **kwargs)
         scheduler = self._scheduler
         rows = min(len(scheduler.requests), self._most_running) * self._rows_each
-        tokens = self._most_tokens() if self._clearance.is_bounded else 0
+        is_bounded = self._clearance.is_bounded
+        tokens = self._most_tokens() if is_bounded else 0
         clear = scheduler.running and not self._special and self._clearance.take(rows, tokens)
         if clear or self._may_pass():
             output = self._schedule(*args, **kwargs)
+            self._all_decode = (is_bounded or not clear) and self._is_all_decode(output)
             self._let_in.clear()
             setattr(output, ORDER, NOTHING_TO_DO)
             return output
@@ -120,6 +124,7 @@ class GatedScheduler:
             self._answer(gated=False)
         if self._refused:
             self._end_refused()
+        self._all_decode = self._is_all_decode(output)
         shape = self._shape(output, self._let_in)
         order = self._gate.order(shape, rows=rows)
         if shape.tokens or order.give_back:
@@ -191,8 +196,11 @@ class GatedScheduler:
     def _most_tokens(self) -> int:
         """Of the next step, if few wait for it; else more than any has."""
         scheduler = self._scheduler
-        if len(scheduler.waiting) + len(scheduler.kv_holding_waiting) > FEW_WAITING:
+        waiting = len(scheduler.waiting) + len(scheduler.kv_holding_waiting)
+        if waiting > FEW_WAITING:
             return sys.maxsize
+        if not waiting and self._all_decode:
+            return len(scheduler.running) * self._rows_each
         prefills = [
             *scheduler.waiting,
             *scheduler.kv_holding_waiting,
@@ -208,10 +216,16 @@ class GatedScheduler:
         scheduler = self._scheduler
         if scheduler.waiting or scheduler.kv_holding_waiting:
             return False
-        if [each for each in scheduler.running if each.is_prefill_chunk]:
+        if not self._all_decode and [each for each in scheduler.running if each.is_prefill_chunk]:
             return False
         self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
         return self._passed != 0
+
+    def _is_all_decode(self, output: SchedulerOutput) -> bool:
+        tokens = output.total_num_scheduled_tokens
+        return tokens == len(output.num_scheduled_tokens) == len(self._scheduler.running) and (
+            tokens < self._scheduler.max_num_scheduled_tokens and not self._special
+        )
 
     def _begin(self) -> None:
         self._let_in.clear()

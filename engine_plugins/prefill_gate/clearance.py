@@ -19,10 +19,8 @@ __all__ = ["CLEARED_STEPS", "LEAST_TOKENS", "TIMES", "Clearance"]
 
 CLEARED_STEPS = 511
 """Steps between two that are judged, and measured where that is worth it."""
-LOOKED_AT_EVERY = 7
-"""Steps after which it is seen what room the ranks have."""
-STOOD_STILL_S = 0.5
-"""A pause after which it is seen at once: others were awake meanwhile."""
+LOOKED_AT_EVERY_S = 0.25
+"""How often it is seen what room the ranks have, who look about twice as rarely."""
 LEAST_TOKENS = 64
 """To clear steps of even fewer is not worth the asking."""
 TIMES = 2
@@ -47,7 +45,7 @@ class Clearance:
         self._wanted: dict[int, float] = {}
         """Bytes that have to be free, by the tokens of a step."""
         self._tokens, self._wanted_bytes = 0, 0.0
-        self._left, self._taken_at = 0, 0.0
+        self._left, self._looked_at = 0, 0.0
         self._cap: int | None = None
         self.is_bounded = False
         """Whether only steps up to a number of tokens are cleared."""
@@ -118,10 +116,11 @@ class Clearance:
         if not left or rows > self._rows or (self.is_bounded and tokens > self._tokens):
             return False
         now = time.monotonic()
-        is_due = not left % LOOKED_AT_EVERY or now - self._taken_at > STOOD_STILL_S
-        if is_due and self._ranks.room(self._cap) < self._wanted_bytes:
-            self.withdraw()
-            return False
-        self._left, self._taken_at = left - 1, now
+        if now - self._looked_at > LOOKED_AT_EVERY_S:
+            self._looked_at = now
+            if self._ranks.room(self._cap) < self._wanted_bytes:
+                self.withdraw()
+                return False
+        self._left = left - 1
         self.steps += 1
         return True

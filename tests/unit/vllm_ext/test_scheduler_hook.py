@@ -13,7 +13,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
-from engine_plugins.prefill_gate.clearance import LOOKED_AT_EVERY
+from engine_plugins.prefill_gate import clearance
 from engine_plugins.prefill_gate.engine_gate import StepFigures
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S
 from engine_plugins.prefill_gate.memory_cap import Reading
@@ -166,12 +166,13 @@ def test_who_asks_for_more_than_tokens_is_judged_all_the_same(engine: Engine) ->
     assert engine.gate.report().decisions["run"] == 3
 
 
-def test_where_memory_becomes_scarce_prefills_are_judged_again(engine: Engine) -> None:
-    """After a few steps, which had room for anything when they were cleared."""
+def test_where_memory_becomes_scarce_prefills_are_judged_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As soon as it is seen: there was room for anything when they were cleared."""
     _in_flight(engine)
     engine.ranks.room_bytes = _room_for(40)
-    for _ in range(LOOKED_AT_EVERY):
-        engine.step()
+    monkeypatch.setattr(clearance, "LOOKED_AT_EVERY_S", 0.0)
     engine.add("cut", range(900))
     assert 0 < engine.step()["cut"] < 200
     assert engine.gate.report().decisions["shrink"] == 1
