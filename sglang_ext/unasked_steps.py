@@ -31,7 +31,7 @@ class UnaskedSteps:
         self._clearance = clearance
         self._special: set[str] = set()
         """Requests of the queue that take more than their tokens say, by id."""
-        self._passed = 0
+        self._steps = 0
         self.goes_on = False
         """Whether the step that is being put together, or runs, is one."""
 
@@ -46,15 +46,18 @@ class UnaskedSteps:
         """Whether the next step is one."""
         decodes, waiting = len(running_batch.reqs), len(scheduler.waiting_queue)
         chunked = scheduler.chunked_req is not None
+        self._steps += 1
         if not decodes or scheduler.grammar_manager.grammar_queue:
             self.goes_on = False
-        elif (not self._special or not self._asks_for_more(scheduler)) and self._clearance.take(
-            min(decodes + waiting + chunked, scheduler.max_running_requests),
-            self._most_tokens(scheduler, decodes) if self._clearance.is_bounded else 0,
-        ):
+        elif self._steps % LOOKED_AT_ONE_IN and not waiting and not chunked:
             self.goes_on = True
+        elif self._special and self._asks_for_more(scheduler):
+            self.goes_on = False
         else:
-            self.goes_on = not waiting and not chunked and self._is_passed()
+            self.goes_on = self._clearance.take(
+                min(decodes + waiting + chunked, scheduler.max_running_requests),
+                self._most_tokens(scheduler, decodes) if self._clearance.is_bounded else 0,
+            )
         return self.goes_on
 
     def _most_tokens(self, scheduler: Any, decodes: int) -> int:
@@ -74,7 +77,3 @@ class UnaskedSteps:
             waiting.add(scheduler.chunked_req.rid)
         self._special &= waiting
         return bool(self._special)
-
-    def _is_passed(self) -> bool:
-        self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
-        return self._passed != 0
