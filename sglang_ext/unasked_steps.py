@@ -31,7 +31,7 @@ class UnaskedSteps:
         self._clearance = clearance
         self._special: set[str] = set()
         """Requests of the queue that take more than their tokens say, by id."""
-        self._steps = 0
+        self._decode_steps = 0
         self.goes_on = False
         """Whether the step that is being put together, or runs, is one."""
 
@@ -46,10 +46,11 @@ class UnaskedSteps:
         """Whether the next step is one."""
         decodes, waiting = len(running_batch.reqs), len(scheduler.waiting_queue)
         chunked = scheduler.chunked_req is not None
-        self._steps += 1
+        only_decodes = not waiting and not chunked
+        self._decode_steps += only_decodes
         if not decodes or scheduler.grammar_manager.grammar_queue:
             self.goes_on = False
-        elif self._steps % LOOKED_AT_ONE_IN and not waiting and not chunked:
+        elif only_decodes and self._decode_steps % LOOKED_AT_ONE_IN:
             self.goes_on = True
         elif self._special and self._asks_for_more(scheduler):
             self.goes_on = False

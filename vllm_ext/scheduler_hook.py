@@ -64,7 +64,7 @@ class GatedScheduler:
         self._needed_bytes = 0
         self._lost = self._passed = 0
         self._all_decode = False
-        """Whether all that runs computed one token in the last step: no prompt is left of it."""
+        """Whether nothing that runs has a prompt left, which lasts as long as nothing waits."""
         self._take_over()
 
     def _take_over(self) -> None:
@@ -104,6 +104,7 @@ class GatedScheduler:
         """Put a step together, with the prefills that the gate lets in."""
         output: SchedulerOutput
         if not self._gate.is_on:
+            self._all_decode = False
             return self._schedule(*args, **kwargs)
         scheduler = self._scheduler
         rows = min(len(scheduler.requests), self._most_running) * self._rows_each
@@ -112,7 +113,8 @@ class GatedScheduler:
         clear = scheduler.running and not self._special and self._clearance.take(rows, tokens)
         if clear or self._may_pass():
             output = self._schedule(*args, **kwargs)
-            self._all_decode = (is_bounded or not clear) and self._is_all_decode(output)
+            if clear and not is_bounded:  # nobody has seen who waited
+                self._all_decode = False
             self._let_in.clear()
             setattr(output, ORDER, NOTHING_TO_DO)
             return output
@@ -124,7 +126,6 @@ class GatedScheduler:
             self._answer(gated=False)
         if self._refused:
             self._end_refused()
-        self._all_decode = self._is_all_decode(output)
         shape = self._shape(output, self._let_in)
         order = self._gate.order(shape, rows=rows)
         if shape.tokens or order.give_back:
@@ -193,39 +194,35 @@ class GatedScheduler:
             self._gate.forget([request.request_id], idle=not self._scheduler.requests)
         return freed
 
+    def _only_decodes(self) -> bool:
+        """Whether no prompt is left to be computed."""
+        scheduler = self._scheduler
+        if scheduler.waiting or scheduler.kv_holding_waiting:
+            self._all_decode = False
+        elif not self._all_decode:
+            self._all_decode = not [each for each in scheduler.running if each.is_prefill_chunk]
+        return self._all_decode
+
     def _most_tokens(self) -> int:
         """Of the next step, if few wait for it; else more than any has."""
         scheduler = self._scheduler
-        waiting = len(scheduler.waiting) + len(scheduler.kv_holding_waiting)
-        if waiting > FEW_WAITING:
+        requests = len(scheduler.running)
+        if self._only_decodes():
+            return requests * self._rows_each
+        waiting = [*scheduler.waiting, *scheduler.kv_holding_waiting]
+        if len(waiting) > FEW_WAITING:
             return sys.maxsize
-        if not waiting and self._all_decode:
-            return len(scheduler.running) * self._rows_each
-        prefills = [
-            *scheduler.waiting,
-            *scheduler.kv_holding_waiting,
-            *[each for each in scheduler.running if each.is_prefill_chunk],
-        ]
-        tokens: int = len(scheduler.running) * self._rows_each
-        for each in prefills:
+        tokens = (requests + len(waiting)) * self._rows_each
+        for each in (*waiting, *[each for each in scheduler.running if each.is_prefill_chunk]):
             tokens += each.num_tokens - each.num_computed_tokens
         return tokens
 
     def _may_pass(self) -> bool:
         """Whether a step has no prefill, and need not be looked at for once."""
-        scheduler = self._scheduler
-        if scheduler.waiting or scheduler.kv_holding_waiting:
-            return False
-        if not self._all_decode and [each for each in scheduler.running if each.is_prefill_chunk]:
+        if not self._only_decodes():
             return False
         self._passed = (self._passed + 1) % LOOKED_AT_ONE_IN
         return self._passed != 0
-
-    def _is_all_decode(self, output: SchedulerOutput) -> bool:
-        tokens = output.total_num_scheduled_tokens
-        return tokens == len(output.num_scheduled_tokens) == len(self._scheduler.running) and (
-            tokens < self._scheduler.max_num_scheduled_tokens and not self._special
-        )
 
     def _begin(self) -> None:
         self._let_in.clear()

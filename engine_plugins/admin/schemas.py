@@ -316,6 +316,6 @@ class GateView(BaseModel):
     longest_wait_s: float
     deferred_s: float = Field(description="that requests which were let in had waited, in all")
     cleared_steps: int = Field(
-        description="that ran without a decision: the largest of all would have fitted twice"
+        description="that ran without a decision: the largest such step would have fitted twice"
     )
     recent: list[MeasuredStepView] = Field(description="measured lately, oldest first")

@@ -162,7 +162,7 @@ class EngineGate:
             self._await(shape)
         told_to_wait = self._limits is not None and self._limits.waiting_s > 0
         if rows and not self.gate.waiting and not told_to_wait:
-            self.clearance.grant(rows, self.gate.headroom_bytes)
+            self.clearance.grant(rows, self.gate.headroom_bytes - shape.held_bytes)
         else:
             self.clearance.withdraw()
         return StepOrder(self._number, measure, give_back)

@@ -81,8 +81,8 @@ class GateReport(msgspec.Struct, frozen=True, kw_only=True):
         waiting: requests that are deferred.
         longest_wait_s: of them, seconds.
         deferred_s: seconds that requests which were let in had waited, in all.
-        cleared_steps: that ran without a decision, because the largest of all would have fitted
-            twice.
+        cleared_steps: that ran without a decision, because the largest of their kind would have
+            fitted twice.
         recent: the latest steps that were measured, oldest first.
     """
 

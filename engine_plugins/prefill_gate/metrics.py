@@ -80,7 +80,8 @@ class GateMetrics:
         self._margin = gauge("margin_bytes", "On top of a phase's prediction.", ("regime",))
         self._decisions = counter("decisions", "Prefills judged, by outcome.", ("outcome",))
         self._cleared = counter(
-            "cleared_steps", "Steps that ran unasked: the largest of all would have fitted twice."
+            "cleared_steps",
+            "Steps that ran unasked: the largest such step would have fitted twice.",
         )
         self._deferred = counter("deferred_seconds", "Waited by requests that were let in.")
         self._exceeded = counter("exceeded", "Steps that took more than predicted with margin.")

@@ -45,20 +45,27 @@ OURS = {
     "free_request": "_free",
 }
 """Our methods, and vLLM's that they call."""
-
-
-Largest = Callable[[Scheduler], StepShape | None]
 FURTHER = 8
+Largest = Callable[[Scheduler], StepShape | None]
+
+
+def _never_measured(scheduler: Scheduler) -> StepShape:
+    """A step so large that it was never measured, so that it is seen how large each step is."""
+    largest = largest_step(scheduler)
+    return largest._replace(tokens=FURTHER * largest.tokens, pairs=FURTHER * largest.pairs)
+
+
+def _never_cleared(scheduler: Scheduler) -> None:
+    return None
+
+
 REGIMES: dict[str, tuple[str, Largest]] = {
     "gate off": ("off", largest_step),
     "away from the cap": ("enforce", largest_step),
-    "nearer to it, small steps are cleared": (
-        "enforce",
-        lambda scheduler: _times(FURTHER, largest_step(scheduler)),
-    ),
-    "at the cap, every prefill is judged": ("enforce", lambda scheduler: None),
+    "nearer to it, small steps are cleared": ("enforce", _never_measured),
+    "at the cap, every prefill is judged": ("enforce", _never_cleared),
 }
-"""The gate's mode, and what it takes for the largest step: none that fits is one that is judged."""
+"""The gate's mode, and what it takes for the largest step that an engine makes."""
 
 
 def gate_steps(folder: Path, sglang_python: Path) -> Table:
@@ -73,11 +80,6 @@ def gate_steps(folder: Path, sglang_python: Path) -> Table:
     for mode, took in _live_steps(folder, sglang_python).items():
         table.add_row(f"SGLang, a server in use, gate {mode}", *_percentiles(took))
     return table
-
-
-def _times(times: int, largest: StepShape) -> StepShape:
-    """A step so large that it was never measured, so that it is seen how large each step is."""
-    return largest._replace(tokens=times * largest.tokens, pairs=times * largest.pairs)
 
 
 def _percentiles(took: list[float]) -> tuple[str, str]:
@@ -159,6 +161,8 @@ def _steps(folder: Path, mode: str, largest: Largest) -> list[float]:
             totals.append(clock.nanoseconds)
     finally:
         gc.enable()
+    if engine.gate.clearance.is_bounded != (largest is _never_measured):
+        raise RuntimeError("other steps were cleared than the table says")
     return [(after - before) / 1e3 for before, after in pairwise(totals)][WARMING:]
 
 

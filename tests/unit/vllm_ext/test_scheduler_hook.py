@@ -21,7 +21,7 @@ from engine_plugins.prefill_gate.rank_meter import Measured
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from tests.support.scheduled_vllm import BLOCK, ScheduledVllm, scheduled_vllm
 from vllm_ext.prefill_refusal import refusal_of
-from vllm_ext.scheduler_hook import FEW_WAITING, MAX_LOST
+from vllm_ext.scheduler_hook import FEW_WAITING, LOOKED_AT_ONE_IN, MAX_LOST
 from vllm_ext.step_order import NOTHING_TO_DO, order_of
 
 MIB = 1 << 20
@@ -209,6 +209,39 @@ def test_nearer_to_the_cap_small_steps_run_unasked_and_larger_are_judged(
     assert judged(*[20] * FEW_WAITING) == 0
     assert judged(*[20] * (FEW_WAITING + 1)) == FEW_WAITING + 1
     assert judged() == 0
+
+
+def test_the_rest_of_a_prompt_counts_as_much_as_one_that_waits(engine: Engine) -> None:
+    """Small steps are cleared, and the long prompt's chunks are not among them."""
+    _calibrate(engine)
+    engine.ranks.room_bytes = 2 * (256 * TOKEN + 8 * MIB)
+    engine.add("decoding", range(5000, 5040), max_tokens=50)
+    engine.step()
+    engine.add("long", range(2000))
+    chunks: list[int] = []
+    while sum(chunks) < 2000:
+        judged = sum(engine.gate.gate.decisions.values())
+        chunks.append(engine.step()["long"])
+        assert sum(engine.gate.gate.decisions.values()) == judged + (chunks[-1] + 1 > 256)
+    assert max(chunks) < 1000
+
+
+@pytest.mark.parametrize("unseen", ["off", "cleared"])
+def test_a_prompt_that_was_begun_unseen_is_judged_in_the_end(engine: Engine, unseen: str) -> None:
+    """Though before that everything only decoded."""
+    _in_flight(engine)
+    engine.gate.clearance.withdraw()
+    engine.step()
+    for _ in range(LOOKED_AT_ONE_IN):
+        engine.step()
+    if unseen == "off":
+        engine.gate.configure({"mode": "off"})
+    engine.add("long", range(3000))
+    assert engine.step()["long"] > 1000
+    engine.ranks.room_bytes = _room_for(40)
+    engine.gate.configure({"mode": "enforce"})
+    assert engine.step()["long"] < 200
+    assert engine.gate.report().decisions["shrink"] == 1
 
 
 def test_a_lost_step_that_was_cleared_is_computed_again(engine: Engine) -> None:
