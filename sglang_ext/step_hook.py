@@ -41,21 +41,22 @@ def run_batch(original: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: A
     gate = gate_of(scheduler)
     if gate is None or not gate.engine.is_on:
         return original(scheduler, batch, *args, **kwargs)
-    order = None if gate.unasked.goes_on else gate.order(scheduler, batch)
-    is_metered = order is not None or gate.told
-    if is_metered:
-        gate.meter.before(order)
+    meter = gate.meter
+    if not gate.unasked.goes_on:
+        meter.before(gate.order(scheduler, batch))
+    meter.step = batch
     try:
         result = original(scheduler, batch, *args, **kwargs)
     except Exception as error:
-        gate.meter.after(completed=False)
+        meter.after(completed=False)
         if not is_out_of_memory(error) or not _may_go_on(scheduler, batch, error):
             raise
         gate.engine.ran_out(gate.shapes.batch(batch))
         _end_batch(scheduler, batch, gate, error)
         raise _StepLostError from error
-    if is_metered:
-        gate.meter.after()
+    meter.step = None
+    if meter.is_due:
+        meter.after()
     return result
 
 

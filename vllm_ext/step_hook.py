@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.worker.gpu_worker import Worker
 
 from engine_plugins.prefill_gate.rank_meter import RankMeter
 from vllm_ext.lost_step import can_be_taken_back, is_out_of_memory, lose
-from vllm_ext.step_order import Order, meter_of, order_of
+from vllm_ext.step_order import METER, ORDER, Order, order_of
 from vllm_ext.versions import VLLM
 
 __all__ = ["hook_steps"]
 
 _HOOKED = "_engine_plugins_measured"
-_STEP = "_engine_plugins_step"
+_LOST = object()
+"""In place of the output of a step that is taken back."""
 
 logger = logging.getLogger(__name__)
 
@@ -33,54 +33,57 @@ def hook_steps() -> None:
     VLLM.check("vllm.v1.worker.gpu_worker")
     execute_model, sample_tokens = Worker.execute_model, Worker.sample_tokens
 
+    # Between two steps a call takes a microsecond, so these two call no more than they must.
     @functools.wraps(execute_model)
     def execute(self: Any, scheduler_output: SchedulerOutput) -> Any:
-        order = order_of(scheduler_output)
-        meter = None if order is None else meter_of(self)
+        order: Order | None = getattr(scheduler_output, ORDER, None)
+        meter: RankMeter | None = getattr(self, METER, None)
         if order is None or meter is None:
             return execute_model(self, scheduler_output)
-        meter.before(order.step)
-        setattr(self, _STEP, scheduler_output)
-        output = _run_or_lose(self, meter, execute_model, scheduler_output)
+        if order.step is not None:
+            meter.before(order.step)
+        meter.step = scheduler_output
+        try:
+            output = execute_model(self, scheduler_output)
+        except Exception as error:
+            if not _may_be_lost(self, meter, error):
+                raise
+            output = _LOST
+        if output is _LOST:
+            output = _lose(self, meter)
         if output is not None:
-            _end(self, meter)
+            meter.step = None
+            if meter.is_due:
+                meter.after()
         return output
 
     @functools.wraps(sample_tokens)
     def sample(self: Any, grammar_output: Any) -> Any:
-        meter = meter_of(self)
-        if meter is None or getattr(self, _STEP, None) is None:
+        meter: RankMeter | None = getattr(self, METER, None)
+        if meter is None or meter.step is None:
             return sample_tokens(self, grammar_output)
-        output = _run_or_lose(self, meter, sample_tokens, grammar_output)
-        _end(self, meter)
+        try:
+            output = sample_tokens(self, grammar_output)
+        except Exception as error:
+            if not _may_be_lost(self, meter, error):
+                raise
+            output = _LOST
+        if output is _LOST:
+            output = _lose(self, meter)
+        meter.step = None
+        if meter.is_due:
+            meter.after()
         return output
 
     setattr(execute, _HOOKED, True)
     Worker.execute_model, Worker.sample_tokens = execute, sample
 
 
-def _run_or_lose(
-    worker: Any, meter: RankMeter, method: Callable[[Any, Any], Any], argument: Any
-) -> Any:
-    """What `method` gives, or what stands for a step that ran out of memory and was taken back."""
-    try:
-        return method(worker, argument)
-    except Exception as error:
-        if not _may_be_lost(worker, meter, error):
-            raise
-    return _lose(worker, meter)
-
-
-def _end(worker: Any, meter: RankMeter) -> None:
-    meter.after()
-    setattr(worker, _STEP, None)
-
-
 def _may_be_lost(worker: Any, meter: RankMeter, error: Exception) -> bool:
     """Whether memory ran out where nothing but the step is lost; the log says so, or why not."""
     if not is_out_of_memory(error):
         return False
-    step: SchedulerOutput = getattr(worker, _STEP)
+    step = cast(SchedulerOutput, meter.step)
     taken_back = can_be_taken_back(worker.vllm_config, step)
     _tell(worker, meter, step, error, taken_back=taken_back)
     return taken_back
@@ -88,9 +91,10 @@ def _may_be_lost(worker: Any, meter: RankMeter, error: Exception) -> bool:
 
 def _lose(worker: Any, meter: RankMeter) -> Any:
     """What a lost step gives; the error, and all that its frames held, must be gone by now."""
+    step = cast(SchedulerOutput, meter.step)
     meter.after(completed=False)
     meter.memory.give_back()
-    return lose(worker.model_runner, getattr(worker, _STEP))
+    return lose(worker.model_runner, step)
 
 
 def _tell(

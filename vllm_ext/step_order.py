@@ -16,10 +16,10 @@ from engine_plugins.prefill_gate.rank_meter import RankMeter, StepOrder, rank_pa
 from engine_plugins.prefill_gate.step_memory import step_memory
 
 __all__ = [
+    "METER",
     "NOTHING_TO_DO",
     "ORDER",
     "Order",
-    "meter_of",
     "order_of",
     "own_meter",
     "paged_meter",
@@ -27,7 +27,8 @@ __all__ = [
 
 ORDER = "engine_plugins_order"
 """Attribute of a scheduler's output: an order to the workers that run the step."""
-_METER = "_engine_plugins_meter"
+METER = "_engine_plugins_meter"
+"""Attribute of a worker: its meter, where a gate has asked for one."""
 
 
 class Order(NamedTuple):
@@ -50,11 +51,6 @@ def order_of(scheduler_output: SchedulerOutput) -> Order | None:
     return getattr(scheduler_output, ORDER, None)
 
 
-def meter_of(worker: Any) -> RankMeter | None:
-    """The meter of a worker; `None` where no gate has asked for one."""
-    return getattr(worker, _METER, None)
-
-
 def own_meter(worker: Any) -> RankMeter:
     """Give a worker in the scheduler's process a meter."""
     return _make_meter(worker, None)
@@ -72,5 +68,5 @@ def _make_meter(wrapper: Any, page: Path | None) -> RankMeter:
     worker = wrapper.worker
     ranks = int(worker.vllm_config.parallel_config.tensor_parallel_size)
     meter = RankMeter(step_memory(worker.device, ranks=ranks), page)
-    setattr(worker, _METER, meter)
+    setattr(worker, METER, meter)
     return meter

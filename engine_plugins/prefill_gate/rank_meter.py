@@ -131,14 +131,21 @@ class RankMeter:
     Args:
         memory: of the rank.
         page: for a scheduler in another process.
+
+    Attributes:
+        step: that runs, or `None`. One of which nothing is to be done is only put here and taken
+            away again: between two steps a call costs a microsecond.
+        is_due: whether `after` has to be called at the end of a step all the same.
     """
 
     def __init__(self, memory: StepMemory, page: Path | None = None) -> None:
         self.memory = memory
         self.peaks: deque[Measured] = deque(maxlen=KEPT_PEAKS)
         self.looked = _Look.now(memory.figures())
+        self.step: object = None
+        self.is_due = True  # the first step begins the looks
         self._order: StepOrder | None = None
-        self._looks = self._in_step = self._is_due = False
+        self._looks = False
         self._between_steps = threading.Event()
         self._page: SharedPage | None = None
         self._publishing = threading.Lock()
@@ -149,32 +156,30 @@ class RankMeter:
             self._publish()
             self._begin_to_look()
 
-    def before(self, order: StepOrder | None) -> None:
-        """A step is about to run; `None` if nothing is to be done about it."""
-        if not self._looks:
-            self._begin_to_look()
-        if order is not None and order.give_back:
+    def before(self, order: StepOrder) -> None:
+        """A step is about to run of which something may be to be done."""
+        self.step = self._order = order
+        self.is_due = True
+        if order.give_back:
             self.memory.give_back()
-        with self._publishing:  # what is published is read before the step, or after it
-            self._in_step, self._order = True, order
-        if order is not None and order.measure:
+        if order.measure:
             self.memory.start()
 
     def after(self, *, completed: bool = True) -> None:
-        """It has run, or failed on the way; without a step before this does nothing."""
-        if not self._in_step:
-            return
-        order = self._order
+        """A step has run, or failed on the way."""
+        order, self._order = self._order, None
         if order is not None and order.measure and completed:
             peak = self.memory.peak_bytes()
             if peak >= 0:
                 self.peaks.append(Measured(order.number, peak))
-        self._in_step, self._order = False, None
+        self.step = None
+        self.is_due = False
         if order is not None:
             with self._publishing:
                 self._publish()
-        if self._is_due:
-            self._between_steps.set()
+        if not self._looks:
+            self._begin_to_look()
+        self._between_steps.set()
 
     def _begin_to_look(self) -> None:
         self._looks = True
@@ -196,10 +201,9 @@ class RankMeter:
     def _wait_for_the_end_of_a_step(self) -> None:
         """Or for so long that it cannot be waited for."""
         self._between_steps.clear()
-        self._is_due = self._in_step
-        if self._is_due:
+        if self.step is not None:
+            self.is_due = True
             self._between_steps.wait(LOOK_S)
-        self._is_due = False
 
     def _look(self) -> None:
         self.looked = _Look.now(self.memory.figures())
@@ -207,14 +211,22 @@ class RankMeter:
             self.looked.show(self._page.gauges)
 
     def _publish_if_between(self) -> bool:
+        """Whether no step was seen to run, neither before all was read nor behind it."""
         with self._publishing:
-            if not self._in_step:
-                self._publish()
-            return not self._in_step
+            if self.step is not None:
+                return False
+            now = self._encoded()
+            is_between = self.step is None
+            if self._page is not None and is_between:
+                self._page.write(now)
+            return is_between
 
     def _publish(self) -> None:
         if self._page is not None:
-            self._page.write(_Page(self.memory.figures(), list(self.peaks)).encode())
+            self._page.write(self._encoded())
+
+    def _encoded(self) -> bytes:
+        return _Page(self.memory.figures(), list(self.peaks)).encode()
 
 
 def _keep_looking(meter: weakref.ref[RankMeter]) -> None:

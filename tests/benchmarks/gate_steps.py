@@ -1,185 +1,140 @@
-"""What the prefill gate takes of an engine's steps, one in eight of which has a prefill.
+"""What the prefill gate takes of an engine's steps, in servers in use: most only decode.
 
-vLLM's own scheduler runs with a made-up model that takes memory, in one process. SGLang is a server
-in use. Timed is what our methods take, without the engine's within them.
+Timed is what our methods take of the processor, without the engine's within them. The clock's own
+calls take longer between two steps of a model than one after the other: what is left with the gate
+off is theirs.
 """
 
 from __future__ import annotations
 
-import gc
 import random
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from rich.table import Table
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 
-from engine_plugins.prefill_gate.rank_meter import PagedRanks, RankMeter, StepOrder
-from engine_plugins.prefill_gate.step_memory import HostStepMemory
-from engine_plugins.prefill_gate.step_shape import StepShape
-from tests.support.gate_clock import GateClock
+from tests.support.engine_server import EngineServer
 from tests.support.gate_models import QUICK
-from tests.support.scheduled_vllm import scheduled_vllm
 from tests.support.sglang_server import sglang_server
-from vllm_ext.prefill_gate import largest_step
-from vllm_ext.step_order import order_of
+from tests.support.step_times import TIMES
+from tests.support.vllm_server import vllm_server
 
 __all__ = ["gate_steps"]
 
-STEPS, WARMING = 4000, 500
-ONE_IN, RUNNING = 8, 20
-TOKEN_FLOATS = 10 << 10
-"""That the made-up model takes for a token."""
-CLIENTS, LIVE_REQUESTS, WARMING_REQUESTS = 6, 150, 50
-TIMES = "GATE_TIMES"
+CLIENTS, REQUESTS, WARMING_REQUESTS = 6, 150, 50
+MOST_PROMPT, MOST_TOKENS = 1000, 96
 RAMP = 100
 """Steps after a change of mode, while the requests become as many as there are clients."""
 CALIBRATED = (32, 64, 128, 256, 512, 1024, 2048)
-OURS = {
-    "is_ready": "_is_ready",
-    "look_up": "_look_up",
-    "size": "_size",
-    "schedule": "_schedule",
-    "update_from_output": "_update",
-    "free_request": "_free",
+REGIMES = {
+    "gate off": None,
+    "far from the cap": 0.0,
+    "room for four of the longest prompts": 4.0,
+    "room for one and a half": 1.5,
 }
-"""Our methods, and vLLM's that they call."""
-FURTHER = 8
-Largest = Callable[[Scheduler], StepShape | None]
-
-
-def _never_measured(scheduler: Scheduler) -> StepShape:
-    """A step so large that it was never measured, so that it is seen how large each step is."""
-    largest = largest_step(scheduler)
-    return largest._replace(tokens=FURTHER * largest.tokens, pairs=FURTHER * largest.pairs)
-
-
-def _never_cleared(scheduler: Scheduler) -> None:
-    return None
-
-
-REGIMES: dict[str, tuple[str, Largest]] = {
-    "gate off": ("off", largest_step),
-    "away from the cap": ("enforce", largest_step),
-    "nearer to it, small steps are cleared": ("enforce", _never_measured),
-    "at the cap, every prefill is judged": ("enforce", _never_cleared),
-}
-"""The gate's mode, and what it takes for the largest step that an engine makes."""
+"""`None` where it is off, else the room: a factor of what a step takes; 0 for all that is free."""
 
 
 def gate_steps(folder: Path, sglang_python: Path) -> Table:
-    """Microseconds of a step: median, 99th percentile."""
-    table = Table(title="What the gate takes of a step, in microseconds")
-    for column in ("", "p50", "p99"):
+    """Microseconds of a step: median, 99th percentile; and how many were run unasked."""
+    table = Table(title="What the gate takes of a step, in microseconds of the processor")
+    for column in ("", "p50", "p99", "prefills judged"):
         table.add_column(column, justify="right" if column else "left")
-    for where, (mode, largest) in REGIMES.items():
-        place = folder / where.partition(",")[0]
+    for kind in ("vllm", "sglang"):
+        place = folder / kind
         place.mkdir()
-        table.add_row(f"vLLM, {where}", *_percentiles(_steps(place, mode, largest)))
-    for mode, took in _live_steps(folder, sglang_python).items():
-        table.add_row(f"SGLang, a server in use, gate {mode}", *_percentiles(took))
+        with _server(kind, place, sglang_python) as server:
+            for row in _rows(server, kind, place / "times"):
+                table.add_row(*row)
     return table
 
 
-def _percentiles(took: list[float]) -> tuple[str, str]:
-    return f"{statistics.median(took):.1f}", f"{statistics.quantiles(took, n=100)[-1]:.1f}"
+def _server(kind: str, folder: Path, sglang: Path) -> AbstractContextManager[EngineServer]:
+    model, log = QUICK.copy_to(folder / "model"), folder / "server.log"
+    times = folder / "times"
+    times.mkdir()
+    environment = {
+        TIMES: str(times),
+        "ENGINE_PLUGINS_PREFILL_GATE": "enforce",
+        "ENGINE_PLUGINS_PREFILL_MARGIN_BYTES": str(1 << 20),
+        "ENGINE_PLUGINS_PREFILL_CALIBRATION_DIR": str(folder / "calibration"),
+    }
+    if kind == "vllm":
+        extension = "tests.support.timed_vllm.TimedExtension"
+        arguments = ["--scheduler-cls", "tests.support.timed_vllm.TimedScheduler"]
+        arguments += ["--no-async-scheduling"]
+        return vllm_server(
+            model, log, extension=extension, arguments=arguments, environment=environment
+        )
+    arguments = ["--engine-plugins-prefill-gate", "enforce", "--max-total-tokens", "16384"]
+    return sglang_server(
+        model,
+        log,
+        python=sglang,
+        launcher="tests.support.timed_sglang",
+        arguments=arguments,
+        environment=environment,
+    )
 
 
-def _live_steps(folder: Path, sglang_python: Path) -> dict[str, list[float]]:
-    """Microseconds of each step of an SGLang server, by its gate's mode, once all sizes are known.
-
-    The clock's own calls take longer between two steps of a model than one after the other: what is
-    left with the gate off is theirs.
-    """
-    times, chance = folder / "times", random.Random(1)
+def _rows(server: EngineServer, kind: str, times: Path) -> Iterator[tuple[str, ...]]:
+    """Of each regime and each part of the engine."""
+    chance = random.Random(1)
 
     def prompt(tokens: int) -> list[int]:
         return [chance.randrange(1, QUICK.vocab) for _ in range(tokens)]
 
-    def served(requests: int, mode: str) -> list[float]:
-        server.admin.patch("/prefill-gate", json={"mode": mode}).raise_for_status()
+    def serve(requests: int) -> None:
         asked = [
-            (prompt(chance.randint(20, 1000)), chance.randint(1, 2 * ONE_IN * CLIENTS))
+            (prompt(chance.randint(20, MOST_PROMPT)), chance.randint(1, MOST_TOKENS))
             for _ in range(requests)
         ]
-        before = len(times.read_text().splitlines()) + RAMP
         with ThreadPoolExecutor(CLIENTS) as pool:
             list(pool.map(lambda each: server.greedy(*each), asked))
-        return [int(line) / 1e3 for line in times.read_text().splitlines()[before:]]
 
-    times.touch()
-    with sglang_server(
-        QUICK.copy_to(folder / "model"),
-        folder / "server.log",
-        python=sglang_python,
-        launcher="tests.support.timed_sglang",
-        arguments=["--engine-plugins-prefill-gate", "enforce", "--max-total-tokens", "16384"],
-        environment={
-            TIMES: str(times),
-            "ENGINE_PLUGINS_PREFILL_CALIBRATION_DIR": str(folder / "calibration"),
-        },
-    ) as server:
-        for tokens in CALIBRATED * 3:
-            server.greedy(prompt(tokens), 1)
-        served(WARMING_REQUESTS, "enforce")
-        return {mode: served(LIVE_REQUESTS, mode) for mode in ("off", "enforce")}
+    for tokens in CALIBRATED * 3:
+        server.greedy(prompt(tokens), 1)
+    serve(WARMING_REQUESTS)
+    needed = _needed(server, prompt(MOST_PROMPT))
+    for where, room in REGIMES.items():
+        cap = _gate(server)["used_bytes"] + round(room * needed) if room else None
+        _set(server, mode="off" if room is None else "enforce", cap_bytes=cap)
+        before, judged = _steps(times), _judged(server)
+        serve(REQUESTS)
+        share = (_judged(server) - judged) / REQUESTS
+        for part, steps in _steps(times).items():
+            took = steps[len(before[part]) + RAMP :]
+            p50, p99 = statistics.median(took), statistics.quantiles(took, n=100)[-1]
+            yield f"{kind}'s {part}, {where}", f"{p50:.1f}", f"{p99:.1f}", f"{share:.0%}"
 
 
-def _steps(folder: Path, mode: str, largest: Largest) -> list[float]:
-    """Microseconds of each step in the scheduler and in the rank.
-
-    With the gate off what is left are the clock's own calls, between two steps.
-    """
-    meter = RankMeter(HostStepMemory(ranks=1), folder / "rank.page")
-    engine = scheduled_vllm(
-        folder,
-        PagedRanks([folder / "rank.page"]),
-        mode=mode,
-        places=2 * RUNNING,
-        largest=largest,
-    )
-    clock = GateClock(time.thread_time_ns)
-    gated, scheduler = engine.gated, engine.scheduler
-    for ours, theirs in OURS.items():
-        setattr(gated, theirs, clock.timed(getattr(gated, theirs), ours=False))
-        setattr(gated, ours, clock.timed(getattr(gated, ours), ours=True))
-    scheduler.schedule, scheduler.update_from_output = gated.schedule, gated.update_from_output
-    scheduler._free_request = gated.free_request
-    chance = random.Random(1)
-    totals, bounded = [], 0
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(STEPS):
-            if number % ONE_IN == 0:
-                prompt = [chance.randrange(100) for _ in range(chance.randint(20, 1000))]
-                engine.add(str(number), prompt, max_tokens=ONE_IN * RUNNING)
-            engine.step()
-            engine.outputs.clear()
-            _in_rank(clock, meter, engine.last)
-            bounded += engine.gate.clearance.is_bounded
-            totals.append(clock.nanoseconds)
-    finally:
-        gc.enable()
-    if (bounded > STEPS // 2) != (largest is _never_measured):
-        raise RuntimeError(f"of {STEPS} steps {bounded} were cleared by their size: not this table")
-    return [(after - before) / 1e3 for before, after in pairwise(totals)][WARMING:]
+def _steps(times: Path) -> dict[str, list[float]]:
+    """Microseconds of every step until now, by part of the engine."""
+    return {
+        file.name: [int(line) / 1e3 for line in file.read_text().splitlines()]
+        for file in sorted(times.iterdir(), reverse=True)
+    }
 
 
-def _in_rank(clock: GateClock, meter: RankMeter, step: SchedulerOutput) -> None:
-    """A model's step takes memory; around it nothing is done where no order came with it."""
-    order = order_of(step)
-    before, after = (_nothing, _nothing) if order is None else (meter.before, meter.after)
-    clock.timed(before, ours=True)(None if order is None else order.step)
-    np.ones((step.total_num_scheduled_tokens, TOKEN_FLOATS), dtype=np.float32)
-    clock.timed(after, ours=True)()
+def _needed(server: EngineServer, prompt: list[int]) -> float:
+    """Bytes that a step with a long prompt takes, with the margin that is added to it."""
+    server.greedy(prompt, 1)
+    latest: dict[str, Any] = max(_gate(server)["recent"], key=lambda step: step["tokens"])
+    share = len(prompt) / latest["tokens"]
+    return float(share * latest["measured_bytes"] + latest["margin_bytes"])
 
 
-def _nothing(order: StepOrder | None = None) -> None:
-    pass
+def _judged(server: EngineServer) -> int:
+    return sum(_gate(server)["decisions"].values())
+
+
+def _gate(server: EngineServer) -> dict[str, Any]:
+    return dict(server.admin.get("/prefill-gate").raise_for_status().json())
+
+
+def _set(server: EngineServer, **changes: Any) -> None:
+    server.admin.patch("/prefill-gate", json=changes).raise_for_status()

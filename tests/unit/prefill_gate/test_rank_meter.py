@@ -173,11 +173,13 @@ def test_a_rank_that_is_never_idle_says_what_it_holds_between_its_steps(
     ranks = PagedRanks([tmp_path / "page"])
 
     def busy() -> Reading:
-        meter.before(None)
+        meter.step = "one of which nothing is to be done"
         memory.now = MemoryFigures(99, 100)
         time.sleep(0.02)
         memory.now = MemoryFigures(30, 100)
-        meter.after()
+        meter.step = None
+        if meter.is_due:
+            meter.after()
         time.sleep(0)
         return ranks.reading(None)
 
@@ -229,7 +231,7 @@ def test_room_is_that_of_the_last_look(tmp_path: Path, monkeypatch: pytest.Monke
     until(lambda: all_ranks.room(None) == 7, otherwise=lambda: all_ranks.room(None))
     assert all_ranks.room(55) == 5
     for meter in meters:
-        meter.before(None)
+        meter.step = "one that does not end"
     memories[1].now = MemoryFigures(108, 110)
     until(lambda: own.room(None) == all_ranks.room(None) == 2, otherwise=lambda: "within a step")
 
