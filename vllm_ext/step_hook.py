@@ -36,11 +36,11 @@ def hook_steps() -> None:
     # Between two steps a call takes a microsecond, so these two call no more than they must.
     @functools.wraps(execute_model)
     def execute(self: Any, scheduler_output: SchedulerOutput) -> Any:
-        order: Order | None = getattr(scheduler_output, ORDER, None)
+        order: Order | tuple[()] | None = getattr(scheduler_output, ORDER, None)
         meter: RankMeter | None = getattr(self, METER, None)
         if order is None or meter is None:
             return execute_model(self, scheduler_output)
-        if order.step is not None:
+        if order:
             meter.before(order.step)
         meter.step = scheduler_output
         try:
@@ -113,7 +113,7 @@ def _tell(
     )
 
 
-def _predicted(order: Order | None) -> str:
-    if order is None or not order.needed_bytes:
+def _predicted(order: Order | tuple[()] | None) -> str:
+    if not order or not order.needed_bytes:
         return "the gate was not asked about a prefill in it"
     return f"{order.needed_bytes} bytes were predicted with their margin"

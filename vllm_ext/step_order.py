@@ -35,18 +35,19 @@ class Order(NamedTuple):
     """What to do about a step; it may be lost whatever it is.
 
     Attributes:
-        step: for the meter; `None` leaves it alone.
+        step: for the meter.
         needed_bytes: what the step was predicted to need; 0 for one without prefills.
     """
 
-    step: StepOrder | None
+    step: StepOrder
     needed_bytes: int
 
 
-NOTHING_TO_DO = Order(None, 0)
+NOTHING_TO_DO = ()
+"""In place of an order, of most steps: it is quick to send."""
 
 
-def order_of(scheduler_output: SchedulerOutput) -> Order | None:
+def order_of(scheduler_output: SchedulerOutput) -> Order | tuple[()] | None:
     """The order that came with a step, if any did."""
     return getattr(scheduler_output, ORDER, None)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -23,6 +25,7 @@ _OURS = {
     "free_request": "_free",
 }
 """Our methods around the scheduler, and vLLM's that they call."""
+_kept: deque[Any] = deque(maxlen=2)
 _STEP = ("execute_model", "sample_tokens")
 _take_over = GatedScheduler._take_over
 
@@ -52,6 +55,17 @@ def _time_worker() -> None:
     for name in _STEP:
         setattr(Worker, name, clock.timed(getattr(Worker, name), ours=True))
     Worker.sample_tokens = ending_a_step(Worker.sample_tokens, "rank")
+    Worker.execute_model = _keeping_its_step(Worker.execute_model)
+
+
+def _keeping_its_step(execute_model: Callable[..., Any]) -> Callable[..., Any]:
+    """VLLM's memory of a step is not freed while the clock runs, just because we had it last."""
+
+    def call(worker: Any, step: Any) -> Any:
+        _kept.append(step)
+        return execute_model(worker, step)
+
+    return call
 
 
 for _name, _timed in {"_take_over": _take_over_timed}.items():

@@ -372,8 +372,7 @@ def test_memory_is_given_back_before_anything_is_refused(engine: Engine) -> None
     engine.add("one", range(100), prompt_logprobs=1)
     assert engine.step() == {}
     order = order_of(engine.last)
-    assert order is not None
-    assert order.step is not None
+    assert order
     assert order.step.give_back
     engine.ranks.room_bytes = 1 << 40
     assert engine.step() == {"one": 100}
