@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,13 +13,13 @@ class GateClock:
     """Adds up the time within our methods, without that of the engine's within them, nor its own.
 
     Args:
-        now: nanoseconds; of the thread's processor time where others may be given the core.
+        now: nanoseconds; of the thread's processor time, since others may be given the core.
 
     Attributes:
         nanoseconds: so far.
     """
 
-    def __init__(self, now: Callable[[], int] = time.perf_counter_ns) -> None:
+    def __init__(self, now: Callable[[], int]) -> None:
         self.nanoseconds = 0
         self._now = now
         self._ours, self._since = False, 0

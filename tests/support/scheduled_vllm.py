@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from engine_plugins.prefill_gate.engine_gate import EngineGate, make_engine_gate
 from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
 from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.rank_meter import Ranks
-from engine_plugins.prefill_gate.step_shape import StepShape
 from engine_plugins.settings import Settings
 from tests.support.megatron_hf import dense_config
 from vllm_ext.held_stream import marked_as_held
@@ -111,13 +110,9 @@ def scheduled_vllm(
     *,
     mode: str,
     places: int = 8,
-    largest: Callable[[Scheduler], StepShape | None] = largest_step,
     **arguments: Any,
 ) -> ScheduledVllm:
-    """A scheduler of a model of random sizes, in `folder`, for `places` requests at once.
-
-    What it takes for its `largest` step says which steps are cleared; none are for `None`.
-    """
+    """A scheduler of a model of random sizes, in `folder`, for `places` requests at once."""
     served = {
         **dense_config(),
         "architectures": ["Qwen3ForCausalLM"],
@@ -160,7 +155,7 @@ def scheduled_vllm(
         Settings(prefill_gate=mode, prefill_margin_bytes=1 << 20),
         ranks,
         smallest_chunk=64,
-        largest=largest(scheduler),
+        largest=largest_step(scheduler),
         entry=EntryKind(max_prompt=CONTEXT, divisible=True, logprobs_held_bytes=20),
         samples={},
         board=board,
