@@ -199,7 +199,7 @@ class GatedScheduler:
         scheduler = self._scheduler
         if scheduler.waiting or scheduler.kv_holding_waiting:
             self._all_decode = False
-        elif not self._all_decode:
+        elif not self._all_decode or scheduler.connector is not None:  # which may lose KV again
             self._all_decode = not [each for each in scheduler.running if each.is_prefill_chunk]
         return self._all_decode
 

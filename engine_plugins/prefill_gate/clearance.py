@@ -117,10 +117,10 @@ class Clearance:
             return False
         now = time.monotonic()
         if now - self._looked_at > LOOKED_AT_EVERY_S:
-            self._looked_at = now
             if self._ranks.room(self._cap) < self._wanted_bytes:
                 self.withdraw()
                 return False
+            self._looked_at = now
         self._left = left - 1
         self.steps += 1
         return True

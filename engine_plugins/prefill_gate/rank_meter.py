@@ -201,9 +201,12 @@ class RankMeter:
     def _wait_for_the_end_of_a_step(self) -> None:
         """Or for so long that it cannot be waited for."""
         self._between_steps.clear()
-        if self.step is not None:
+        if self._is_in_step():
             self.is_due = True
             self._between_steps.wait(LOOK_S)
+
+    def _is_in_step(self) -> bool:
+        return self.step is not None
 
     def _look(self) -> None:
         self.looked = _Look.now(self.memory.figures())
@@ -213,10 +216,11 @@ class RankMeter:
     def _publish_if_between(self) -> bool:
         """Whether no step was seen to run, neither before all was read nor behind it."""
         with self._publishing:
-            if self.step is not None:
+            if self._is_in_step():
                 return False
+            self.is_due = True  # a step that runs meanwhile would end it
             now = self._encoded()
-            is_between = self.step is None
+            is_between = self.is_due and not self._is_in_step()
             if self._page is not None and is_between:
                 self._page.write(now)
             return is_between

@@ -168,6 +168,18 @@ def test_it_ends_soon_after_others_took_the_memory(
     assert not clearance.take(ROWS, ANY)
 
 
+def test_as_long_as_a_look_finds_no_room_nothing_is_cleared(
+    clearance: Clearance, ranks: SimulatedRanks, clock: Clock
+) -> None:
+    """Whatever the steps that are judged have read: a rank that cannot look has none."""
+    assert clearance.take(ROWS, ANY)
+    clock.now += LOOKED_AT_EVERY_S + 0.01
+    ranks.room_bytes = -1
+    for _ in range(3):
+        assert not clearance.take(ROWS, ANY)
+        clearance.grant(ROWS, 1 << 40)
+
+
 def test_ranks_are_not_asked_at_every_step(
     clearance: Clearance, ranks: SimulatedRanks, clock: Clock
 ) -> None:
