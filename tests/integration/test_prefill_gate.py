@@ -195,8 +195,8 @@ def test_nearer_to_the_cap_small_prompts_run_unasked_and_large_ones_asked(uncut:
     assert uncut.server.greedy(uncut.prompt(4000, 62), 1)
     recent = uncut.gate()["recent"]
     large = max(step["tokens"] for step in recent)
-    took = min(step["measured_bytes"] for step in recent if step["tokens"] == large)
-    needed = 1.5 * took + 2 * recent[-1]["margin_bytes"]
+    latest = [step for step in recent if step["tokens"] == large][-1]
+    needed = 1.5 * latest["measured_bytes"] + 2 * latest["margin_bytes"]
     uncut.configure(cap_bytes=uncut.gate()["used_bytes"] + round(needed))
     try:
         busy = _busy(uncut)
