@@ -146,7 +146,8 @@ class RankMeter:
         self.is_due = True  # the first step begins the looks
         self._order: StepOrder | None = None
         self._looks = False
-        self._between_steps = threading.Event()
+        self._ended = threading.Lock()
+        """Held by the looking thread from when it waits for the end of a step until that comes."""
         self._page: SharedPage | None = None
         self._publishing = threading.Lock()
         if page is not None:
@@ -179,7 +180,8 @@ class RankMeter:
                 self._publish()
         if not self._looks:
             self._begin_to_look()
-        self._between_steps.set()
+        if self._ended.locked():
+            self._ended.release()
 
     def _begin_to_look(self) -> None:
         self._looks = True
@@ -193,6 +195,8 @@ class RankMeter:
         self._wait_for_the_end_of_a_step()
         self.memory.look()
         self._look()
+        if self._page is None:  # whoever decides reads the rest as it is then
+            return
         for _ in range(TRIES_TO_PUBLISH):
             if self._publish_if_between():
                 break
@@ -200,10 +204,10 @@ class RankMeter:
 
     def _wait_for_the_end_of_a_step(self) -> None:
         """Or for so long that it cannot be waited for."""
-        self._between_steps.clear()
+        self._ended.acquire(blocking=False)
         if self._is_in_step():
             self.is_due = True
-            self._between_steps.wait(LOOK_S)
+            self._ended.acquire(timeout=LOOK_S)
 
     def _is_in_step(self) -> bool:
         return self.step is not None
