@@ -11,27 +11,25 @@ import secrets
 import socket
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack
+from typing import Any, Literal, Self, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
-from engine_plugins.admin_answers import Direction, PauseMode, UpdateRequest
+from engine_plugins.admin_answers import PauseMode, UpdateRequest
 from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.sender.engines import EngineLink, links_to
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology, ranks_of
+from engine_plugins.sender.options import SenderOptions, Ways
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.push import Push
 from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
-from engine_plugins.sender.rounds import Offer, Round, checked_version, drive, offer_to
-from engine_plugins.sender.tree_update import TreeUpdate
-from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
+from engine_plugins.sender.rounds import checked_version
+from engine_plugins.sender.update_rounds import UpdateRounds
 from engine_plugins.weights.block_fp8 import BlockFp8
 from engine_plugins.weights.block_fp8_source import quantized_source
 from engine_plugins.weights.fsdp_source import fsdp_tensors
@@ -39,43 +37,15 @@ from engine_plugins.weights.megatron_source import megatron_boxes
 from engine_plugins.weights.model_facts import model_facts
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.report import UpdateReport
 from engine_plugins.weights.shared_blocks import SharedBlocks
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.base import Transport
 
-__all__ = ["SenderOptions", "WeightSender"]
+__all__ = ["WeightSender"]
 
 Engines = str | Sequence[str]
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
-
-
-class SenderOptions(TypedDict, total=False):
-    """What every way to make a `WeightSender` takes besides."""
-
-    token: str | None
-    """The engines' admin token; see `AdminClient`."""
-    transport: Transport | None
-    """An open transport, which stays the caller's to close; by default NIXL."""
-    process_group: dist.ProcessGroup | None
-    """The ranks that take part; by default all."""
-    progress: bool | None
-    """Draw progress bars on stderr of the leading rank; None when it is a terminal."""
-    fan_out: int | None
-    """Have engines feed each other: the trainer's memory is read by the first one only, and each
-    engine that has the version feeds so many others. None has every engine read the trainer's. The
-    engines take a version one after the other, down the tree."""
-    direction: Direction
-    """`pull` (the default) has the engines read the trainer's memory, `push` has every rank write
-    into the engines'. A push is always in two phases."""
-    quantization: Literal["fp8"] | BlockFp8 | None
-    """Send matrices as an engine of the model's block-FP8 checkpoint holds them, quantized anew for
-    every update into slots of this process's: `fp8` as the config's `quantization_config` says (the
-    usual form where it has none), or a `BlockFp8`. The same on every rank."""
-    two_phase: bool | None
-    """Have no engine install a version before all are ready to; if one is not, all keep their old
-    weights. It costs the memory of mode staged. None: only for a push."""
 
 
 class WeightSender:
@@ -115,11 +85,9 @@ class WeightSender:
         self._token = options.get("token")
         self._model = dict(model or {})
         self._progress = options.get("progress")
-        self._fan_out = options.get("fan_out")
-        self._direction: Direction = options.get("direction", "pull")
-        two_phase = options.get("two_phase")
-        self._two_phase = self._direction == "push" if two_phase is None else two_phase
+        self._ways = Ways.of(options)
         self._push: Push | None = None
+        self._rounds: UpdateRounds | None = None
         form = options.get("quantization")
         self._quantizer = None if form is None else quantized_source(boxes, form)
         self._owned_transport: Transport | None = None
@@ -310,7 +278,7 @@ class WeightSender:
             self._owned_transport.close()
         for link in self._links.values():
             link.client.close()
-        self._source = self._owned_transport = None
+        self._rounds = self._source = self._owned_transport = None
         self._ranks.close()
 
     def __enter__(self) -> Self:
@@ -331,8 +299,8 @@ class WeightSender:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
         self._quantize()
-        self._ranks.agree("refreshing the weights", self._refresh, None)
-        result = self._in_two_phases(request) if self._two_phase else self._rounds(request)
+        self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(), None)
+        result = self._open_rounds().run(request)
         if result.failures:
             raise EnginesFailedError(
                 version=request.version,
@@ -376,10 +344,10 @@ class WeightSender:
         transport: Transport | None,
     ) -> None:
         self._links = {link.url: link for link in links_to(engines, self._token)}
-        self._check_ways()
+        self._ways.check()
         if transport is None:
             transport = self._owned_transport = _nixl()
-        if self._direction == "push":
+        if self._ways.direction == "push":
             self._push = Push(self._ranks, transport)
         place = f"trainer rank {self._ranks.global_rank} of {self._ranks.count}"
         self._source = WeightSource(
@@ -389,111 +357,20 @@ class WeightSender:
             global_rank=self._ranks.global_rank,
             model=self._model,
         )
+        self._rounds = UpdateRounds(
+            self._ranks,
+            self._links,
+            self._ways,
+            self._source,
+            model=self._model,
+            push=self._push,
+            shown=partial(progress_of, token=self._token, shown=self._progress),
+        )
 
-    def _check_ways(self) -> None:
-        if self._fan_out is not None and self._fan_out < 1:
-            raise SettingsError(
-                f"fan_out is {self._fan_out}: then no engine would feed another",
-                remedy="give how many engines each one feeds, or None",
-            )
-        if self._fan_out is not None and self._two_phase:
-            raise SettingsError(
-                "with fan_out engines take a version one after the other, so none can wait for "
-                "all to be ready",
-                remedy="leave out fan_out, or direction push and two_phase",
-            )
-        if self._direction == "push" and not self._two_phase:
-            raise SettingsError(
-                "a push is written between prepare and commit", remedy="leave out two_phase=False"
-            )
-
-    def _open_source(self) -> WeightSource:
-        if self._source is None:
+    def _open_rounds(self) -> UpdateRounds:
+        if self._rounds is None:
             raise SourceError("this sender is closed", remedy="make a new one")
-        return self._source
-
-    def _refresh(self) -> None:
-        if self._open_source().refresh():
-            for link in self._links.values():
-                link.forget()
-
-    def _rounds(self, request: UpdateRequest) -> Round:
-        """Offer and update, and once more for engines that had forgotten us."""
-        if self._fan_out is not None:
-            return self._rounds_of_tree(self._fan_out, request)
-        urls = list(self._links)
-        result = Round()
-        for _ in range(2):
-            links = [self._links[url] for url in urls]
-            offers = self._ranks.agree("offering the weights", partial(self._offer, links), Offer)
-            step = partial(self._drive, links, offers, request)
-            result = self._ranks.lead("updating the engines", step, Round).after(result)
-            urls = result.forgotten
-            for url in urls:
-                self._links[url].forget()
-            if not urls:
-                break
-        return result.settled()
-
-    def _in_two_phases(self, request: UpdateRequest) -> Round:
-        """Have every engine prepare, in a push write, then have every engine commit."""
-        deadline = time.monotonic() + request.timeout_s
-        pushing = None
-        try:
-            prepared = self._rounds(request)
-            if prepared.failures:
-                step = partial(aborted, self._links, prepared, request)
-                return self._ranks.lead("aborting the update", step, Round)
-            if self._push is not None:
-                pushing = self._push
-                pushing.run(self._links, deadline=deadline)
-        except BaseException as error:  # an interrupt too: no engine must wait for a commit
-            if self._ranks.leads:
-                because = f"the trainer's ranks failed: {type(error).__name__}: {error}"
-                ended = pushing is None or pushing.ended
-                abort_all(self._links.values(), request, because=because, writes_ended=ended)
-            raise
-        step = partial(commit_all, self._links, prepared, request)
-        return self._ranks.lead("committing the update", step, Round)
-
-    def _rounds_of_tree(self, arity: int, request: UpdateRequest) -> Round:
-        """Offer to one engine, which feeds the others; to more only where that does not do."""
-        update = TreeUpdate(self._links, arity, self._model, request)
-        result = Round(roots=list(self._links)[:1])
-        while roots := result.roots:
-            links = [self._links[url] for url in roots]
-            offers = self._ranks.agree("offering the weights", partial(self._offer, links), Offer)
-            step = partial(self._drive_tree, update, roots, offers, request.version)
-            result = self._ranks.lead("updating the engines", step, Round).after(result)
-            for url in result.forgotten:
-                self._links[url].forget()
-        return result
-
-    def _offer(self, links: Sequence[EngineLink]) -> Offer:
-        source = self._open_source()
-        if not source.manifest.tensors.names:
-            return Offer()  # a rank may hold nothing: it has nothing to say
-        return offer_to(links, lambda: source.manifest_bytes, trainer_rank=self._ranks.global_rank)
-
-    def _drive(
-        self, links: Sequence[EngineLink], offers: Sequence[Offer], request: UpdateRequest
-    ) -> Round:
-        def step(link: EngineLink, source_ids: Sequence[str]) -> UpdateReport:
-            if self._two_phase:
-                return link.prepare(source_ids, self._model, request, self._direction)
-            return link.update(source_ids, self._model, request)
-
-        with self._shown([link.url for link in links], request.version):
-            return drive(links, offers, step)
-
-    def _drive_tree(
-        self, update: TreeUpdate, roots: Sequence[str], offers: Sequence[Offer], version: int
-    ) -> Round:
-        with self._shown(list(self._links), version):
-            return update.round(roots, offers)
-
-    def _shown(self, urls: Sequence[str], version: int) -> AbstractContextManager[None]:
-        return progress_of(urls, version=version, token=self._token, shown=self._progress)
+        return self._rounds
 
 
 def _of_config(options: SenderOptions, config: object) -> SenderOptions:

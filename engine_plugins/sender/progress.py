@@ -27,7 +27,7 @@ POLL_S = 0.2
 
 
 def progress_of(
-    urls: Sequence[str], *, version: int, token: str | None, shown: bool | None
+    urls: Sequence[str], version: int, *, token: str | None, shown: bool | None
 ) -> AbstractContextManager[None]:
     """Draw a bar per engine while the block runs, fed by polling `GET /state`.
 

@@ -1,0 +1,82 @@
+"""What every way to make a `WeightSender` takes, and what of it does not go together."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Self, TypedDict
+
+import torch.distributed as dist
+
+from engine_plugins.admin_answers import Direction
+from engine_plugins.errors import SettingsError
+from engine_plugins.weights.block_fp8 import BlockFp8
+from engine_plugins.weights.transport.base import Transport
+
+__all__ = ["SenderOptions", "Ways"]
+
+
+class SenderOptions(TypedDict, total=False):
+    """What every way to make a `WeightSender` takes besides."""
+
+    token: str | None
+    """The engines' admin token; see `AdminClient`."""
+    transport: Transport | None
+    """An open transport, which stays the caller's to close; by default NIXL."""
+    process_group: dist.ProcessGroup | None
+    """The ranks that take part; by default all."""
+    progress: bool | None
+    """Draw progress bars on stderr of the leading rank; None when it is a terminal."""
+    fan_out: int | None
+    """Have engines feed each other: the trainer's memory is read by the first one only, and each
+    engine that has the version feeds so many others. None has every engine read the trainer's. The
+    engines take a version one after the other, down the tree."""
+    direction: Direction
+    """`pull` (the default) has the engines read the trainer's memory, `push` has every rank write
+    into the engines'. A push is always in two phases."""
+    quantization: Literal["fp8"] | BlockFp8 | None
+    """Send matrices as an engine of the model's block-FP8 checkpoint holds them, quantized anew for
+    every update into slots of this process's: `fp8` as the config's `quantization_config` says (the
+    usual form where it has none), or a `BlockFp8`. The same on every rank."""
+    two_phase: bool | None
+    """Have no engine install a version before all are ready to; if one is not, all keep their old
+    weights. It costs the memory of mode staged. None: only for a push."""
+
+
+class Ways(NamedTuple):
+    """How a sender's engines come by a version; see `SenderOptions`."""
+
+    direction: Direction
+    two_phase: bool
+    fan_out: int | None
+
+    @classmethod
+    def of(cls, options: SenderOptions) -> Self:
+        """As the options say."""
+        direction: Direction = options.get("direction", "pull")
+        two_phase = options.get("two_phase")
+        return cls(
+            direction=direction,
+            two_phase=direction == "push" if two_phase is None else two_phase,
+            fan_out=options.get("fan_out"),
+        )
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            SettingsError: a fan_out below 1, or together with two phases; a push in one phase.
+        """
+        if self.fan_out is not None and self.fan_out < 1:
+            raise SettingsError(
+                f"fan_out is {self.fan_out}: then no engine would feed another",
+                remedy="give how many engines each one feeds, or None",
+            )
+        if self.fan_out is not None and self.two_phase:
+            raise SettingsError(
+                "with fan_out engines take a version one after the other, so none can wait for "
+                "all to be ready",
+                remedy="leave out fan_out, or direction push and two_phase",
+            )
+        if self.direction == "push" and not self.two_phase:
+            raise SettingsError(
+                "a push is written between prepare and commit", remedy="leave out two_phase=False"
+            )
