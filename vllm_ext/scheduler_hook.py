@@ -167,9 +167,19 @@ class GatedScheduler:
         else:
             self._lost = 0
         outputs: dict[int, EngineCoreOutputs] = self._update(scheduler_output, model_runner_output)
+        loaded = model_runner_output.kv_connector_output
+        if loaded is not None and loaded.invalid_block_ids:
+            self._see_what_was_not_loaded()
         if self._ended:
             self._add_ends(outputs)
         return outputs
+
+    def _see_what_was_not_loaded(self) -> None:
+        """It is a prompt again, which vLLM notes of a request only once it has computed some."""
+        for each in self._scheduler.running:
+            if each.num_computed_tokens + 1 < each.num_tokens + each.num_output_placeholders:
+                each.is_prefill_chunk = True
+                self._all_decode = False
 
     def _add_ends(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, refusal in self._ended:
@@ -199,7 +209,7 @@ class GatedScheduler:
         scheduler = self._scheduler
         if scheduler.waiting or scheduler.kv_holding_waiting:
             self._all_decode = False
-        elif not self._all_decode or scheduler.connector is not None:  # which may lose KV again
+        elif not self._all_decode:
             self._all_decode = not [each for each in scheduler.running if each.is_prefill_chunk]
         return self._all_decode
 

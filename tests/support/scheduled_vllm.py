@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -69,10 +69,17 @@ class ScheduledVllm:
         self.scheduler.add_request(request)
         return request
 
-    def step(self, *, lost: bool = False) -> dict[str, int]:
-        """One step; the tokens of each request that it computed."""
+    def step(self, *, lost: bool = False, not_loaded: Iterable[int] = ()) -> dict[str, int]:
+        """One step; the tokens of each request that it computed.
+
+        Args:
+            lost: the rank runs out of memory.
+            not_loaded: blocks whose KV a connector could not load.
+        """
         output = self.scheduler.schedule()
         made = self._lost(output) if lost else self._made(output)
+        if blocks := set(not_loaded):
+            made.kv_connector_output = KVConnectorOutput(invalid_block_ids=blocks)
         for each in self.scheduler.update_from_output(output, made).values():
             self.outputs += each.outputs
         self.last = output

@@ -244,6 +244,23 @@ def test_a_prompt_that_was_begun_unseen_is_judged_in_the_end(engine: Engine, uns
     assert engine.gate.report().decisions["shrink"] == 1
 
 
+def test_kv_that_could_not_be_loaded_is_a_prompt_again(engine: Engine) -> None:
+    """Though the request has decoded since."""
+    engine.add("long", range(800), max_tokens=50)
+    for _ in range(LOOKED_AT_ONE_IN):
+        engine.step()
+    (blocks,) = engine.scheduler.kv_cache_manager.get_block_ids("long")
+    said = engine.said("long")
+    assert engine.step(not_loaded=blocks) == {"long": 1}
+    engine.ranks.room_bytes = _room_for(120)
+    assert 0 < engine.step()["long"] < 200
+    assert engine.gate.report().decisions["shrink"] == 1
+    engine.ranks.room_bytes = 1 << 40
+    while engine.step() != {"long": 1}:
+        pass
+    assert engine.said("long")[: len(said) + 1] == [7] * (len(said) + 1)
+
+
 def test_a_lost_step_that_was_cleared_is_computed_again(engine: Engine) -> None:
     """Without its largest prompt, and with the rest of what it computed; then all are judged."""
     _in_flight(engine)
