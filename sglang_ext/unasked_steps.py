@@ -62,9 +62,9 @@ class UnaskedSteps:
         return self.goes_on
 
     def _most_tokens(self, scheduler: Any, decodes: int) -> int:
-        """Of the next step, if few wait for it; else more than any has."""
+        """Of the prompts that may join the next step, if they are few; else more than any has."""
         prompts = scheduler.waiting_queue
-        if len(prompts) > FEW_WAITING:
+        if len(prompts) > FEW_WAITING or scheduler.is_mixed_chunk:
             return sys.maxsize
         if scheduler.chunked_req is not None:
             prompts = [*prompts, scheduler.chunked_req]

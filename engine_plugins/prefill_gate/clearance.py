@@ -91,10 +91,15 @@ class Clearance:
             tokens //= 2
 
     def _wanted_for(self, largest: StepShape, tokens: int) -> float:
-        """What steps of so many tokens want to have free; infinite where none was measured."""
+        """What steps of so many tokens want to have free; infinite where none was measured.
+
+        Of steps up to fewer tokens than the largest has, `take` is told what they attend to.
+        """
+        is_bounded = tokens < largest.tokens
         step = self._memory.predict(
             largest._replace(
                 tokens=tokens,
+                context=min(largest.context, tokens) if is_bounded else largest.context,
                 pairs=largest.pairs * tokens // largest.tokens,
                 lora_tokens=min(largest.lora_tokens, tokens),
                 rows=self._rows,
@@ -110,7 +115,8 @@ class Clearance:
 
         Args:
             rows: of logits that all requests together may come to add to a step.
-            tokens: that the step has at most; only looked at if the clearance `is_bounded`.
+            tokens: that the step has at most, and where context takes memory, that its prompts have
+                in all; only looked at if the clearance `is_bounded`.
         """
         left = self._left
         if not left or rows > self._rows or (self.is_bounded and tokens > self._tokens):

@@ -126,7 +126,9 @@ class Ranks(Protocol):
 class RankMeter:
     """One rank's: follows orders around its steps, and looks at memory now and then.
 
-    What a rank holds is read between two of its steps: within one it would be what the step takes.
+    What a page says a rank holds is read between two of its steps: within one it would be what the
+    step takes. A scheduler in this process reads that itself, and for it a look need wait for
+    nothing: to be told of the end of a step costs that step 40 microseconds.
 
     Args:
         memory: of the rank.
@@ -191,14 +193,18 @@ class RankMeter:
         ).start()
 
     def look(self) -> None:
-        """See what others have taken and freed, at the end of a step if there is one."""
-        self._wait_for_the_end_of_a_step()
+        """See what others have taken and freed, and have a scheduler in another process see it."""
+        page = self._page
+        if page is not None:
+            self._wait_for_the_end_of_a_step()
         self.memory.look()
         self._look()
-        if self._page is None:  # whoever decides reads the rest as it is then
-            return
+        if page is not None:
+            self._publish_between_steps(page)
+
+    def _publish_between_steps(self, page: SharedPage) -> None:
         for _ in range(TRIES_TO_PUBLISH):
-            if self._publish_if_between():
+            if self._publish_if_between(page):
                 break
             self._wait_for_the_end_of_a_step()
 
@@ -217,7 +223,7 @@ class RankMeter:
         if self._page is not None:
             self.looked.show(self._page.gauges)
 
-    def _publish_if_between(self) -> bool:
+    def _publish_if_between(self, page: SharedPage) -> bool:
         """Whether no step was seen to run, neither before all was read nor behind it."""
         with self._publishing:
             if self._is_in_step():
@@ -225,8 +231,8 @@ class RankMeter:
             self.is_due = True  # a step that runs meanwhile would end it
             now = self._encoded()
             is_between = self.is_due and not self._is_in_step()
-            if self._page is not None and is_between:
-                self._page.write(now)
+            if is_between:
+                page.write(now)
             return is_between
 
     def _publish(self) -> None:

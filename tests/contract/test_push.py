@@ -64,7 +64,6 @@ def test_tokens_are_those_of_what_was_written(served: Served) -> None:
     ("served", "mesh"),
     [
         pytest.param(MOE, "3", id="moe-uneven"),
-        pytest.param(DENSE, "2x2", id="dense-hsdp"),
         pytest.param(DENSE_TP2, "2x2", id="dense-tp2-hsdp"),
     ],
     indirect=["served"],

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from statistics import LinearRegression
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
@@ -16,8 +17,9 @@ from engine_plugins.prefill_gate.engine_gate import PUBLISH_S
 from engine_plugins.prefill_gate.entry import LIMITS_LAST_S
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S
 from engine_plugins.prefill_gate.rank_meter import LOOK_S
-from tests.support.besieged import Siege, besieged
+from tests.support.besieged import Siege, besieged, measured_line
 from tests.support.chaos import scored
+from tests.support.chaos_run import attack, faults
 from tests.support.engine_server import EngineServer
 from tests.support.engines import IN_MEMORY, SGLANG, VLLM, Engine, engines_here
 from tests.support.gate_models import QUICK, save_tokenizer
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.engine
 
 REAL = [engine for engine in engines_here() if engine is not IN_MEMORY]
 SMALL, LONG, TOO_LONG = 16, 2048, 6000
+HOSTILE = 36
 CHAT = [3, 1, 4, 1, 5]
 MEASURED = {"vllm": (450, 700, 1000), "sglang": (300, 450, 700)}
 """Lengths that are not cut."""
@@ -48,7 +51,19 @@ on_each_route = pytest.mark.parametrize(
     "route", [route for engine in REAL for route in ROUTES[engine.kind]]
 )
 
-Sieged = tuple[Siege, dict[str, Any]]
+
+class Sieged(NamedTuple):
+    """A server under siege, and what was seen of it before.
+
+    Attributes:
+        siege: of the server.
+        answer: to a long prompt with all its logits, when it had room, and no gate.
+        needs: bytes over tokens of such prompts.
+    """
+
+    siege: Siege
+    answer: dict[str, Any]
+    needs: LinearRegression
 
 
 @pytest.fixture(scope="module", params=[pytest.param(each, id=each.kind) for each in REAL])
@@ -59,25 +74,23 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 
 @pytest.fixture(scope="module")
 def sieged(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sieged]:
-    """A calibrated server that has too little room for a long prompt with all its logits.
-
-    With it comes what it said of such a prompt when it had room, and no gate.
-    """
+    """A calibrated server that has too little room for a long prompt with all its logits."""
     with besieged(engine, tmp_path_factory.mktemp("siege"), mode="observe", model=QUICK) as siege:
         siege.calibrate()
+        needs = measured_line(siege.gate())
         siege.configure(mode="off")
         answer = scored(siege.server, siege.prompt(LONG, 7), 4).json()
         siege.server.admin.post("/flush").raise_for_status()
         siege.configure(mode="observe")
         siege.limit_addresses()
         siege.wait_until_seen()
-        yield siege, answer
+        yield Sieged(siege, answer, needs)
 
 
 @pytest.fixture
 def siege(sieged: Sieged) -> Iterator[Siege]:
     """The gate is in force; the engine lives when the test has ended."""
-    siege, _ = sieged
+    siege = sieged.siege
     siege.configure(mode="enforce", cap_bytes=None)
     yield siege
     siege.configure(mode="enforce", cap_bytes=None)
@@ -90,7 +103,7 @@ def test_what_has_no_room_at_once_is_cut_and_says_the_same(siege: Siege, sieged:
     answer = scored(siege.server, siege.prompt(LONG, 7), 4)
     assert answer.status_code == 200, answer.text
     assert siege.gate()["decisions"]["shrink"] > before
-    cut, whole = _scores(siege, answer.json()), _scores(siege, sieged[1])
+    cut, whole = _scores(siege, answer.json()), _scores(siege, sieged.answer)
     assert cut[0] == whole[0]
     assert cut[1] == pytest.approx(whole[1], abs=1e-4)
 
@@ -144,9 +157,21 @@ def test_what_it_measured_is_what_it_had_predicted(siege: Siege) -> None:
         assert step["predicted_bytes"] == pytest.approx(step["measured_bytes"], rel=0.01)
 
 
+def test_a_hostile_mixture_ends_nothing_and_small_requests_are_answered(
+    siege: Siege, sieged: Sieged
+) -> None:
+    """Nothing dies, nothing breaks off, and nothing is refused that would have fitted.
+
+    A few dozen requests; `make chaos` sends thousands.
+    """
+    judgement, outcomes = attack(siege, sieged.needs, requests=HOSTILE, seed=3)
+    assert faults(judgement, HOSTILE, alive=siege.lives()) == [], judgement.table
+    assert len(outcomes) == HOSTILE
+
+
 def test_without_the_gate_the_engine_dies(sieged: Sieged) -> None:
     """The same prompt, the same limit and the same server: the last that is asked of it."""
-    siege, _ = sieged
+    siege = sieged.siege
     siege.configure(mode="off", cap_bytes=None)
     assert siege.server.greedy(CHAT, 2)
     try:

@@ -32,7 +32,8 @@ def test_a_server_without_a_flag_of_ours_is_stock(tmp_path: Path) -> None:
     Ours answers an unmatched resume with the state, see tests/contract/test_states.py.
     """
     model = LiveModel(kind="qwen3_live", version=0)
-    with sglang_server(model.copy_to(tmp_path / "model"), tmp_path / "log") as server:
+    folder = model.copy_to(tmp_path / "model")
+    with sglang_server(folder, tmp_path / "log", preload=True) as server:
         assert server.admin.get("/state").status_code == 404
         assert not list(tmp_path.glob("engine-plugins-*")), "a runtime directory"
         assert model.wrong_answers(server.greedy) == []

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.engine_server import ROOT, TOKEN
 from tests.support.gate_models import QUICK
-from tests.support.vllm_server import QUIET
+from tests.support.vllm_server import vllm_server
 
 pytestmark = pytest.mark.engine
 
@@ -29,34 +25,16 @@ def test_a_wrong_setting_fails_the_start(
     settings: dict[str, str], said: str, tmp_path: Path
 ) -> None:
     """In the words of the setting, whichever process is the first to see it."""
-    done = subprocess.run(
-        [
-            *(str(Path(sys.executable).with_name("vllm")), "serve"),
-            *(str(QUICK.copy_to(tmp_path / "model")), "--port", "0", "--dtype", "float32"),
-            *("--enforce-eager", "--skip-tokenizer-init", "--kv-cache-memory-bytes", "64M"),
-            *("--worker-extension-cls", "vllm_ext.worker_extension.EnginePluginsWorkerExtension"),
-        ],
-        cwd=ROOT,
-        env={
-            **_environment(tmp_path),
+    log = tmp_path / "server.log"
+    server = vllm_server(
+        QUICK.copy_to(tmp_path / "model"),
+        log,
+        environment={
             "ENGINE_PLUGINS_PREFILL_GATE": "enforce",
             **{f"ENGINE_PLUGINS_{name}": value for name, value in settings.items()},
         },
-        capture_output=True,
-        text=True,
-        timeout=240,
-        process_group=0,
+        preload=True,
     )
-    assert done.returncode != 0
-    assert said in done.stdout + done.stderr
-
-
-def _environment(folder: Path) -> dict[str, str]:
-    return {
-        **os.environ,
-        **QUIET,
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "TMPDIR": str(folder),
-        "ENGINE_PLUGINS_ADMIN_TOKEN": TOKEN,
-    }
+    with pytest.raises(RuntimeError, match=r"did not come up \(exit code -?[1-9]"), server:
+        pass
+    assert said in log.read_text()

@@ -11,18 +11,19 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import LinearRegression
 
 from rich.console import Console
 from rich.table import Table
 
-from tests.support.besieged import ROOM_BYTES, Judgement, besieged, judged, measured_line
+from tests.support.besieged import ROOM_BYTES, Judgement, Siege, besieged, judged, measured_line
 from tests.support.chaos import Outcome, mixture, sent
 from tests.support.engine_server import ROOT
 from tests.support.engines import SGLANG, VLLM, Engine
 from tests.support.gate_models import QUICK
 from tests.support.sglang_server import sglang_server
 
-__all__ = ["attacked", "faults"]
+__all__ = ["attack", "faults"]
 
 SGLANG_PYTHON = ROOT / ".venv" / "sglang" / "bin" / "python"
 CLIENTS = 8
@@ -41,9 +42,11 @@ def main() -> None:
     for engine in (VLLM, sglang):
         with tempfile.TemporaryDirectory(prefix="engine-plugins-chaos-") as folder:
             began = time.monotonic()
-            alive, judgement, _ = attacked(
-                engine, Path(folder), requests=chosen.requests, seed=chosen.seed
-            )
+            with besieged(engine, Path(folder), mode="enforce", model=QUICK) as siege:
+                siege.calibrate()
+                needs = measured_line(siege.gate())
+                judgement, _ = attack(siege, needs, requests=chosen.requests, seed=chosen.seed)
+                alive = siege.lives()
             console.print(_table(engine, judgement, time.monotonic() - began))
         found = faults(judgement, chosen.requests, alive=alive)
         console.print(*found or ["held"], sep="\n")
@@ -51,19 +54,22 @@ def main() -> None:
     raise SystemExit(failed)
 
 
-def attacked(
-    engine: Engine, folder: Path, *, requests: int, seed: int
-) -> tuple[bool, Judgement, list[Outcome]]:
-    """Attack one server under a limit of its addresses; whether it lives, and what has shown."""
-    with besieged(engine, folder, mode="enforce", model=QUICK) as siege:
-        siege.calibrate()
-        needs = measured_line(siege.gate())
-        siege.limit_addresses()
-        siege.wait_until_seen()
-        attacks = mixture(requests, seed=seed, vocab=siege.model.vocab, longest=LONGEST)
-        outcomes = sent(siege.server, attacks, clients=CLIENTS)
-        judgement = judged(outcomes, needs=needs, room_bytes=ROOM_BYTES)
-        return siege.lives(), judgement, outcomes
+def attack(
+    siege: Siege, needs: LinearRegression, *, requests: int, seed: int
+) -> tuple[Judgement, list[Outcome]]:
+    """Attack a server under a limit of its addresses; what has shown.
+
+    Args:
+        siege: calibrated.
+        needs: bytes over tokens of a prompt with all its logits, as it was measured.
+        requests: in all, of every kind.
+        seed: of the mixture.
+    """
+    siege.limit_addresses()
+    siege.wait_until_seen()
+    attacks = mixture(requests, seed=seed, vocab=siege.model.vocab, longest=LONGEST)
+    outcomes = sent(siege.server, attacks, clients=CLIENTS)
+    return judged(outcomes, needs=needs, room_bytes=ROOM_BYTES), outcomes
 
 
 def _table(engine: Engine, judgement: Judgement, took_s: float) -> Table:

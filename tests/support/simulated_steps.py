@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from engine_plugins.prefill_gate.decision import Decision, Outcome
 from engine_plugins.prefill_gate.gate import PrefillGate
 from engine_plugins.prefill_gate.memory_cap import Reading
-from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
+from engine_plugins.prefill_gate.model_memory import AttentionMemory, ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
 from engine_plugins.prefill_gate.rank_meter import Measured
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
@@ -20,9 +20,12 @@ SIZES = ModelSizes(
 )
 
 
-def a_memory(*, margin_bytes: int = 8 * MIB, itemsize: int = 2) -> PrefillMemory:
+def a_memory(
+    *, margin_bytes: int = 8 * MIB, itemsize: int = 2, per_context_token: int = 0
+) -> PrefillMemory:
     """The predictor of a model of 0.6B parameters on the CPU, which has measured nothing yet."""
-    model = ModelMemory(SIZES, itemsize=itemsize)
+    attention = AttentionMemory(per_context_token=per_context_token)
+    model = ModelMemory(SIZES, itemsize=itemsize, attention=attention)
     return PrefillMemory(model, margin_quantile=0.99, margin_bytes=margin_bytes)
 
 
@@ -47,9 +50,9 @@ def calibrated(memory: PrefillMemory, at: float = 0.0) -> PrefillMemory:
     return memory
 
 
-def measured_memory() -> PrefillMemory:
+def measured_memory(*, per_context_token: int = 0) -> PrefillMemory:
     """That has measured prompts up to 1,024 tokens, and up to 16 decodes at once."""
-    memory = calibrated(a_memory())
+    memory = calibrated(a_memory(per_context_token=per_context_token))
     for rows in (1, 4, 16):
         shape = StepShape(tokens=rows, rows=rows)
         for _ in range(3):

@@ -125,6 +125,15 @@ def test_steps_as_small_as_what_was_measured_are_cleared(ranks: SimulatedRanks) 
     assert clearance.take(ROWS, 1 << 10)
 
 
+def test_a_small_step_attends_to_no_more_than_its_prompts_have(ranks: SimulatedRanks) -> None:
+    """Though the largest may attend to the contexts of all requests."""
+    memory = measured_memory(per_context_token=1 << 16)
+    clearance = Clearance(memory, ranks, LARGEST._replace(context=1 << 20))
+    clearance.grant(8, 1 << 40)
+    assert clearance.is_bounded
+    assert clearance.take(8, 1 << 10)
+
+
 def test_sizes_that_were_not_measured_clear_nothing(ranks: SimulatedRanks) -> None:
     """Of a few rows of logits nobody knows what twenty take."""
     clearance = Clearance(calibrated(a_memory()), ranks, LARGEST)

@@ -19,6 +19,8 @@ from tests.support.simulated_steps import SimulatedRanks, measured_memory
 NUMBERS = count()
 LARGEST = StepShape(tokens=2048, context=2048, pairs=2048 * 2048)
 ROWS = 4
+SMALLER = StepShape(tokens=1024, context=1024, pairs=1024 * 2048, rows=2 * ROWS)
+"""With the rows that a clearance reckons with."""
 PLENTY = 1 << 40
 
 
@@ -41,6 +43,7 @@ def queue(*waiting: Req, chunked: Req | None = None, compiling: bool = False) ->
         waiting_queue=list(waiting),
         chunked_req=chunked,
         max_running_requests=ROWS,
+        is_mixed_chunk=False,
         grammar_manager=SimpleNamespace(grammar_queue=[object()] if compiling else []),
     )
 
@@ -90,9 +93,8 @@ def test_who_asks_for_more_than_tokens_is_asked_about_until_it_has_left_the_queu
 
 def test_where_only_small_steps_are_cleared_all_that_wait_are_counted() -> None:
     """With what they had said before they were taken back, and those that decode beside them."""
-    most = LARGEST.tokens // 2
-    step = LARGEST._replace(tokens=most, pairs=LARGEST.pairs // 2, rows=2 * ROWS)
-    unasked = steps(LARGEST, 1 + TIMES * measured_memory().predict(step).needed_bytes)
+    most = SMALLER.tokens
+    unasked = steps(LARGEST, 1 + TIMES * measured_memory().predict(SMALLER).needed_bytes)
     assert unasked.begin(queue(request(most - 3)), running(3))
     assert not unasked.begin(queue(request(most)), running(3))
     assert not unasked.begin(queue(request(most - 10), request(10)), running(3))
@@ -100,6 +102,16 @@ def test_where_only_small_steps_are_cleared_all_that_wait_are_counted() -> None:
     assert not unasked.begin(queue(request(10), chunked=request(most - 10)), running(3))
     assert unasked.begin(queue(*(request(1) for _ in range(FEW_WAITING))), running(3))
     assert not unasked.begin(queue(*(request(1) for _ in range(FEW_WAITING + 1))), running(3))
+
+
+def test_prompts_that_decodes_would_join_are_asked_about_near_the_cap() -> None:
+    """A decode attends to more than its one token."""
+    scheduler = queue(request(1))
+    unasked = steps(LARGEST, 1 + TIMES * measured_memory().predict(SMALLER).needed_bytes)
+    assert unasked.begin(scheduler, running(3))
+    scheduler.is_mixed_chunk = True
+    assert not unasked.begin(scheduler, running(3))
+    assert unasked.begin(queue(), running(3))
 
 
 def test_with_nothing_cleared_one_step_of_a_few_that_only_decode_is_asked_about() -> None:
