@@ -8,6 +8,7 @@ keeps its place, and what the gate does not touch is computed as without it.
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -63,6 +64,8 @@ class GatedScheduler:
         self._hit: tuple[str, Any] = ("", None)
         self._needed_bytes = 0
         self._lost = self._passed = 0
+        self._goes_on = False
+        """Whether the last step was cleared, and nobody has come since."""
         self._all_decode = False
         """Whether nothing that runs has a prompt left, which lasts as long as nothing waits."""
         self._take_over()
@@ -95,6 +98,7 @@ class GatedScheduler:
 
     def add_request(self, request: Request) -> None:
         """A request has come."""
+        self._goes_on = False
         params = request.sampling_params
         if request.mm_features or (params is not None and params.prompt_logprobs is not None):
             self._special.add(request.request_id)
@@ -103,16 +107,30 @@ class GatedScheduler:
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Put a step together, with the prefills that the gate lets in."""
         output: SchedulerOutput
+        scheduler, clearance = self._scheduler, self._clearance
+        # Nobody has come since a step that was cleared, nor waits: see `Clearance.left`.
+        if (
+            self._goes_on
+            and clearance.left
+            and scheduler.running
+            and not scheduler.waiting
+            and time.monotonic() < clearance.looked_until
+        ):
+            clearance.left -= 1
+            output = self._schedule(*args, **kwargs)
+            setattr(output, ORDER, NOTHING_TO_DO)
+            return output
+        self._goes_on = False
         if not self._gate.is_on:
             self._all_decode = False
             return self._schedule(*args, **kwargs)
-        scheduler = self._scheduler
         rows = min(len(scheduler.requests), self._most_running) * self._rows_each
-        is_bounded = self._clearance.is_bounded
+        is_bounded = clearance.is_bounded
         tokens = self._most_tokens() if is_bounded else 0
-        clear = scheduler.running and not self._special and self._clearance.take(rows, tokens)
+        clear = scheduler.running and not self._special and clearance.take(rows, tokens)
         if clear or self._may_pass():
             output = self._schedule(*args, **kwargs)
+            self._goes_on = bool(clear)
             if clear and not is_bounded:  # nobody has seen who waited
                 self._all_decode = False
             self._let_in.clear()
@@ -179,7 +197,7 @@ class GatedScheduler:
         for each in self._scheduler.running:
             if each.num_computed_tokens + 1 < each.num_tokens + each.num_output_placeholders:
                 each.is_prefill_chunk = True
-                self._all_decode = False
+                self._all_decode = self._goes_on = False
 
     def _add_ends(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, refusal in self._ended:

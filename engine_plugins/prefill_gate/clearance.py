@@ -45,12 +45,20 @@ class Clearance:
         self._wanted: dict[int, float] = {}
         """Bytes that have to be free, by the tokens of a step."""
         self._tokens, self._wanted_bytes = 0, 0.0
-        self._left, self._looked_at = 0, 0.0
         self._cap: int | None = None
+        self._granted = self._settled = 0
+        self.left = 0
+        """Steps that are cleared and have not run. After `take`, those of no more tokens and rows
+        may be taken off here, without a call: between two steps of a model that is what costs."""
+        self.looked_until = 0.0
+        """Until when, on the monotonic clock, the ranks' room need not be looked at."""
         self.is_bounded = False
         """Whether only steps up to a number of tokens are cleared."""
-        self.steps = 0
-        """That were cleared, in all."""
+
+    @property
+    def steps(self) -> int:
+        """That were cleared and have run, in all."""
+        return self._settled + self._granted - self.left
 
     def configure(self, configured_cap: int | None) -> None:
         """Go by another cap, or `None` for what is free; the next step is judged."""
@@ -59,12 +67,14 @@ class Clearance:
 
     def reset(self) -> None:
         """Have the next step judged, and count anew."""
-        self.steps = 0
         self.withdraw()
+        self._settled = 0
 
     def withdraw(self) -> None:
         """Have the next step judged."""
-        self._left, self.is_bounded = 0, False
+        self._settled = self.steps
+        self._granted = self.left = 0
+        self.is_bounded = False
 
     def grant(self, rows: int, headroom_bytes: int) -> None:
         """Clear the next steps, of as many tokens as there is memory for and measurements reach to.
@@ -86,7 +96,8 @@ class Clearance:
                 wanted = self._wanted[tokens] = self._wanted_for(self._largest, tokens)
             if wanted <= headroom_bytes:
                 self._tokens, self._wanted_bytes = tokens, wanted
-                self._left, self.is_bounded = CLEARED_STEPS, tokens < self._largest.tokens
+                self._granted = self.left = CLEARED_STEPS
+                self.is_bounded = tokens < self._largest.tokens
                 return
             tokens //= 2
 
@@ -118,15 +129,13 @@ class Clearance:
             tokens: that the step has at most, and where context takes memory, that its prompts have
                 in all; only looked at if the clearance `is_bounded`.
         """
-        left = self._left
-        if not left or rows > self._rows or (self.is_bounded and tokens > self._tokens):
+        if not self.left or rows > self._rows or (self.is_bounded and tokens > self._tokens):
             return False
         now = time.monotonic()
-        if now - self._looked_at > LOOKED_AT_EVERY_S:
+        if now > self.looked_until:
             if self._ranks.room(self._cap) < self._wanted_bytes:
                 self.withdraw()
                 return False
-            self._looked_at = now
-        self._left = left - 1
-        self.steps += 1
+            self.looked_until = now + LOOKED_AT_EVERY_S
+        self.left -= 1
         return True

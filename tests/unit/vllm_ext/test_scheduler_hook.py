@@ -13,7 +13,6 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import FinishReason
 
 from engine_plugins.errors import MemoryPressureError, PromptTooLargeError
-from engine_plugins.prefill_gate import clearance
 from engine_plugins.prefill_gate.engine_gate import StepFigures
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S
 from engine_plugins.prefill_gate.memory_cap import Reading
@@ -150,6 +149,43 @@ def test_cleared_steps_are_not_asked_about_and_say_the_same(
     assert engine.gate.report().decisions["run"] == 3
 
 
+def test_behind_a_cleared_step_others_are_cleared_until_somebody_comes(engine: Engine) -> None:
+    """They are counted, and they end with what was granted; an engine that was idle is asked."""
+    _in_flight(engine)
+    cleared, judged = engine.gate.clearance.steps, sum(engine.gate.gate.decisions.values())
+    for _ in range(9):
+        engine.step()
+    assert engine.gate.clearance.steps == cleared + 9
+    engine.gate.clearance.withdraw()
+    engine.step()
+    assert engine.gate.clearance.steps == cleared + 9
+    while engine.scheduler.requests:
+        engine.step()
+    engine.add("next", range(100))
+    engine.step()
+    assert sum(engine.gate.gate.decisions.values()) == judged + 1
+
+
+def test_who_was_preempted_near_the_cap_is_judged_by_all_its_tokens(engine: Engine) -> None:
+    """It had been one that decodes, and small steps were cleared."""
+    _calibrate(engine)
+    long = engine.add("long", range(900), max_tokens=50)
+    engine.add("decoding", range(5000, 5040), max_tokens=50)
+    engine.step()
+    engine.ranks.room_bytes = _room_for(500)
+    engine.gate.clearance.withdraw()
+    cleared = engine.gate.clearance.steps
+    for _ in range(LOOKED_AT_ONE_IN + 3):
+        engine.step()
+    assert engine.gate.clearance.is_bounded
+    assert engine.gate.clearance.steps > cleared + 1
+    engine.scheduler.running.remove(long)
+    engine.scheduler._preempt_request(long, 0.0)
+    judged = sum(engine.gate.gate.decisions.values())
+    engine.step()
+    assert sum(engine.gate.gate.decisions.values()) == judged + 1
+
+
 def test_who_asks_for_more_than_tokens_is_judged_all_the_same(engine: Engine) -> None:
     """As is whoever comes with it, until it has ended."""
     _in_flight(engine)
@@ -166,13 +202,11 @@ def test_who_asks_for_more_than_tokens_is_judged_all_the_same(engine: Engine) ->
     assert engine.gate.report().decisions["run"] == 3
 
 
-def test_where_memory_becomes_scarce_prefills_are_judged_again(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_memory_becomes_scarce_prefills_are_judged_again(engine: Engine) -> None:
     """As soon as it is seen: there was room for anything when they were cleared."""
     _in_flight(engine)
     engine.ranks.room_bytes = _room_for(40)
-    monkeypatch.setattr(clearance, "LOOKED_AT_EVERY_S", 0.0)
+    engine.gate.clearance.looked_until = 0.0
     engine.add("cut", range(900))
     assert 0 < engine.step()["cut"] < 200
     assert engine.gate.report().decisions["shrink"] == 1
