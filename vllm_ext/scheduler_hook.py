@@ -108,13 +108,14 @@ class GatedScheduler:
         """Put a step together, with the prefills that the gate lets in."""
         output: SchedulerOutput
         scheduler, clearance = self._scheduler, self._clearance
-        # Nobody has come since a step that was cleared, nor waits: see `Clearance.left`.
+        # Nobody has come since a cleared step, see `Clearance.left`. Who waits all the same was
+        # preempted, or goes on with a session, and may have more tokens than were counted.
         if (
             self._goes_on
             and clearance.left
             and scheduler.running
-            and not scheduler.waiting
             and time.monotonic() < clearance.looked_until
+            and not (clearance.is_bounded and (scheduler.waiting or scheduler.kv_holding_waiting))
         ):
             clearance.left -= 1
             output = self._schedule(*args, **kwargs)
@@ -194,10 +195,10 @@ class GatedScheduler:
 
     def _see_what_was_not_loaded(self) -> None:
         """It is a prompt again, which vLLM notes of a request only once it has computed some."""
+        self._all_decode = self._goes_on = False
         for each in self._scheduler.running:
             if each.num_computed_tokens + 1 < each.num_tokens + each.num_output_placeholders:
                 each.is_prefill_chunk = True
-                self._all_decode = self._goes_on = False
 
     def _add_ends(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, refusal in self._ended:
