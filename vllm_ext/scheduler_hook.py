@@ -68,6 +68,8 @@ class GatedScheduler:
         """Whether the last step was cleared, and nobody has come since."""
         self._all_decode = False
         """Whether nothing that runs has a prompt left, which lasts as long as nothing waits."""
+        self._not_loaded: set[str] = set()
+        """Requests that run and have a prompt again, which vLLM notes once it has computed some."""
         self._take_over()
 
     def _take_over(self) -> None:
@@ -145,6 +147,8 @@ class GatedScheduler:
             self._answer(gated=False)
         if self._refused:
             self._end_refused()
+        if self._not_loaded:
+            self._not_loaded.difference_update(output.num_scheduled_tokens)
         shape = self._shape(output, self._let_in)
         order = self._gate.order(shape, rows=rows)
         if shape.tokens or order.give_back:
@@ -170,7 +174,7 @@ class GatedScheduler:
     def size(self, request: Request, computed: int, tokens: int) -> int:
         """How many tokens of a request are computed now."""
         if tokens:
-            if request.status == RequestStatus.RUNNING and request.is_prefill_chunk:
+            if request.status == RequestStatus.RUNNING and self._has_prompt(request):
                 self._ask(request, computed, tokens)
                 tokens = min(tokens, self._cut.get(request.request_id, tokens))
             elif request.request_id in self._cut:
@@ -194,11 +198,13 @@ class GatedScheduler:
         return outputs
 
     def _see_what_was_not_loaded(self) -> None:
-        """It is a prompt again, which vLLM notes of a request only once it has computed some."""
+        """KV that a connector had promised is to be computed."""
         self._all_decode = self._goes_on = False
-        for each in self._scheduler.running:
-            if each.num_computed_tokens + 1 < each.num_tokens + each.num_output_placeholders:
-                each.is_prefill_chunk = True
+        self._not_loaded = {
+            each.request_id
+            for each in self._scheduler.running
+            if each.num_computed_tokens + 1 < each.num_tokens + each.num_output_placeholders
+        }
 
     def _add_ends(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, refusal in self._ended:
@@ -219,6 +225,7 @@ class GatedScheduler:
         """A request has ended."""
         freed = self._free(request, *args, **kwargs)
         self._special.discard(request.request_id)
+        self._not_loaded.discard(request.request_id)
         if self._gate.is_on:
             self._gate.forget([request.request_id], idle=not self._scheduler.requests)
         return freed
@@ -229,8 +236,18 @@ class GatedScheduler:
         if scheduler.waiting or scheduler.kv_holding_waiting:
             self._all_decode = False
         elif not self._all_decode:
-            self._all_decode = not [each for each in scheduler.running if each.is_prefill_chunk]
+            self._all_decode = not self._prompts()
         return self._all_decode
+
+    def _prompts(self) -> list[Request]:
+        """Of those that run, who has a prompt left."""
+        running = self._scheduler.running
+        if self._not_loaded:
+            return [each for each in running if self._has_prompt(each)]
+        return [each for each in running if each.is_prefill_chunk]
+
+    def _has_prompt(self, request: Request) -> bool:
+        return request.is_prefill_chunk or request.request_id in self._not_loaded
 
     def _most_tokens(self) -> int:
         """Of the next step, if few wait for it; else more than any has."""
@@ -242,7 +259,7 @@ class GatedScheduler:
         if len(waiting) > FEW_WAITING:
             return sys.maxsize
         tokens = (requests + len(waiting)) * self._rows_each
-        for each in (*waiting, *[each for each in scheduler.running if each.is_prefill_chunk]):
+        for each in (*waiting, *self._prompts()):
             tokens += each.num_tokens - each.num_computed_tokens
         return tokens
 
@@ -258,9 +275,9 @@ class GatedScheduler:
         self._cut.clear()
         self._hit = ("", None)
         self._needed_bytes = 0
-        running = self._scheduler.running
-        decodes = len(running) - len([each for each in running if each.is_prefill_chunk])
-        if decodes < len(running):
+        prompts = len(self._prompts())
+        decodes = len(self._scheduler.running) - prompts
+        if prompts:
             self._answer_sizes()
         tokens = decodes * self._rows_each
         self._gate.begin(

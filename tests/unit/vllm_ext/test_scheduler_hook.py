@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from itertools import count
@@ -149,24 +150,46 @@ def test_cleared_steps_are_not_asked_about_and_say_the_same(
     assert engine.gate.report().decisions["run"] == 3
 
 
-def test_behind_a_cleared_step_others_are_cleared_until_somebody_comes(engine: Engine) -> None:
-    """They are counted, and they end with what was granted; an engine that was idle is asked."""
+class Asked:
+    """Clears nothing, and counts how often it was asked."""
+
+    times = 0
+
+    def __call__(self, rows: int, tokens: int) -> bool:
+        self.times += 1
+        return False
+
+
+def test_behind_a_cleared_step_others_are_cleared_until_somebody_comes(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, without a call; and they end with what was granted."""
     _in_flight(engine)
-    cleared, judged = engine.gate.clearance.steps, sum(engine.gate.gate.decisions.values())
+    cleared = engine.gate.clearance.steps
+    engine.gate.clearance.looked_until = math.inf
+    monkeypatch.setattr(engine.gate.clearance, "take", asked := Asked())
     for _ in range(9):
         engine.step()
-    assert engine.gate.clearance.steps == cleared + 9
-    engine.gate.clearance.withdraw()
-    engine.step()
-    assert engine.gate.clearance.steps == cleared + 9
-    while engine.scheduler.requests:
-        engine.step()
+    assert (engine.gate.clearance.steps, asked.times) == (cleared + 9, 0)
     engine.add("next", range(100))
     engine.step()
-    assert sum(engine.gate.gate.decisions.values()) == judged + 1
+    assert (engine.gate.clearance.steps, asked.times) == (cleared + 9, 1)
 
 
-def test_who_was_preempted_near_the_cap_is_judged_by_all_its_tokens(engine: Engine) -> None:
+def test_behind_a_cleared_step_room_is_looked_at_when_it_is_time(engine: Engine) -> None:
+    _in_flight(engine)
+    engine.step()
+    assert engine.gate.clearance.left
+    engine.ranks.room_bytes = 0
+    engine.gate.clearance.looked_until = 0.0
+    engine.step()
+    assert not engine.gate.clearance.left
+
+
+@pytest.mark.parametrize("holds_kv", [False, True])
+def test_who_waits_again_near_the_cap_is_judged_by_all_its_tokens(
+    engine: Engine, holds_kv: bool
+) -> None:
     """It had been one that decodes, and small steps were cleared."""
     _calibrate(engine)
     long = engine.add("long", range(900), max_tokens=50)
@@ -181,6 +204,9 @@ def test_who_was_preempted_near_the_cap_is_judged_by_all_its_tokens(engine: Engi
     assert engine.gate.clearance.steps > cleared + 1
     engine.scheduler.running.remove(long)
     engine.scheduler._preempt_request(long, 0.0)
+    if holds_kv:  # as of a session that goes on
+        engine.scheduler.waiting.remove_request(long)
+        engine.scheduler.kv_holding_waiting.add_request(long)
     judged = sum(engine.gate.gate.decisions.values())
     engine.step()
     assert sum(engine.gate.gate.decisions.values()) == judged + 1
@@ -278,16 +304,23 @@ def test_a_prompt_that_was_begun_unseen_is_judged_in_the_end(engine: Engine, uns
     assert engine.gate.report().decisions["shrink"] == 1
 
 
-def test_kv_that_could_not_be_loaded_is_a_prompt_again(engine: Engine) -> None:
-    """Though the request has decoded since."""
+@pytest.mark.parametrize("cleared", [False, True])
+def test_kv_that_could_not_be_loaded_is_a_prompt_again(engine: Engine, cleared: bool) -> None:
+    """Though the request has decoded since, and small steps were cleared."""
+    if cleared:
+        _calibrate(engine)
     engine.add("long", range(800), max_tokens=50)
+    engine.step()
+    if cleared:
+        engine.ranks.room_bytes = _room_for(300)
     for _ in range(LOOKED_AT_ONE_IN):
         engine.step()
+    assert engine.gate.clearance.is_bounded is cleared
     (blocks,) = engine.scheduler.kv_cache_manager.get_block_ids("long")
     said = engine.said("long")
     assert engine.step(not_loaded=blocks) == {"long": 1}
     engine.ranks.room_bytes = _room_for(120)
-    assert 0 < engine.step()["long"] < 200
+    assert 0 < engine.step()["long"] < 400
     assert engine.gate.report().decisions["shrink"] == 1
     engine.ranks.room_bytes = 1 << 40
     while engine.step() != {"long": 1}:
