@@ -10,13 +10,14 @@ from typing import Any
 from fastapi import FastAPI
 from sglang.srt.entrypoints import http_server
 
-from engine_plugins.admin.app import PREFIX
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.held_answer import RefuseBeforeStream
 from engine_plugins.admin.late_admin import LateAdmin
+from engine_plugins.admin.mount import PREFIX
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
+from sglang_ext.closed_routes import close_routes
 from sglang_ext.engine_control import SglangEngineControl
 from sglang_ext.own_token import AdminRoutes
 from sglang_ext.roll_call import absences
@@ -50,8 +51,9 @@ def after_key_check(result: None, app: FastAPI, **keys: Any) -> None:
 
 
 def add_routes(app: FastAPI) -> None:
-    """Register the admin routes and the refusals, and tell the gate's series."""
+    """Register the admin routes, close SGLang's own, and tell the gate's series."""
     _routes.register(app)
+    close_routes(app)
     tell_gate_metrics(Path(os.environ[RUNTIME_DIR]))
     app.add_middleware(RefuseBeforeStream, shared=shared_state())
 

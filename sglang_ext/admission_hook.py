@@ -15,7 +15,6 @@ from typing import Any
 
 from fastapi import HTTPException
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
-from sglang.srt.managers.utils import is_health_check_generate_req
 from starlette.responses import Response
 
 from engine_plugins.admin.error_responses import problem, problem_from
@@ -25,6 +24,7 @@ from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState, refusal
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.prefill_gate.entry import EntryLimits, GateBoard, refusal_at_entry
+from sglang_ext.health_probe import bears_its_name, comes_from_its_route, is_probe
 from sglang_ext.refused_prefill import refusal_in
 
 __all__ = [
@@ -40,19 +40,32 @@ LOOK_AGAIN_S = 0.25
 HOLDING_POLL_S = 0.02
 
 _SHOWN = "engine_plugins_version"
+_RESERVED = (
+    f"a request id may not begin with {HEALTH_CHECK_RID_PREFIX}: SGLang drops such requests while "
+    "it is busy; send another rid, or none"
+)
 _shared = functools.cache(shared_state)
 _board = functools.cache(lambda: GateBoard(_shared().runtime_dir))
 
 
 async def generate_request(
-    original: Any, manager: Any, request: Any, *args: Any, **kwargs: Any
+    original: Any, manager: Any, obj: Any, request: Any = None, *args: Any, **kwargs: Any
 ) -> AsyncGenerator[Any, None]:
-    """Around `TokenizerManager.generate_request`, through which every route generates."""
-    await _admitted(manager, _shared(), request)
-    outputs = original(manager, request, *args, **kwargs)
+    """Around `TokenizerManager.generate_request`, through which every route generates.
+
+    Raises:
+        HTTPException: 400 for a request that bears the name of SGLang's probe; 503 when the engine
+            is fenced or is being fenced meanwhile.
+        _StreamRefusedError: the same, for a request whose answer may have begun.
+    """
+    probe = comes_from_its_route(request)
+    if bears_its_name(obj) and not probe:
+        raise _refused_unread(problem(400, "reserved_request_id", _RESERVED), _RESERVED, obj)
+    await _admitted(manager, _shared(), obj, probe=probe)
+    outputs = original(manager, obj, request, *args, **kwargs)
     held = held_answer()
-    if held is not None and getattr(request, "stream", False):
-        outputs = releasing(outputs, held.hold(), when=_all_have_spoken(request))
+    if held is not None and getattr(obj, "stream", False):
+        outputs = releasing(outputs, held.hold(), when=_all_have_spoken(obj))
     async with aclosing(outputs):
         async for output in outputs:
             yield output
@@ -83,26 +96,16 @@ def _all_have_spoken(request: Any) -> Callable[[dict[str, Any]], bool]:
     return all_have_spoken
 
 
-def _is_health_check(request: Any) -> bool:
-    """SGLang's own probe; it waits out a pause, and nobody listens for an error of it."""
-    return isinstance(request.rid, str) and request.rid.startswith(HEALTH_CHECK_RID_PREFIX)
-
-
-async def _admitted(manager: Any, shared: SharedState, request: Any) -> None:
+async def _admitted(manager: Any, shared: SharedState, obj: Any, *, probe: bool) -> None:
     """Wait as long as SGLang is paused, or drains before it pauses.
 
-    Raises:
-        HTTPException: 503, when the engine is fenced or is being fenced meanwhile.
-        _StreamRefusedError: the same, for a request whose answer may have begun.
+    SGLang's probe waits out a fence too: nobody listens for an error of it.
     """
     while True:
         state = shared.read()
         why = refusal(state)
-        if why is not None and not _is_health_check(request):
-            if getattr(request, "stream", False):
-                # SGLang does it first of all; what runs after a stream asks for the outcome.
-                request.normalize_batch_and_arguments()
-            raise _refused_with(problem(503, "fenced", why, state="fenced"), why, request)
+        if why is not None and not probe:
+            raise _refused_unread(problem(503, "fenced", why, state="fenced"), why, obj)
         if state.holding:
             await asyncio.sleep(HOLDING_POLL_S)
         elif manager.is_pause:
@@ -131,7 +134,7 @@ async def send_batch(original: Any, manager: Any, tokenized: list[Any]) -> None:
     status = _board().read()
     if status is not None and status.limits.enforced:
         for each in tokenized:
-            refusal = None if is_health_check_generate_req(each) else _refusal(status.limits, each)
+            refusal = _refusal(status.limits, each)
             if refusal is not None:
                 raise _refused_with(problem_from(refusal, state=None), str(refusal), each)
     await original(manager, tokenized)
@@ -150,6 +153,8 @@ async def abort_reason(
 
 def _refusal(limits: EntryLimits, tokenized: Any) -> EnginePluginError | None:
     prompt = len(tokenized.input_ids or ())
+    if is_probe(tokenized, prompt):
+        return None
     logprobs = getattr(tokenized, "return_logprob", False) and (
         0 <= tokenized.logprob_start_len < prompt - 1
     )
@@ -162,6 +167,13 @@ class _StreamRefusedError(ValueError):
     def __init__(self, why: str, status: int) -> None:
         super().__init__(why)
         self.status_code = HTTPStatus(status)
+
+
+def _refused_unread(answer: Response, why: str, obj: Any) -> Exception:
+    if getattr(obj, "stream", False):
+        # SGLang does it first of all; what runs after a stream asks for the outcome.
+        obj.normalize_batch_and_arguments()
+    return _refused_with(answer, why, obj)
 
 
 def _refused_with(answer: Response, why: str, request: Any) -> Exception:

@@ -11,10 +11,10 @@ from __future__ import annotations
 from fastapi import FastAPI, Request
 from sglang.srt.utils.auth import AuthLevel, auth_level
 from starlette.responses import Response
-from starlette.routing import Match, Mount
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine_plugins.admin.app import PREFIX
+from engine_plugins.admin.mount import PREFIX, AdminMount
 
 __all__ = ["AdminRoutes"]
 
@@ -29,7 +29,7 @@ class AdminRoutes:
     """
 
     def __init__(self, admin: ASGIApp) -> None:
-        self._mount = Mount(PREFIX, app=admin)
+        self._mount = AdminMount(admin)
 
     def register(self, app: FastAPI) -> None:
         """Make the routes known to SGLang's application.
@@ -42,8 +42,8 @@ class AdminRoutes:
         async def admin_route(request: Request) -> Response:
             return _Answer(self)
 
-        path = PREFIX + "/{path:path}"
-        app.add_api_route(path, admin_route, methods=METHODS, include_in_schema=False)
+        for path in (PREFIX, PREFIX + "/{path:path}"):
+            app.add_api_route(path, admin_route, methods=METHODS, include_in_schema=False)
 
     def pass_key_check(self, app: FastAPI) -> None:
         """Take requests for the routes past SGLang's keys, once its check is in the application."""

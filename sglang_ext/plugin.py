@@ -63,7 +63,7 @@ def _hook_first_process() -> None:
 
 
 def _hook_api_process() -> None:
-    from sglang_ext import admission_hook, own_sleep_routes, scheduler_calls
+    from sglang_ext import admission_hook, scheduler_calls
 
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
     install(f"{manager}._send_one_request", HookType.AROUND, admission_hook.send_one)
@@ -75,13 +75,6 @@ def _hook_api_process() -> None:
         HookType.AROUND,
         admission_hook.answer_turns,
     )
-
-    for method in ("release_memory_occupation", "resume_memory_occupation"):
-        install(
-            f"sglang.srt.managers.tokenizer_manager.TokenizerManager.{method}",
-            HookType.AROUND,
-            own_sleep_routes.refuse,
-        )
 
     install(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.init_communicators",

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.managers.utils import is_health_check_generate_req
-
 from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
+from sglang_ext.health_probe import is_probe
 
 __all__ = ["HELD_BYTES_PER_LOGPROB", "PrefillShapes"]
 
@@ -47,7 +46,7 @@ class PrefillShapes:
             lora=request.lora_id is not None,
             divisible=limit is not None,
             refusable=refusable,
-            exempt=is_health_check_generate_req(request),
+            exempt=is_probe(request, prompt),
         )
 
     def largest(self, scheduler: Any) -> StepShape:

@@ -31,8 +31,6 @@ SGLANG = EngineRelease(
             "TokenizerManager.continue_generation",
             "TokenizerManager.abort_request",
             "TokenizerManager.update_weight_version",
-            "TokenizerManager.release_memory_occupation",
-            "TokenizerManager.resume_memory_occupation",
         ),
         "sglang.srt.managers.scheduler": (
             "Scheduler.init_request_dispatcher",

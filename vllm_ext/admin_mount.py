@@ -17,18 +17,18 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.datastructures import State
 from starlette.middleware import Middleware
-from starlette.routing import Mount
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers import app as launcher_app
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from engine_plugins.admin.app import PREFIX
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.held_answer import RefuseBeforeStream
 from engine_plugins.admin.late_admin import LateAdmin
+from engine_plugins.admin.mount import PREFIX, AdminMount
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
+from vllm_ext.closed_routes import close_routes
 from vllm_ext.engine_control import VllmEngineControl
 from vllm_ext.prefill_refusal import answer_refusals
 from vllm_ext.versions import VLLM
@@ -80,9 +80,10 @@ def mount(app: FastAPI) -> None:
     """Mount once, and only on a server whose workers have our extension."""
     if not _has_extension(app.state.args):
         return
-    if any(isinstance(route, Mount) and route.path == PREFIX for route in app.routes):
+    if any(isinstance(route, AdminMount) for route in app.routes):
         return
-    app.mount(PREFIX, LateAdmin(functools.partial(_find_engine, app)))
+    app.router.routes.append(AdminMount(LateAdmin(functools.partial(_find_engine, app))))
+    close_routes(app)
     # Innermost, so that vLLM's own middleware sees the status of a refusal and counts it.
     app.user_middleware.append(Middleware(RefuseBeforeStream, shared=shared_state()))
     tell_gate_metrics(Path(os.environ[RUNTIME_DIR]))

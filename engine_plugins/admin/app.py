@@ -12,28 +12,43 @@ from engine_plugins.admin.auth import BearerAuth, TokenBook
 from engine_plugins.admin.body_limit import BodyLimit
 from engine_plugins.admin.error_responses import problem, problem_from
 from engine_plugins.admin.last_resort import LastResort, internal_problem
+from engine_plugins.admin.mount import PREFIX
+from engine_plugins.admin.route_table import RouteTable
 from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.update_answers import StoredFailure
 from engine_plugins.errors import EnginePluginError, ResidualMemoryError
 from engine_plugins.settings import Settings
 
-__all__ = ["PREFIX", "create_admin_app"]
+__all__ = ["create_admin_app"]
 
-PREFIX = "/admin/v1"
+_DOCUMENT = ("GET", "/openapi.json")
 
 
 def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
     """The whole admin contract as one ASGI application, to be mounted at `PREFIX`."""
-    app = FastAPI(title="engine-plugins admin", version="1")
-    app.include_router(admin_router(service, max_manifest_bytes=settings.max_manifest_bytes))
+    app = FastAPI(
+        title="engine-plugins admin",
+        version="1",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,  # a redirect goes wherever the request's Host header says
+        # An included router would hide its routes from the table below, from FastAPI 0.137 on.
+        routes=admin_router(service, max_manifest_bytes=settings.max_manifest_bytes).routes,
+    )
     _answer_errors(app, service)
 
     def limit(scope: Scope) -> int:
         sources = scope["path"].endswith(SOURCES_PATH)
         return settings.max_manifest_bytes if sources else settings.max_body_bytes
 
-    guarded = BearerAuth(BodyLimit(app, limit), TokenBook(settings), SCOPES)
+    guarded = BearerAuth(
+        BodyLimit(app, limit),
+        TokenBook(settings),
+        routes=RouteTable(app.routes),
+        scopes={**SCOPES, _DOCUMENT: None},
+        state_name=lambda: service.state_name,
+    )
     return LastResort(_BelowMount(guarded))
 
 

@@ -1,13 +1,14 @@
 """Who may call which route: bearer tokens with scopes, read before anything else.
 
 This is ASGI in front of the routes, not a dependency of them: a request without a right token is
-answered before its body is read, however large or malformed it is.
+answered before its body is read, however large or malformed it is. The scope that counts is that of
+the route which the router will run; a request that no route will take is refused here.
 """
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -15,6 +16,7 @@ from typing import Literal, get_args
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem
+from engine_plugins.admin.route_table import RouteKey, RouteTable, oddity_of_path
 from engine_plugins.errors import SettingsError
 from engine_plugins.settings import PREFIX, Settings
 
@@ -22,6 +24,7 @@ __all__ = ["BearerAuth", "TokenBook", "TokenScope"]
 
 TokenScope = Literal["read", "control", "weights"]
 ALL_SCOPES: frozenset[TokenScope] = frozenset(get_args(TokenScope))
+_SEE_DOCUMENT = "GET /admin/v1/openapi.json lists the routes"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +97,30 @@ class BearerAuth:
     Args:
         app: the admin application.
         tokens: who may do what.
-        scopes: the scope that each (method, path) needs; others need any valid token.
+        routes: the routes of `app`.
+        scopes: the scope that each route needs; one that needs `None` takes any valid token, and
+            one that is not named is closed.
+        state_name: the engine's state, which those with a token are told.
     """
 
     def __init__(
-        self, app: ASGIApp, tokens: TokenBook, scopes: Mapping[tuple[str, str], TokenScope]
+        self,
+        app: ASGIApp,
+        tokens: TokenBook,
+        *,
+        routes: RouteTable,
+        scopes: Mapping[RouteKey, TokenScope | None],
+        state_name: Callable[[], str],
     ) -> None:
         self._app = app
         self._tokens = tokens
+        self._routes = routes
         self._scopes = scopes
+        self._state_name = state_name
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
+        if scope["type"] == "websocket":  # no route of ours is one
+            await send({"type": "websocket.close", "code": 1008, "reason": ""})
             return
         refusal = self._refusal(scope)
         if refusal is None:
@@ -135,22 +149,43 @@ class BearerAuth:
                 remedy="send `Authorization: Bearer <token>`",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        needed = self._scopes.get((scope["method"], _route_path(scope)))
-        if needed is not None and needed not in granted:
-            return problem(
-                403,
-                "forbidden",
-                f"this route needs a token of scope {needed}; yours has "
-                f"{', '.join(sorted(granted))}",
-                remedy="use another token",
+        return self._forbidden(scope, granted)
+
+    def _forbidden(self, scope: Scope, granted: frozenset[TokenScope]) -> ASGIApp | None:
+        """The answer to a request that its token does not allow, or that no route takes."""
+        if odd := oddity_of_path(scope):
+            return self._unknown(
+                f"the path of this request has {odd}, and that of no admin route has"
             )
-        return None
+        route = self._routes.find(scope)
+        if route is None or route not in self._scopes:
+            return self._no_route(scope)
+        needed = self._scopes[route]
+        if needed is None or needed in granted:
+            return None
+        return problem(
+            403,
+            "forbidden",
+            f"this route needs a token of scope {needed}; yours has {', '.join(sorted(granted))}",
+            remedy="use another token",
+            state=self._state_name(),
+        )
 
+    def _no_route(self, scope: Scope) -> ASGIApp:
+        methods = self._routes.methods_at(scope)
+        if methods:
+            return problem(
+                405,
+                "method_not_allowed",
+                f"this route takes {', '.join(methods)}, not {scope['method']}",
+                remedy=_SEE_DOCUMENT,
+                state=self._state_name(),
+                headers={"Allow": ", ".join(methods)},
+            )
+        return self._unknown("there is no admin route of this path")
 
-def _route_path(scope: Scope) -> str:
-    """The path below the mount point, whatever the server's root path is."""
-    path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    def _unknown(self, detail: str) -> ASGIApp:
+        return problem(404, "unknown_route", detail, remedy=_SEE_DOCUMENT, state=self._state_name())
 
 
 def _bearer(scope: Scope) -> str:

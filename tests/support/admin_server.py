@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 from fastapi import FastAPI
 
-from engine_plugins.admin.app import PREFIX, create_admin_app
+from engine_plugins.admin.app import create_admin_app
+from engine_plugins.admin.mount import PREFIX, AdminMount
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.settings import Settings
@@ -56,7 +57,8 @@ class AdminServer:
         self.service = AdminService(self.engine, self.shared, self.settings)
         self.app = FastAPI()
         self.app.root_path = root_path
-        self.app.mount(PREFIX, create_admin_app(self.service, self.settings))
+        admin = create_admin_app(self.service, self.settings)
+        self.app.router.routes.append(AdminMount(admin))
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app=self.app),
             base_url=f"http://engine{PREFIX}",

@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 import engine_plugins
-from engine_plugins.admin.app import PREFIX, create_admin_app
+from engine_plugins.admin.app import create_admin_app
 from engine_plugins.admin.engine_control import EngineInfo
 from engine_plugins.admin.error_responses import problem_from
+from engine_plugins.admin.mount import AdminMount
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir, shared_state
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
@@ -206,7 +207,8 @@ class _Api:
         self.app.add_api_route("/health", self._health, methods=["GET"])
         self.app.add_api_route("/generate", self._generate, methods=["POST"])
         self.app.add_api_route("/metrics", self._metrics, methods=["GET"])
-        self.app.mount(PREFIX, create_admin_app(AdminService(engine, shared, settings), settings))
+        admin = create_admin_app(AdminService(engine, shared, settings), settings)
+        self.app.router.routes.append(AdminMount(admin))
 
     async def _health(self) -> Response:
         return Response()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from engine_plugins.admin.app import PREFIX
+from engine_plugins.admin.mount import PREFIX
 from engine_plugins.settings import Settings
 from tests.support.admin_server import TOKEN, AdminServer
 

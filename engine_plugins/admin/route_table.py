@@ -1,0 +1,69 @@
+"""Which route a request will run, known before its body is read.
+
+The routes of the application are asked themselves, so what is found here is what its router runs:
+a table of paths beside the router would read some paths otherwise than the router does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
+
+__all__ = ["RouteKey", "RouteTable", "oddity_of_path"]
+
+RouteKey = tuple[str, str]
+"""A method, and a path as the route declares it."""
+
+_ODDITIES = {
+    "a control character": re.compile(rb"[\x00-\x20\x7f]|%[01][0-9a-f]|%7f", re.IGNORECASE),
+    "an encoded slash": re.compile(rb"%2f|%5c|\\", re.IGNORECASE),
+    "a doubled slash": re.compile(rb"//"),
+}
+
+
+class RouteTable:
+    """The routes of one application.
+
+    Args:
+        routes: in the order in which the application's router asks them.
+    """
+
+    def __init__(self, routes: Sequence[BaseRoute]) -> None:
+        self._routes = routes
+
+    def keys(self) -> set[RouteKey]:
+        """Every method and path that a request can be answered by."""
+        return {
+            (method, route.path)
+            for route in self._routes
+            if isinstance(route, Route)
+            for method in route.methods or ()
+        }
+
+    def find(self, scope: Scope) -> RouteKey | None:
+        """The route that this request will run; `None` if the router has none for it."""
+        for route in self._routes:
+            match, _ = route.matches({**scope})
+            if match is Match.FULL:
+                return (scope["method"], route.path) if isinstance(route, Route) else None
+        return None
+
+    def methods_at(self, scope: Scope) -> list[str]:
+        """Methods under which the path of this request has a route, sorted."""
+        found: set[str] = set()
+        for route in self._routes:
+            if isinstance(route, Route) and route.matches({**scope})[0] is not Match.NONE:
+                found |= route.methods or set()
+        return sorted(found)
+
+
+def oddity_of_path(scope: Scope) -> str | None:
+    """What no path of ours has and a router may read in several ways, in words; `None` if nothing.
+
+    Both forms of the path are looked at: as it was sent, and as the server has decoded it.
+    """
+    forms = scope["path"].encode("utf-8", "surrogateescape"), scope.get("raw_path") or b""
+    return next((what for what, odd in _ODDITIES.items() if any(map(odd.search, forms))), None)
