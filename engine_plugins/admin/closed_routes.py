@@ -36,6 +36,9 @@ def closed_routes(engine: str, instead: Mapping[str, str]) -> list[Route]:
 class _Closed:
     """The 409 of one route, before any of the request's body is read."""
 
+    __name__ = "closed_route"
+    """As a function has one: vLLM's log lists the endpoints of all routes by it."""
+
     def __init__(self, engine: str, path: str, remedy: str) -> None:
         self._answer = problem(
             409,

@@ -55,7 +55,8 @@ def announce(server: EngineServer, method: str, target: bytes, token: str | None
 def acted(answer: RawAnswer) -> bool:
     """Whether a route of ours ran: it answered, or found fault with the body."""
     ours = answer.problem or answer.status < 400
-    return bool(ours) and answer.status not in {0, *DENIED}
+    shut = answer.status in {0, *DENIED} or answer.code == "closed_route"
+    return bool(ours) and not shut
 
 
 def read_by_the_book(target: bytes) -> str:

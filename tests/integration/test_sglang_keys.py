@@ -14,6 +14,7 @@ from sglang.srt.utils.auth import (
     decide_request_auth,
 )
 
+from sglang_ext.closed_routes import INSTEAD
 from sglang_ext.own_token import AdminRoutes
 from tests.support.engine_server import TOKEN
 from tests.support.live_models import LiveModel
@@ -91,13 +92,22 @@ def test_sglangs_routes_stay_as_protected_as_they_were(
         assert status(server, TOKEN, method, detour, body) in (401, 404)
 
 
-def test_sglangs_own_sleep_is_closed(server: SglangServer) -> None:
-    """Two masters of one memory would end the engine, and so would an unmatched resume."""
-    for route in ("/release_memory_occupation", "/resume_memory_occupation"):
-        refused = server.http.post(route, json={}, headers={"authorization": f"Bearer {CHIEF}"})
-        assert refused.status_code == 400
-        assert "/admin/v1/sleep" in refused.text
-    assert server.state()["state"] == "serving"
+def test_a_closed_route_tells_of_itself_by_key_only(server: SglangServer) -> None:
+    """Each of SGLang's routes that we close asks for the key that it asked for before."""
+    for path in INSTEAD:
+        for token in (None, TOKEN, ORDINARY):
+            assert status(server, token, "POST", path, {}) == 401
+        assert status(server, CHIEF, "POST", path, {}) == 409
+
+
+def test_the_name_of_sglangs_probe_opens_nothing(server: SglangServer) -> None:
+    """A client that takes it is told so at once; the probe itself is answered."""
+    for path in ("/generate", "/v1/completions"):
+        named = {"rid": "HEALTH_CHECK_mine", "model": "m", "prompt": [1, 2], **GENERATION}
+        refused = server.http.post(path, json=named)
+        assert refused.status_code == 400, refused.text
+        assert "HEALTH_CHECK" in refused.text
+    assert server.http.get("/health_generate").status_code == 200
 
 
 def scope(path: str) -> dict[str, object]:

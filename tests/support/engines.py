@@ -29,6 +29,7 @@ class Engine:
         watched: options under which a server's installs can be held; see `stepping`.
         feeds_peers: whether, on the CPU, its live parameters hold what its loader copies.
         keyed: options that set every key of the engine's own.
+        environment: what else its servers are started with.
     """
 
     kind: str
@@ -38,6 +39,7 @@ class Engine:
     watched: Mapping[str, Any] = field(default_factory=dict)
     feeds_peers: bool = True
     keyed: Mapping[str, str]
+    environment: Mapping[str, str] = field(default_factory=dict)
     sleep_cycles: int = 25
     """Of one server; together 50 on real engines."""
 
@@ -59,6 +61,7 @@ VLLM = Engine(
     peak_modules=3.5,
     watched={"extension": "tests.support.stepping_vllm.SteppingWorkerExtension"},
     feeds_peers=False,  # its linear layers are packed
+    environment={"VLLM_SERVER_DEV_MODE": "1"},  # all routes of its own are there
     keyed={"api_key": API_KEY},
 )
 SGLANG = Engine(

@@ -132,6 +132,7 @@ class Served:
             "ENGINE_PLUGINS_ADMIN_TOKEN_FILE": str(self.token_file),
         }
         return {
+            **self.engine.environment,
             **(TCP if chosen.tcp else {}),
             "ENGINE_PLUGINS_DIRECT_LANDING": str(chosen.direct_landing),
             **(tokens if chosen.token_file else {}),

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import HTTPException
 from sglang.srt.managers.io_struct import GenerateReqInput
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -55,7 +56,9 @@ class Manager:
         self._outputs = outputs
         self.closed_early = False
 
-    async def generate_request(self, request: GenerateReqInput) -> AsyncGenerator[Output, None]:
+    async def generate_request(
+        self, request: GenerateReqInput, http_request: object
+    ) -> AsyncGenerator[Output, None]:
         request.normalize_batch_and_arguments()
         try:
             for output in self._outputs:
@@ -146,3 +149,18 @@ def test_a_route_that_tells_of_itself_first_is_held_to_the_first_turn(runtime_di
 
     assert told([REFUSED]).status_code == 413
     assert told([{}, {}]).text == "created 0 0 "
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("rid", ["HEALTH_CHECK_1", ["mine", "HEALTH_CHECK_1"]])
+def test_no_client_takes_the_name_of_sglangs_probe(
+    runtime_dir: Path, rid: str | list[str], stream: bool
+) -> None:
+    """SGLang would drop the request while busy, and the gate and a fence would let it in."""
+    manager = Manager([{}, {}])
+    prompts = [[1], [2]] if isinstance(rid, list) else [1]
+    request = GenerateReqInput(input_ids=prompts, rid=rid, stream=stream)
+    outputs = _generated(manager, request)
+    with pytest.raises((HTTPException, ValueError), match="HEALTH_CHECK") as refused:
+        asyncio.run(anext(outputs))
+    assert getattr(refused.value, "status_code", None) == 400

@@ -51,10 +51,13 @@ def test_a_prompt_wants_what_is_missing_up_to_the_steps_rest() -> None:
     assert (part.wanted, part.divisible, part.refusable) == (48, True, False)
 
 
-def test_health_checks_are_exempt() -> None:
-    probe = request(1)
-    probe.rid = "HEALTH_CHECK_1"
-    assert SHAPES.candidate(probe, None, refusable=True).exempt
+def test_only_a_prompt_of_the_probes_size_is_exempt() -> None:
+    """The name alone is a field of a client's body."""
+    for tokens, exempt in ((1, True), (2, False), (100_000, False)):
+        named = request(tokens)
+        named.rid = "HEALTH_CHECK_1"
+        assert SHAPES.candidate(named, None, refusable=True).exempt == exempt
+    assert not SHAPES.candidate(request(1), None, refusable=True).exempt
 
 
 @pytest.mark.parametrize(
