@@ -1,8 +1,8 @@
 """Installing weights in a live SGLang model through the model's own loader.
 
-SGLang loads into the parameters that serve. Around a load it opens and closes a session, which
-undoes and redoes what its kernels pack; ours uses the runners' own begin and end. The scheduler's
-routes for them wait at a barrier of all ranks, so one rank's failure would hang the others.
+SGLang loads into the parameters that serve. Around a load the model runner undoes and redoes what
+its kernels pack, by its begin and end. The scheduler's messages for them wait at a barrier of all
+ranks, so one rank's failure would hang the others.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from sglang.srt.managers.scheduler_components.weight_updater import _WeightUpdateSession
 from sglang.srt.model_executor.model_runner_components import weight_updater
 
-from engine_plugins.errors import ConflictError, UnsupportedError, WeightMismatchError
+from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
@@ -31,7 +30,6 @@ class SglangWeightInstaller:
     """The `WeightInstaller` of one scheduler rank."""
 
     def __init__(self, scheduler: Any) -> None:
-        self._sessions = scheduler.weight_updater
         self._runner = scheduler.tp_worker.model_runner
         self._has_draft = scheduler.draft_worker is not None
         self._landed = False
@@ -80,21 +78,13 @@ class SglangWeightInstaller:
         return dict(self._runner.model.named_parameters())
 
     def begin(self) -> None:
-        """Open a session, with no step of the model under way.
+        """Undo what SGLang's kernels packed, with no step of the model under way.
 
-        Raises:
-            ConflictError: somebody else's session is open.
+        SGLang's own update routes are closed (`closed_routes`), so nobody else loads meanwhile.
         """
-        if self._sessions._session is not None:
-            raise ConflictError(
-                "a weight-update session of SGLang's own routes is open",
-                remedy="POST /end_weight_update, then update again",
-            )
         if self._runner.device != "cpu":
             torch.get_device_module(self._runner.device).synchronize()
         self._runner.weight_updater.begin_weight_update()
-        # Keeps SGLang's own update routes out until ours is closed.
-        self._sessions._session = _WeightUpdateSession(selector="target", loaded_weights=True)
 
     def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load the tensors of some modules; SGLang copies them and keeps no reference."""
@@ -106,7 +96,7 @@ class SglangWeightInstaller:
         self._landed = self._landed or bool(modules)
 
     def finish(self) -> None:
-        """Close the session: packed forms of the new weights are made anew.
+        """Have packed forms of the new weights made anew.
 
         Fixups of a model's own belong to its `load_weights` and have run with the last module.
         Where modules did not come through it, they are run here.
@@ -114,10 +104,9 @@ class SglangWeightInstaller:
         try:
             with torch.no_grad():
                 self._runner.weight_updater.end_weight_update(run_post_load=self._landed)
-        finally:  # a session that stayed open would refuse the update that repairs this one
+        finally:
             self._landed = False
-            self._sessions._session = None
 
     def abandon(self) -> None:
-        """Close the session over whatever has been loaded; the engine is fenced."""
+        """As `finish`, over whatever has been loaded; the engine is fenced."""
         self.finish()

@@ -147,7 +147,6 @@ class SglangRank:
         installer = self.rules
         installer._runner.model = model
         installer._runner.weight_updater = _updater(self.config, model)
-        installer._sessions = SimpleNamespace(_session=None)
         return installer
 
 
