@@ -20,8 +20,8 @@ demo: $(if $(filter vllm sglang,$(ENGINE)),setup-$(ENGINE),no-such-engine) ## tr
 test: setup ## all tests, on both engines side by side (ARGS="-k name" narrows them)
 	$(PYTHON) scripts/run_tests.py $(ARGS)
 
-check: lint ## the quick loop: lint, types, import contracts, unit tests without engines
-	$(VLLM_PYTHON) -m pytest tests/unit -q -m core $(ARGS)
+check: setup-vllm ## the quick loop: lint, types, import contracts, unit tests without engines
+	$(PYTHON) scripts/check.py $(ARGS)
 
 lint: setup-vllm ## ruff, mypy and the import contracts
 	$(VLLM_ENV)/bin/ruff check .

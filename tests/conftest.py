@@ -9,6 +9,8 @@ from pathlib import Path
 
 from hypothesis import settings
 
+pytest_plugins = ("tests.support.shared_servers",)
+
 SGLANG_SHIMS = Path(__file__).parent / "support" / "sglang_shims"
 
 # `make test` runs the tests in the environment of each engine, those marked `core` in vLLM's only.

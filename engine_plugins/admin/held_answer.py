@@ -118,13 +118,26 @@ class RefuseBeforeStream:
             return
         held = HeldAnswer(send)
         _held.set(held)
+        told = False
+
+        async def tell_refusal() -> None:
+            nonlocal told
+            if held.refusal is not None and not told:
+                told = True
+                await held.refusal(scope, receive, send)
+
+        async def pass_on(message: Message) -> None:
+            await held.send(message)
+            # Before the route returns: after its streams SGLang first waits for 2 s.
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                await tell_refusal()
+
         try:
-            await self._app(scope, receive, held.send)
+            await self._app(scope, receive, pass_on)
         except Exception:  # a refusal may end the route that would have streamed
             if held.refusal is None:
                 raise
-        if held.refusal is not None:
-            await held.refusal(scope, receive, send)
+        await tell_refusal()
 
     def _may_refuse(self) -> bool:
         if self._shared.read().fence is not None:

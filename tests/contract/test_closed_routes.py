@@ -11,17 +11,12 @@ import httpx
 import pytest
 
 from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, on
-from tests.support.engines import engines_here
+from tests.support.engines import IN_MEMORY, engines_here, only
 from tests.support.served import Served
 from tests.support.stepping import Steps
 from tests.support.waiting import until
 
-REAL = [
-    pytest.param(each, id=each.kind, marks=pytest.mark.engine)
-    for each in engines_here()
-    if each.kind != "in_memory"
-]
-pytestmark = pytest.mark.parametrize("engine", REAL, indirect=True)
+pytestmark = only(*(each for each in engines_here() if each is not IN_MEMORY))
 
 CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "vllm": [

@@ -141,17 +141,16 @@ def test_it_updates_a_live_server_and_proves_it(start_demo: StartDemo) -> None:
     assert demo.leftovers() == []
 
 
-@pytest.mark.parametrize(
-    ("number", "processes"),
-    [
-        (signal.SIGINT, 4),  # the demo, the API server, its resource tracker and one of the engine
-        (signal.SIGTERM, 2),  # the demo and the API server, which is still importing
-    ],
-)
-def test_a_signal_in_the_middle_leaves_nothing_behind(
-    start_demo: StartDemo, number: signal.Signals, processes: int
-) -> None:
+SIGNALLED = {
+    "vllm": (signal.SIGINT, 4),  # the demo, the API server, its resource tracker, an engine's
+    "sglang": (signal.SIGTERM, 2),  # the demo and the API server, which is still importing
+}
+"""A signal, and how many processes run when it comes; the demo takes either alike."""
+
+
+def test_a_signal_in_the_middle_leaves_nothing_behind(start_demo: StartDemo) -> None:
     """While the server starts: all its processes end with the demo, and its folder goes."""
+    number, processes = SIGNALLED[ENGINE]
     demo = start_demo()
     demo.output_until(f"starting {TITLE}")
     demo.wait_for(processes)

@@ -21,7 +21,7 @@ from engine_plugins import WeightSender
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from tests.support.configurations import NEW, OLD
 from tests.support.engine_server import TOKEN, EngineServer
-from tests.support.engines import Engine, engines_here
+from tests.support.engines import Engine, engine_parameters, engines_here
 from tests.support.live_models import LiveModel
 from tests.support.served import TCP
 from tests.support.stepping import STEPPING_FOLDER, Steps
@@ -87,11 +87,7 @@ def _started(
 
 @pytest.fixture(
     scope="module",
-    params=[
-        pytest.param(each, id=each.kind, marks=[pytest.mark.engine] * (each.kind != "in_memory"))
-        for each in engines_here()
-        if each.feeds_peers
-    ],
+    params=engine_parameters([engine for engine in engines_here() if engine.feeds_peers]),
 )
 def fleet(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,14 +12,12 @@ import pytest
 
 from tests.support.besieged import besieged
 from tests.support.chaos import scored
-from tests.support.engines import Engine, engines_here
+from tests.support.engines import IN_MEMORY, Engine, engine_parameters, engines_here
 from tests.support.gate_models import QUICK
 from tests.support.memory_cgroup import MemoryCgroup, memory_cgroup
 
-pytestmark = pytest.mark.engine
-
 LONG = 2048
-ENGINES = [pytest.param(each, id=each.kind) for each in engines_here() if each.kind != "in_memory"]
+REAL = [engine for engine in engines_here() if engine is not IN_MEMORY]
 
 
 @pytest.fixture
@@ -30,21 +29,20 @@ def group() -> Iterator[MemoryCgroup]:
         yield made
 
 
-@pytest.mark.parametrize("mode", ["enforce", "off"])
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", engine_parameters(REAL))
 def test_in_a_cgroup_the_gate_is_life_or_death(
-    engine: Engine, mode: str, group: MemoryCgroup, tmp_path: Path
+    engine: Engine, group: MemoryCgroup, tmp_path: Path
 ) -> None:
     """With it 2,048 tokens with all their logits are answered; without it the kernel kills."""
-    with besieged(engine, tmp_path, mode=mode, model=QUICK) as siege:
+    with besieged(engine, tmp_path, mode="enforce", model=QUICK) as siege:
         # vLLM compiles a function for its first one, in processes that would be in the group too.
         scored(siege.server, siege.prompt(64)).raise_for_status()
         siege.move_to(group)
-        if mode == "enforce":
-            siege.wait_until_seen()
-        try:
-            answered = scored(siege.server, siege.prompt(LONG)).status_code == 200
-            lives = siege.lives()
-        except httpx.TransportError:
-            answered = lives = False
-        assert (answered, lives) == ((True, True) if mode == "enforce" else (False, False))
+        siege.wait_until_seen()
+        assert scored(siege.server, siege.prompt(LONG)).status_code == 200
+        assert siege.lives()
+        siege.configure(mode="off")
+        with contextlib.suppress(httpx.TransportError):
+            assert scored(siege.server, siege.prompt(LONG, 1)).status_code != 200
+        with contextlib.suppress(httpx.TransportError):
+            assert not siege.lives()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import httpx
 import pytest
@@ -16,33 +16,21 @@ from sglang.srt.utils.auth import (
 
 from sglang_ext.closed_routes import INSTEAD
 from sglang_ext.own_token import AdminRoutes
-from tests.support.engine_server import TOKEN
-from tests.support.live_models import LiveModel
-from tests.support.sglang_server import SglangServer, sglang_server
+from tests.support.configurations import DENSE, on
+from tests.support.engine_server import TOKEN, EngineServer
+from tests.support.engines import ADMIN_KEY, API_KEY, SGLANG, only
 
-pytestmark = pytest.mark.engine
-
-ORDINARY, CHIEF = "the-ordinary-key", "the-admin-key"
+ORDINARY, CHIEF = API_KEY, ADMIN_KEY
 GENERATION = {"input_ids": [1, 2, 3], "sampling_params": {"max_new_tokens": 2}}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SglangServer]:
-    """A server with both of SGLang's keys and our token."""
-    folder = tmp_path_factory.mktemp("server")
-    model = LiveModel(kind="qwen3_live", version=0).copy_to(folder / "model")
-    with sglang_server(
-        model,
-        folder / "server.log",
-        api_key=ORDINARY,
-        admin_api_key=CHIEF,
-        arguments=["--engine-plugins-enable"],
-        preload=True,
-    ) as server:
-        yield server
+def on_a_server(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test on a server with both of SGLang's keys and our token."""
+    marked: Callable[..., None] = only(SGLANG)(on(DENSE)(test))
+    return marked
 
 
-def status(server: SglangServer, token: str | None, method: str, path: str, body: object) -> int:
+def status(server: EngineServer, token: str | None, method: str, path: str, body: object) -> int:
     """What a route answers to somebody with a token."""
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
     return httpx.request(
@@ -50,8 +38,9 @@ def status(server: SglangServer, token: str | None, method: str, path: str, body
     ).status_code
 
 
+@on_a_server
 @pytest.mark.parametrize("token", [None, ORDINARY, CHIEF])
-def test_no_key_of_sglangs_opens_our_routes(server: SglangServer, token: str | None) -> None:
+def test_no_key_of_sglangs_opens_our_routes(server: EngineServer, token: str | None) -> None:
     """Nor does it tell which of them exist."""
     for method, path in (
         ("GET", "/admin/v1/state"),
@@ -64,7 +53,8 @@ def test_no_key_of_sglangs_opens_our_routes(server: SglangServer, token: str | N
     assert server.state()["state"] == "serving"
 
 
-def test_our_token_opens_ours(server: SglangServer) -> None:
+@on_a_server
+def test_our_token_opens_ours(server: EngineServer) -> None:
     """Although SGLang's own key check does not know it."""
     assert status(server, TOKEN, "GET", "/admin/v1/state", None) == 200
     assert status(server, TOKEN, "POST", "/admin/v1/pause", {"mode": "keep"}) == 200
@@ -72,6 +62,7 @@ def test_our_token_opens_ours(server: SglangServer) -> None:
     assert status(server, TOKEN, "GET", "/admin/v1/no-such-route", None) == 404
 
 
+@on_a_server
 @pytest.mark.parametrize(
     ("method", "path", "body", "opened_by"),
     [
@@ -82,7 +73,7 @@ def test_our_token_opens_ours(server: SglangServer) -> None:
     ],
 )
 def test_sglangs_routes_stay_as_protected_as_they_were(
-    server: SglangServer, method: str, path: str, body: object, opened_by: str
+    server: EngineServer, method: str, path: str, body: object, opened_by: str
 ) -> None:
     """Each by its own key and no other; a path that begins like ours is not ours."""
     for token in (None, TOKEN, ORDINARY, CHIEF):
@@ -92,7 +83,8 @@ def test_sglangs_routes_stay_as_protected_as_they_were(
         assert status(server, TOKEN, method, detour, body) in (401, 404)
 
 
-def test_a_closed_route_tells_of_itself_by_key_only(server: SglangServer) -> None:
+@on_a_server
+def test_a_closed_route_tells_of_itself_by_key_only(server: EngineServer) -> None:
     """Each of SGLang's routes that we close asks for the key that it asked for before."""
     for path in INSTEAD:
         for token in (None, TOKEN, ORDINARY):
@@ -100,7 +92,8 @@ def test_a_closed_route_tells_of_itself_by_key_only(server: SglangServer) -> Non
         assert status(server, CHIEF, "POST", path, {}) == 409
 
 
-def test_the_name_of_sglangs_probe_opens_nothing(server: SglangServer) -> None:
+@on_a_server
+def test_the_name_of_sglangs_probe_opens_nothing(server: EngineServer) -> None:
     """A client that takes it is told so at once; the probe itself is answered."""
     for path in ("/generate", "/v1/completions"):
         named = {"rid": "HEALTH_CHECK_mine", "model": "m", "prompt": [1, 2], **GENERATION}

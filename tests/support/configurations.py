@@ -23,6 +23,7 @@ OLD, NEW = LiveModel(kind="qwen3_live", version=0), LiveModel(kind="qwen3_live",
 
 DENSE = Configuration(name="dense", model=OLD, tcp=True, token_file=True, keyed=True)
 # Trainers are stopped here in the middle of an install, which live parameters would not survive.
+# vLLM's official hook for routes is on beside the one that our worker extension comes with.
 DENSE_TP2 = Configuration(
     name="dense-tp2",
     model=OLD,
@@ -31,6 +32,7 @@ DENSE_TP2 = Configuration(
     tcp=True,
     watched=True,
     direct_landing=False,
+    environment={"VLLM_PLUGINS": "engine_plugins"},
 )
 TIED, TIED_TP2, MOE, MOE_TP2 = (
     Configuration(

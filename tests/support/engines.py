@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
+
+import pytest
 
 from tests.support.engine_server import EngineServer
 from tests.support.in_memory_server import in_memory_server
 from tests.support.sglang_server import sglang_server
 from tests.support.vllm_server import vllm_server
 
-__all__ = ["Engine", "engines_here"]
+__all__ = [
+    "ADMIN_KEY",
+    "API_KEY",
+    "IN_MEMORY",
+    "SGLANG",
+    "VLLM",
+    "Engine",
+    "engine_parameters",
+    "engines_here",
+    "only",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +47,7 @@ class Engine:
     kind: str
     serve: Callable[..., AbstractContextManager[EngineServer]]
     peak_modules: float
-    long_pull_s: float = 10.0
+    long_pull_s: float = 4.0
     watched: Mapping[str, Any] = field(default_factory=dict)
     feeds_peers: bool = True
     keyed: Mapping[str, str]
@@ -82,3 +94,20 @@ def engines_here() -> list[Engine]:
     """
     installed = [engine for engine in (VLLM, SGLANG) if find_spec(engine.kind) is not None]
     return [IN_MEMORY, *installed] if VLLM in installed or not installed else installed
+
+
+def engine_parameters(engines: Sequence[Engine]) -> list[Any]:
+    """Engines as parameters of a test or a fixture, with the marks that say where it is run."""
+    return [
+        pytest.param(
+            each,
+            id=each.kind,
+            marks=pytest.mark.core if each is IN_MEMORY else pytest.mark.engine,
+        )
+        for each in engines
+    ]
+
+
+def only(*engines: Engine) -> pytest.MarkDecorator:
+    """Run a test, or a module's tests, on these engines and no others."""
+    return pytest.mark.parametrize("engine", engine_parameters(engines))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,11 +44,17 @@ class LiveModel:
         return [list(ids) for ids in self._greedy()["ids"]]
 
     def wrong_answers(self, greedy: Callable[[list[int]], list[int]]) -> list[str]:
-        """What an engine says otherwise than HF transformers; empty when it is right."""
+        """What an engine says otherwise than HF transformers; empty when it is right.
+
+        It is asked for all at once: steps of several requests cost no more than steps of one.
+        """
+        prompts = self.prompts()
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            answers = list(pool.map(greedy, prompts))
         return [
             f"{prompt}: {said} instead of {ids}"
-            for prompt, ids in zip(self.prompts(), self.expected(), strict=True)
-            if (said := greedy(prompt)) != ids
+            for prompt, ids, said in zip(prompts, self.expected(), answers, strict=True)
+            if said != ids
         ]
 
     def copy_to(self, folder: Path) -> Path:

@@ -21,7 +21,6 @@ from vllm.model_executor.model_loader.utils import (
     initialize_model,
     process_weights_after_loading,
 )
-from vllm.model_executor.models import ModelRegistry
 
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
@@ -29,6 +28,7 @@ from engine_plugins.weights.loader_trace import (
     LogicalTensor,
     trace_loader,
 )
+from tests.support.vllm_classes import look_at_class_here
 from vllm_ext.loader_model import loader_model
 from vllm_ext.weight_installer import VllmWeightInstaller
 
@@ -74,9 +74,9 @@ class VllmHere:
         """One rank; `arguments` are further ones of vLLM's `EngineArgs`."""
         for folder in {model, draft or model}:
             for architecture in json.loads((folder / "config.json").read_text())["architectures"]:
-                _look_at_class_here(architecture)
+                look_at_class_here(architecture)
         for architecture in _DRAFT_CLASSES if draft else ():
-            _look_at_class_here(architecture)
+            look_at_class_here(architecture)
         config = EngineArgs(
             model=str(model),
             tensor_parallel_size=tp_size,
@@ -128,13 +128,6 @@ def _speculation(model: Path, draft: Path | None) -> dict[str, Any] | None:
         return None
     own = {"method": "mtp"} if draft == model else {"method": "eagle3", "model": str(draft)}
     return {**own, "num_speculative_tokens": 1}
-
-
-def _look_at_class_here(architecture: str) -> None:
-    """Spare vLLM the process in which it would look at the class: that takes longer than tests."""
-    known = ModelRegistry.models.get(architecture)
-    if known is not None:
-        ModelRegistry.register_model(architecture, known.load_model_cls())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ __all__ = ["output_of_ranks"]
 
 def output_of_ranks(module: str, *arguments: str, **environment: str) -> str:
     """What a module prints that forks the ranks of a gloo group; it must end well."""
-    program = RankProcess(module, *arguments, **environment)
+    program = RankProcess(module, *arguments, environment=environment)
     try:
         said = program.stdout.read()
         code = program.wait(60)

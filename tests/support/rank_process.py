@@ -1,9 +1,9 @@
-"""Ranks of trainers: processes that begin with torch and transformers imported."""
+"""Ranks of trainers: processes that begin with torch imported, and models if they need them."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
 from tests.support.preloaded import PreloadedProcess, preloaded
@@ -16,26 +16,40 @@ _IMPORTED = (
     "torch._dynamo",  # fully_shard would import it in each rank
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
-    *(f"transformers.models.{kind}.modeling_{kind}" for kind in ("auto", "qwen3", "qwen3_moe")),
 )
+_OF_MODELS = tuple(
+    f"transformers.models.{kind}.modeling_{kind}" for kind in ("auto", "qwen3", "qwen3_moe")
+)
+"""Which take as long again; ranks of no real model do without."""
 _QUIET = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
 
 
 class RankProcess(PreloadedProcess):
     """A process that runs a module, and is spoken with by lines.
 
+    Args:
+        module: to run, with `arguments`.
+        environment: what is added to this process's own.
+        of_models: whether it needs transformers' models.
+
     Attributes:
         stdin: what it reads.
         stdout: what it prints.
     """
 
-    def __init__(self, module: str, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: str,
+        environment: Mapping[str, str] | None = None,
+        of_models: bool = False,
+    ) -> None:
         to_read, to_it = os.pipe()
         from_it, to_print = os.pipe()
         super().__init__(
-            preloaded(*_IMPORTED, **_QUIET),
+            preloaded(*_IMPORTED, *(_OF_MODELS if of_models else ()), **_QUIET),
             ["-m", module, *arguments],
-            environment={**os.environ, **_QUIET, **environment},
+            environment={**os.environ, **_QUIET, **(environment or {})},
             files=(to_read, to_print, 2),
         )
         os.close(to_read)
@@ -56,6 +70,6 @@ def ranks_of(module: str, arguments: Sequence[Sequence[str]]) -> Iterator[list[R
     with ExitStack() as stack:
         ranks = []
         for own in arguments:
-            ranks.append(RankProcess(module, *own))
+            ranks.append(RankProcess(module, *own, of_models=True))
             stack.callback(ranks[-1].end)
         yield ranks

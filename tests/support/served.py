@@ -1,11 +1,11 @@
-"""Servers of the contract suite: one runs at a time, for all tests that name its configuration."""
+"""Servers that tests share: one runs at a time, for all tests that name its configuration."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ __all__ = ["TCP", "Configuration", "Served", "ServerPool"]
 
 TCP = {"UCX_TLS": "tcp"}
 """The wire on which a stopped trainer really stalls a read."""
+TELLING = 4
+"""Tokens of an answer that tell a model from any other: the first of them does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class Configuration:
         keyed: whether the engine's own keys are set as well.
         watched: whether a test can hold and fail its installs.
         direct_landing: whether weights may land in live parameters.
+        environment: further variables.
     """
 
     name: str
@@ -49,6 +52,7 @@ class Configuration:
     keyed: bool = False
     watched: bool = False
     direct_landing: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class Served:
@@ -109,16 +113,23 @@ class Served:
     def restore(self, model: LiveModel) -> None:
         """Have a model's weights serve, whatever a test before left behind."""
         self.steps.clear()
+        if not self._serves():
+            self._bring_back()
+        prompt, expected = model.prompts()[0], model.expected()[0][:TELLING]
+        if not self._serves() or self.server.greedy(prompt, TELLING) != expected:
+            self.install(model, resume=True)
+            assert self.server.greedy(prompt, TELLING) == expected
+
+    def _serves(self) -> bool:
+        return bool(self.server.state()["state"] == "serving")
+
+    def _bring_back(self) -> None:
+        """Undo a prepared update, a sleep and a pause."""
         left = self.server.state()["update"]
         if left is not None:
             self.server.admin.post("/weights/abort", json={"request_id": left["request_id"]})
         self.server.admin.post("/wake")
         self.server.admin.post("/resume")
-        prompt, expected = model.prompts()[0], model.expected()[0]
-        serves = self.server.state()["state"] == "serving"
-        if not serves or self.server.greedy(prompt) != expected:
-            self.install(model, resume=True)
-            assert self.server.greedy(prompt) == expected
 
     def next_version(self) -> int:
         """A version that is newer than any that was tried."""
@@ -137,6 +148,7 @@ class Served:
             "ENGINE_PLUGINS_DIRECT_LANDING": str(chosen.direct_landing),
             **(tokens if chosen.token_file else {}),
             **({STEPPING_FOLDER: str(self.steps.folder)} if chosen.watched else {}),
+            **chosen.environment,
         }
 
 

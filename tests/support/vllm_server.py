@@ -28,16 +28,7 @@ QUIET = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-IMPORTED = (
-    "vllm.entrypoints.cli.serve",
-    "vllm.entrypoints.openai.api_server",
-    "vllm.v1.engine.core",
-    "vllm.v1.executor.multiproc_executor",
-    "vllm.v1.worker.cpu_worker",
-    "vllm.model_executor.models.qwen2",
-    "vllm.model_executor.models.qwen3",
-    "vllm.model_executor.models.qwen3_moe",
-)
+IMPORTED = ("tests.support.vllm_beginning",)
 """What a server's processes import, see `preloaded`."""
 
 

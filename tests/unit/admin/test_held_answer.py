@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message
+from starlette.types import Message, Receive, Scope, Send
 
 from engine_plugins.admin.held_answer import (
     HeldAnswer,
@@ -194,3 +194,31 @@ def test_a_stream_is_refused_by_its_status_until_it_has_begun(
     late = _get(shared, "/stream?late=1")
     assert (late.status_code, late.text) == (200, "created token ")
     assert _get(shared, "/fail").status_code == 500
+
+
+def test_a_refusal_does_not_wait_for_what_a_route_does_after_its_answer(
+    shared: SharedState, runtime_dir: Path
+) -> None:
+    """SGLang's streams look for a client that has left, 2 s later."""
+    publish_gate(runtime_dir, "enforce")
+    seen: list[Message] = []
+    seen_before_the_end: list[int] = []
+
+    async def send(message: Message) -> None:
+        seen.append(message)
+
+    async def receive() -> Message:
+        raise AssertionError("nobody reads a request")
+
+    async def route(scope: Scope, receive: Receive, send: Send) -> None:
+        held = held_answer()
+        assert held is not None
+        held.refuse(REFUSAL)
+        for message in (START, BODY, END):
+            await send(message)
+        seen_before_the_end.extend(message.get("status", 0) for message in seen)
+
+    app = RefuseBeforeStream(route, shared=shared)
+    asyncio.run(app({"type": "http"}, receive, send))
+    assert seen_before_the_end == [413, 0]
+    assert len(seen) == 2
