@@ -19,14 +19,12 @@ from engine_plugins.errors import UnsupportedError
 from tests.support.amx import amx_for_vllm
 from tests.support.loader_maps import PlayedEngine, played_engine, receiving, update
 from tests.support.megatron_fixtures import megatron_cases
-from tests.support.megatron_hf import hf_tensors
 from tests.support.source_ranks import offered_tensors
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 COMMITTED = Path(__file__).parents[2] / "fixtures" / "megatron"
 CASE = next(case for case in megatron_cases(COMMITTED) if case.config.get("kv_lora_rank"))
-TAKEN = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
-"""Sizes of whole tiles."""
+"""Of whole tiles, as every model of the tests that vLLM prepares for serving."""
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +50,16 @@ def test_an_update_is_refused_before_anything_is_touched(
     engine: PlayedEngine, tmp_path: Path
 ) -> None:
     """VLLM empties what its reload would make the packed copies from: it failed half way."""
-    config = {**CASE.config, **TAKEN}
-    values = {name: tensor.bfloat16() for name, tensor in hf_tensors(config).items()}
+    values = {name: tensor.bfloat16() for name, tensor in CASE.expected().items()}
     with (
-        loaded(engine, tmp_path, "bfloat16", config) as (model, installer),
+        loaded(engine, tmp_path, "bfloat16", CASE.config) as (model, installer),
         offered_tensors(values) as trainer,
         receiving(installer) as receiver,
     ):
         attention: list[Any] = [
             each for each in model.modules() if getattr(each, "is_amx_bmm_enabled", False)
         ]
-        assert len(attention) == config["num_hidden_layers"]
+        assert len(attention) == CASE.config["num_hidden_layers"]
         assert all(each.kv_b_proj.weight.numel() == 0 for each in attention)
         before = [each.impl._w_uk_packed.clone() for each in attention]
         with pytest.raises(UnsupportedError, match="with AMX") as caught:
@@ -101,6 +98,6 @@ def test_amx_takes_whole_tiles_alone(
     """Before an update, when vLLM loads the model: such a model cannot be served there."""
     with (
         pytest.raises(RuntimeError, match=said),
-        loaded(engine, tmp_path, "bfloat16", {**CASE.config, **TAKEN, **changes}),
+        loaded(engine, tmp_path, "bfloat16", {**CASE.config, **changes}),
     ):
         pass
