@@ -50,7 +50,7 @@ def test_a_server_has_the_scales_of_its_last_update_or_does_not_start(tmp_path: 
     """Cached keys and values are scaled by the update's: tokens are those of a fresh server."""
     old, new = with_scales(0, SATURATING), with_scales(1, FITTING)
     folder = saved(tmp_path / "old", old)
-    server = vllm_server(folder, tmp_path / "log")
+    server = vllm_server(folder, tmp_path / "log", preload=True)
     if not serves_fp8_kv():
         with pytest.raises(RuntimeError, match="did not come up"), server:
             pass
