@@ -33,6 +33,7 @@ from engine_plugins.errors import (
 from engine_plugins.prefill_gate.gate_report import GateChanges, GateReport
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
+from engine_plugins.tls import Cert, Verify, tls_context, tls_error, tls_hint
 from engine_plugins.weights.manifest import MSGPACK
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
@@ -56,14 +57,18 @@ class AdminClient:
     environment are not used, and redirects are not followed: the token is for this engine.
 
     Args:
-        url: the engine's base url, `http://host:8000`.
+        url: the engine's base url, `http://host:8000` or `https://host:8000`.
         token: bearer token; by default `ENGINE_PLUGINS_ADMIN_TOKEN`, or the fitting line of the
             file that `ENGINE_PLUGINS_ADMIN_TOKEN_FILE` names, read for every request.
         timeout_s: seconds to wait for an ordinary answer.
         connect_timeout_s: seconds to wait for a plan (the engine traces its loader).
+        verify: for https, the PEM file of the authority that signed the engine's certificate, or
+            an `ssl.SSLContext`; by default the authorities that httpx knows. Never less than that.
+        cert: for engines that demand one, the PEM file of the caller's certificate and key, or
+            both files.
 
     Raises:
-        SettingsError: the url is not that of an HTTP server.
+        SettingsError: the url is not that of an HTTP server, or `verify` or `cert` cannot be used.
     """
 
     def __init__(
@@ -73,15 +78,17 @@ class AdminClient:
         token: str | None = None,
         timeout_s: float = 30.0,
         connect_timeout_s: float = 300.0,
+        verify: Verify | None = None,
+        cert: Cert | None = None,
     ) -> None:
-        self.url = _base_url(url)
+        base = _base_url(url)
+        self.url = str(base).rstrip("/").removesuffix(PREFIX)
         self._token = token
         self._timeout_s = timeout_s
         self._connect_timeout_s = connect_timeout_s
         self._http = httpx.Client(
             base_url=self.url + PREFIX,
-            # Without TLS there is nothing to verify, and loading the CAs takes tens of ms.
-            transport=httpx.HTTPTransport(retries=2, verify=self.url.startswith("https")),
+            transport=httpx.HTTPTransport(retries=2, verify=tls_context(base, verify, cert)),
             trust_env=False,
         )
 
@@ -275,9 +282,10 @@ class AdminClient:
                 remedy="look at the engine's log; GET /admin/v1/weights says what it holds",
             ) from error
         except httpx.TransportError as error:
-            raise EngineUnreachableError(
+            raise tls_error(self.url, error) or EngineUnreachableError(
                 f"{self.url} cannot be reached for {method} {PREFIX}{path}: {error}",
-                remedy="check that the engine runs and that the url is its API server's",
+                remedy="check that the engine runs and that the url is its API server's"
+                + tls_hint(self.url, error),
             ) from error
         return self._read(response, answer)
 
@@ -346,18 +354,20 @@ def _problem(url: str, response: httpx.Response) -> AdminAnswerError:
     )
 
 
-def _base_url(url: str) -> str:
+def _base_url(url: str) -> httpx.URL:
     try:
         parts = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
         raise SettingsError(f"an engine's url cannot be read: {error}") from error
     known = parts.scheme in ("http", "https") and parts.host and (parts.port or 80) < 2**16
-    if not known or parts.userinfo:
+    if not known or parts.userinfo or parts.query or parts.fragment:
+        # Without what may be a secret.
+        shown = parts.copy_with(userinfo=b"", query=None, fragment=None)
         raise SettingsError(
-            f"{parts.copy_with(userinfo=b'')} is not an engine's url",
-            remedy="give http://host:port, without user or password",
+            f"{shown} is not an engine's url",
+            remedy="give http://host:port, without user, password or query",
         )
-    return url.rstrip("/").removesuffix(PREFIX)
+    return parts
 
 
 def _token_from_file(scope: str) -> str:

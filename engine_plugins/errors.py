@@ -14,6 +14,7 @@ __all__ = [
     "ConflictError",
     "EngineCallError",
     "EnginePluginError",
+    "EngineTlsError",
     "EngineUnreachableError",
     "HookModeError",
     "ManifestError",
@@ -193,6 +194,15 @@ class EngineUnreachableError(EnginePluginError):
     """An engine's admin routes gave no answer: nothing listens, or it did not answer in time."""
 
     code = "engine_unreachable"
+
+
+class EngineTlsError(EngineUnreachableError):
+    """No TLS connection to an engine was made: who answers is not trusted, or does not trust us.
+
+    Nothing was sent, the token neither, and trying again does not help.
+    """
+
+    code = "engine_tls"
 
 
 class AdminAnswerError(EnginePluginError):

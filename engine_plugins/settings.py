@@ -1,7 +1,7 @@
 """Settings: from the environment, with an engine's own configuration on top.
 
 Every setting is `ENGINE_PLUGINS_<NAME>`; engines may pass a mapping with the lower-case names
-(vLLM: `--additional-config '{"engine_plugins": {"stall_timeout_s": 10}}'`).
+(vLLM: `--additional-config '{"engine_plugins": {"stall_timeout_s": 10}}'`), but for secrets.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ __all__ = [
     "HOOK_MODES",
     "PREFIX",
     "RESIDUAL_POLICIES",
+    "SECRETS",
     "SOURCE_POLICIES",
     "Settings",
 ]
 
 PREFIX = "ENGINE_PLUGINS_"
+SECRETS = frozenset({"admin_token"})
+"""Settings from the environment only: other users read command lines, and engines log theirs."""
 
 _SWITCH = {"true": True, "1": True, "on": True, "false": False, "0": False, "off": False}
 SOURCE_POLICIES = ("balanced", "nearest", "same_rank")
@@ -153,7 +156,8 @@ class Settings:
         """Read the environment, then the overrides.
 
         Raises:
-            SettingsError: an override that does not exist, or a value of the wrong kind.
+            SettingsError: an override that does not exist or is a secret, or a value of the wrong
+                kind.
         """
         environ = os.environ if environ is None else environ
         known = {each.name: str(each.type) for each in fields(cls)}
@@ -162,13 +166,31 @@ class Settings:
             for name in known
             if environ.get(PREFIX + name.upper())
         }
-        for name, value in (overrides or {}).items():
+        for name, value in _by_name(overrides).items():
             if name not in known:
                 raise SettingsError(
                     f"engine_plugins has no setting {name!r}; there are: {', '.join(known)}"
                 )
             values[name] = value
         return cls(**{name: _read(name, known[name], value) for name, value in values.items()})
+
+
+def _by_name(overrides: object) -> Mapping[str, Any]:
+    """Check an engine's configuration of us, of which no value is shown: one may be a secret."""
+    if not isinstance(overrides, Mapping | None):
+        raise SettingsError(
+            f"the engine's configuration of engine_plugins is a {type(overrides).__name__}, "
+            "not settings by their names"
+        )
+    for name in overrides or {}:
+        if str(name).upper().replace("-", "_").removeprefix(PREFIX).lower() in SECRETS:
+            raise SettingsError(
+                f"{name} is in the engine's configuration, which others can read in the list of "
+                "processes and in the engine's log",
+                remedy=f"take it out; it is in this server's log by now, so choose a new one, and "
+                f"give it by {PREFIX}ADMIN_TOKEN or {PREFIX}ADMIN_TOKEN_FILE",
+            )
+    return overrides or {}
 
 
 def _read(name: str, kind: str, value: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import nn
 
 from engine_plugins.admin_answers import PauseMode, UpdateRequest
 from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.engines import EngineLink, links_to
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology, ranks_of
 from engine_plugins.sender.options import SenderOptions, Ways
@@ -66,8 +67,8 @@ class WeightSender:
         **options: see `SenderOptions`.
 
     Raises:
-        SettingsError: an engine url that is none, or given twice; a fan_out below 1, or together
-            with two phases; a push in one phase.
+        SettingsError: an engine url that is none, or given twice; files for TLS that cannot be
+            used; a fan_out below 1, or together with two phases; a push in one phase.
         NotConfiguredError: NIXL is not installed.
         SourceError: tensors that cannot be offered.
         TransportError: memory that cannot be registered.
@@ -82,7 +83,7 @@ class WeightSender:
         places: Callable[[], Sequence[Place]] = tuple,
         **options: Unpack[SenderOptions],
     ) -> None:
-        self._token = options.get("token")
+        self._access = EngineAccess.of(options)
         self._model = dict(model or {})
         self._progress = options.get("progress")
         self._ways = Ways.of(options)
@@ -320,7 +321,7 @@ class WeightSender:
         )
 
     def _add_engines(self, engines: Engines) -> None:
-        added = links_to(engines, self._token)
+        added = links_to(engines, self._access)
         known = [link.url for link in added if link.url in self._links]
         if known:
             for link in added:
@@ -343,7 +344,7 @@ class WeightSender:
         engines: Engines,
         transport: Transport | None,
     ) -> None:
-        self._links = {link.url: link for link in links_to(engines, self._token)}
+        self._links = {link.url: link for link in links_to(engines, self._access)}
         self._ways.check()
         if transport is None:
             transport = self._owned_transport = _nixl()
@@ -364,7 +365,7 @@ class WeightSender:
             self._source,
             model=self._model,
             push=self._push,
-            shown=partial(progress_of, token=self._token, shown=self._progress),
+            shown=partial(progress_of, access=self._access, shown=self._progress),
         )
 
     def _open_rounds(self) -> UpdateRounds:

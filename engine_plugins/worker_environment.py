@@ -12,11 +12,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 
-from engine_plugins.settings import PREFIX, Settings
+from engine_plugins.settings import PREFIX, SECRETS, Settings
 
 __all__ = ["forwarded_environment"]
 
-_SECRETS = {PREFIX + "ADMIN_TOKEN"}
+_SECRETS = {PREFIX + name.upper() for name in SECRETS}
 _SETTINGS = {PREFIX + field.name.upper() for field in fields(Settings)}
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 _UCX, _UCX_DEVICES = "UCX_", "UCX_NET_DEVICES"

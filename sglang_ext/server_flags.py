@@ -18,7 +18,7 @@ from sglang.srt.environ import envs
 
 from engine_plugins.errors import EnginePluginError, SettingsError
 from engine_plugins.prefill_gate.engine_gate import require_cap
-from engine_plugins.settings import PREFIX, Settings
+from engine_plugins.settings import PREFIX, SECRETS, Settings
 from sglang_ext.hooks import missing
 from sglang_ext.memory_saver import prepare_memory_saver
 from sglang_ext.versions import SGLANG
@@ -34,9 +34,6 @@ __all__ = [
 ]
 
 FLAG = "--engine-plugins"
-_NO_FLAG = ("admin_token",)
-"""A secret on a command line is everybody's who can list processes."""
-
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "pp_size": (1, "pipeline parallelism"),
     "dp_size": (1, "data parallelism in one server; start one server per replica"),
@@ -81,9 +78,11 @@ def take_flags(argv: Sequence[str]) -> list[str]:
     if "-h" in rest or "--help" in rest:
         parser.print_help()
         return rest
-    for flag in rest:
+    for argument in rest:
+        # Without what follows a `=`: it may be a secret.
+        flag = argument.partition("=")[0].replace("_", "-")
         if flag.startswith(FLAG):
-            parser.error(f"there is no flag {flag}; there are: {', '.join(_flags(parser))}")
+            parser.error(f"there is no flag {flag}; {_instead_of(flag, parser)}")
     values = {name: value for name, value in vars(given).items() if name != "enable"}
     try:
         Settings.load(values)
@@ -91,6 +90,15 @@ def take_flags(argv: Sequence[str]) -> list[str]:
         parser.error(error.message)
     os.environ.update({PREFIX + name.upper(): value for name, value in values.items()})
     return rest
+
+
+def _instead_of(flag: str, parser: argparse.ArgumentParser) -> str:
+    if flag.removeprefix(f"{FLAG}-").replace("-", "_") in SECRETS:
+        return (
+            "others can read a command line: choose a new token, and give it by "
+            f"{PREFIX}ADMIN_TOKEN or {PREFIX}ADMIN_TOKEN_FILE"
+        )
+    return f"there are: {', '.join(_flags(parser))}"
 
 
 def _check_release() -> None:
@@ -118,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(f"{FLAG}-enable", dest="enable", action="store_true", help="turn it on")
     for setting in fields(Settings):
-        if setting.name not in _NO_FLAG:
+        if setting.name not in SECRETS:
             parser.add_argument(
                 f"{FLAG}-{setting.name.replace('_', '-')}",
                 dest=setting.name,

@@ -7,7 +7,10 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
+
+from tests.support.cpu_features import cpu_line
 
 pytest_plugins = ("tests.support.shared_servers",)
 
@@ -35,6 +38,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before UCX loads, here and in every child: over tcp it would listen on other addresses too.
 os.environ.setdefault("UCX_NET_DEVICES", "lo")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Engines choose kernels by the CPU: a result says which kind it is of."""
+    return f"cpu: {cpu_line()}"
 
 
 def _use_sglang_shims() -> None:

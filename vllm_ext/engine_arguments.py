@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from engine_plugins.errors import SettingsError
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.time_sharing import force_memory_saver
 from engine_plugins.worker_environment import forwarded_environment
@@ -20,6 +22,7 @@ from vllm_ext.versions import VLLM
 
 __all__ = ["hook_engine_arguments"]
 
+OURS = "engine_plugins"
 _HOOKED = "engine_plugins_hooked"
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _KERNELS, KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
@@ -34,7 +37,7 @@ def hook_engine_arguments() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        settings = Settings.load((self.additional_config or {}).get("engine_plugins", {}))
+        settings = _settings(self.additional_config or {})
         on_cpu = current_platform.is_cpu()
         force_memory_saver(self, "enable_sleep_mode", settings, on_cpu=on_cpu)
         if on_cpu and settings.prefill_gate != "off":
@@ -44,6 +47,22 @@ def hook_engine_arguments() -> None:
 
     setattr(create_engine_config, _HOOKED, True)
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _settings(additional_config: Mapping[str, Any]) -> Settings:
+    """Read them before anything is started: this is where a bad one ends the start."""
+    try:
+        for name in additional_config:
+            if name != OURS and name.lower().replace("-", "_").startswith(OURS):
+                raise SettingsError(
+                    f"additional_config has {name}, which nobody reads",
+                    remedy=f"name it {OURS}",
+                )
+        return Settings.load(additional_config.get(OURS))
+    except SettingsError as error:
+        # A traceback ends the server's output, and has the notes of an error but not its remedy.
+        error.add_note(f"engine-plugins: {error.remedy or 'mend --additional-config'}")
+        raise
 
 
 def _bound_kernels() -> None:

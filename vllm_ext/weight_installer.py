@@ -18,7 +18,13 @@ from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
 )
-from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
@@ -35,6 +41,14 @@ from vllm_ext.draft_model import DraftModel
 from vllm_ext.loader_model import loader_model
 
 __all__ = ["VllmWeightInstaller"]
+
+_RELOADED = (
+    BaseKVCacheMethod,
+    UnquantizedEmbeddingMethod,
+    UnquantizedFusedMoEMethod,
+    UnquantizedLinearMethod,
+)
+"""Ways of holding weights whose reload on the CPU was seen to be right."""
 
 
 class VllmWeightInstaller:
@@ -84,11 +98,21 @@ class VllmWeightInstaller:
 
     def _refuse_what_would_go_wrong(self) -> None:
         """Settings under which vLLM's reload is known to install something else, and says 200."""
-        if self._on_cpu and self._vllm_config.quant_config is not None:
-            raise UnsupportedError(
-                "vLLM's reload of quantized weights on the CPU installs zeros",
-                remedy="serve the model unquantized, or on a GPU",
-            )
+        quantized = self._on_cpu and self._vllm_config.quant_config is not None
+        for name, layer in self._modules.items():
+            if quantized and _is_quantized(layer):
+                raise UnsupportedError(
+                    f"vLLM's reload of quantized weights on the CPU installs zeros, and {name} is "
+                    "quantized",
+                    remedy="serve the model unquantized, or on a GPU",
+                )
+            if getattr(layer, "is_amx_bmm_enabled", False):
+                # The reload makes copies from kv_b_proj anew, which vLLM has emptied there.
+                raise UnsupportedError(
+                    f"vLLM cannot reload {name}: with AMX its latent attention keeps nothing of "
+                    "its up-projection but packed copies",
+                    remedy="serve with --attention-backend CPU_MLA",
+                )
         if self._vllm_config.parallel_config.enable_eplb:
             raise UnsupportedError(
                 "under expert load balancing (EPLB) experts move between ranks while they are "
@@ -121,7 +145,9 @@ class VllmWeightInstaller:
                 self._draft.load(tensors)
             for layer in layers:
                 info = layerwise.get_layerwise_info(layer)
-                if info.can_load() and not is_deferred_attention_layer(layer):
+                if is_deferred_attention_layer(layer):
+                    _keep_scales(info)
+                elif info.can_load():
                     layerwise._layerwise_process(layer, info)
         if self._on_cpu:
             return_free_memory()
@@ -169,6 +195,23 @@ def _loader(model: nn.Module) -> LoadWeights:
 def _has_packed_copy(layer: nn.Module) -> bool:
     """Whether the CPU path built a second form of this layer's weight when it was loaded."""
     return hasattr(layer, "cpu_linear")
+
+
+def _keep_scales(info: layerwise.LayerReloadingInfo) -> None:
+    """Copy what an attention layer was fed: vLLM reads it in `finish`.
+
+    By then the receive buffer has another module's bytes: every layer took the last one's scales.
+    """
+    for _, fed in info.loaded_weights:
+        for name, value in fed.arguments.items():
+            if name != "param" and isinstance(value, torch.Tensor):
+                fed.arguments[name] = value.clone()
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer's weights are quantized; scales of an FP8 KV cache reload rightly."""
+    method = getattr(layer, "quant_method", None)
+    return isinstance(method, QuantizeMethodBase) and not isinstance(method, _RELOADED)
 
 
 def _forget_moe_kernels(layers: Sequence[nn.Module]) -> None:

@@ -20,6 +20,7 @@ from engine_plugins.errors import (
     UnknownIdError,
     UpdateFailedError,
 )
+from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
@@ -175,14 +176,14 @@ class EngineLink:
             time.sleep(POLL_S)
 
 
-def links_to(engines: str | Sequence[str], token: str | None) -> list[EngineLink]:
+def links_to(engines: str | Sequence[str], access: EngineAccess) -> list[EngineLink]:
     """Make one link per engine url.
 
     Raises:
-        SettingsError: no engine, the same twice, or a url that is none.
+        SettingsError: no engine, the same twice, a url that is none, or TLS files of no use.
     """
     urls = [engines] if isinstance(engines, str) else list(engines)
-    links = [EngineLink(AdminClient(url, token=token)) for url in urls]
+    links = [EngineLink(access.client(url)) for url in urls]
     if not links or len({link.url for link in links}) < len(links):
         raise SettingsError(
             f"engines must name each engine once, got {urls}", remedy="give their base urls"

@@ -18,8 +18,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import EnginePluginError
+from engine_plugins.sender.access import EngineAccess
 
 __all__ = ["progress_of"]
 
@@ -27,23 +27,23 @@ POLL_S = 0.2
 
 
 def progress_of(
-    urls: Sequence[str], version: int, *, token: str | None, shown: bool | None
+    urls: Sequence[str], version: int, *, access: EngineAccess, shown: bool | None
 ) -> AbstractContextManager[None]:
     """Draw a bar per engine while the block runs, fed by polling `GET /state`.
 
     Args:
         urls: base urls of the engines.
         version: the version on its way.
-        token: as for `AdminClient`.
+        access: how the engines are spoken to.
         shown: True draws, False does not, None draws when stderr is a terminal.
     """
     if shown is None:
         shown = sys.stderr.isatty()
-    return _drawn(urls, version, token) if shown else nullcontext()
+    return _drawn(urls, version, access) if shown else nullcontext()
 
 
 @contextmanager
-def _drawn(urls: Sequence[str], version: int, token: str | None) -> Iterator[None]:
+def _drawn(urls: Sequence[str], version: int, access: EngineAccess) -> Iterator[None]:
     bars = Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -59,7 +59,7 @@ def _drawn(urls: Sequence[str], version: int, token: str | None) -> Iterator[Non
             threading.Thread(
                 target=_watch,
                 args=(bars, bars.add_task(f"v{version} {url}", total=None, phase=""), url),
-                kwargs={"token": token, "stop": stop},
+                kwargs={"access": access, "stop": stop},
                 daemon=True,
             )
             for url in urls
@@ -75,9 +75,9 @@ def _drawn(urls: Sequence[str], version: int, token: str | None) -> Iterator[Non
 
 
 def _watch(
-    bars: Progress, task: TaskID, url: str, *, token: str | None, stop: threading.Event
+    bars: Progress, task: TaskID, url: str, *, access: EngineAccess, stop: threading.Event
 ) -> None:
-    with AdminClient(url, token=token, timeout_s=1.0) as client:
+    with access.client(url, timeout_s=1.0) as client:
         while not stop.wait(POLL_S):
             try:
                 now = client.state().update

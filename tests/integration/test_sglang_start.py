@@ -46,6 +46,7 @@ def test_flags_are_taken_out_and_handed_on() -> None:
         (["--engine-plugins-staging-bytes"], "expected one argument"),
         (["--engine-plugins-speed", "9"], "there is no flag --engine-plugins-speed"),
         (["--engine-plugins-admin-token", "x"], "there is no flag --engine-plugins-admin-token"),
+        (["--engine-plugins-admin-token=x"], "ENGINE_PLUGINS_ADMIN_TOKEN or ENGINE"),
         (["--engine-plugins-enable=yes"], "ignored explicit argument"),
         (["--engine-plugins-prefill-gate", "maybe"], "PREFILL_GATE must be one of"),
         (["--engine-plugins-prefill-margin-bytes", "-1"], "PREFILL_MARGIN_BYTES must"),
@@ -60,6 +61,27 @@ def test_a_bad_flag_ends_the_start_with_one_line(
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
     assert not any(name.startswith(OURS) for name in os.environ)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--engine-plugins-admin-token", "s3cret"],
+        ["--engine-plugins-admin-token=s3cret"],
+        ["--engine-plugins-admin-tok=s3cret"],
+        ["--engine_plugins_admin_token=s3cret"],
+        ["--engine-plugins-enable", "--engine-plugins-token=s3cret"],
+    ],
+)
+def test_a_token_on_the_command_line_is_refused_and_not_repeated(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Output is kept in logs."""
+    with pytest.raises(SystemExit):
+        take_flags(argv)
+    said = capsys.readouterr()
+    assert "there is no flag --engine-plugins-" in said.err
+    assert "s3cret" not in said.err + said.out
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of SGLang's import, without a GPU

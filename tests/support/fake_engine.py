@@ -7,11 +7,13 @@ versions and unknown ids, and (within one process) pulls the bytes for real, or 
 from __future__ import annotations
 
 import gzip
+import ssl
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -27,6 +29,7 @@ from engine_plugins.weights.report import Outcome, Phases, PlanSummary, UpdateRe
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.certificates import Identity
 from tests.support.pull import pull
 from tests.support.push_target import PushTarget
 
@@ -324,10 +327,25 @@ def _problem(status: int, code: str, detail: str) -> JSONResponse:
 
 
 @contextmanager
-def served(engine: FakeEngine) -> Iterator[FakeEngine]:
-    """Serve the engine on a free loopback port while the block runs."""
+def served(
+    engine: FakeEngine, identity: Identity | None = None, *, believes: Path | None = None
+) -> Iterator[FakeEngine]:
+    """Serve the engine on a free loopback port while the block runs.
+
+    With an identity it speaks TLS, and where it `believes` an authority, it demands a certificate
+    of that one from its callers.
+    """
     config = uvicorn.Config(
-        application(engine), host="127.0.0.1", port=0, log_level="error", ws="none", lifespan="off"
+        application(engine),
+        host="127.0.0.1",
+        port=0,
+        log_level="error",
+        ws="none",
+        lifespan="off",
+        ssl_certfile=None if identity is None else identity.certificate,
+        ssl_keyfile=None if identity is None else identity.key,
+        ssl_ca_certs=None if believes is None else str(believes),
+        ssl_cert_reqs=ssl.CERT_NONE if believes is None else ssl.CERT_REQUIRED,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
@@ -337,7 +355,7 @@ def served(engine: FakeEngine) -> Iterator[FakeEngine]:
             raise RuntimeError("the fake engine did not start")
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    engine.url = f"http://127.0.0.1:{port}"
+    engine.url = f"{'http' if identity is None else 'https'}://127.0.0.1:{port}"
     try:
         yield engine
     finally:

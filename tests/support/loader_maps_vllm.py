@@ -71,7 +71,13 @@ class VllmHere:
         dtype: str = "float32",
         **arguments: Any,
     ) -> Iterator[VllmRank]:
-        """One rank; `arguments` are further ones of vLLM's `EngineArgs`."""
+        """One rank; `arguments` are further ones of vLLM's `EngineArgs`.
+
+        Where the CPU has AMX vLLM would take its latent attention for that, which packs bfloat16
+        alone and fails in float32: vLLM's own switch has it take the plain one on every CPU.
+        """
+        if dtype == "float32":
+            arguments.setdefault("attention_backend", "CPU_MLA")
         for folder in {model, draft or model}:
             for architecture in json.loads((folder / "config.json").read_text())["architectures"]:
                 look_at_class_here(architecture)

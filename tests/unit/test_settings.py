@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine_plugins.errors import SettingsError
-from engine_plugins.settings import PREFIX, Settings
+from engine_plugins.settings import PREFIX, SECRETS, Settings
 
 
 def test_every_setting_is_read_from_the_environment_in_its_own_type() -> None:
@@ -95,8 +95,6 @@ def test_an_engines_configuration_goes_above_the_environment() -> None:
     settings = Settings.load({"stall_timeout_s": 7, "staging_bytes": "3"}, environ)
     assert (settings.stall_timeout_s, settings.max_body_bytes) == (7.0, 10)
     assert settings.staging_bytes == 3
-    unset = Settings.load({"admin_token": None}, {"ENGINE_PLUGINS_ADMIN_TOKEN": "t"})
-    assert unset.admin_token is None, "null is no token, and above all not the token `None`"
 
 
 def test_a_setting_that_does_not_exist_is_told_with_those_that_do() -> None:
@@ -141,8 +139,6 @@ def test_a_setting_that_does_not_exist_is_told_with_those_that_do() -> None:
         ("prefill_margin_quantile", "1.01"),
         ("prefill_margin_quantile", "nan"),
         ("prefill_margin_bytes", "-1"),
-        ("admin_token", 5),
-        ("admin_token", ["t"]),
         ("admin_token_file", 5),
     ],
 )
@@ -155,3 +151,35 @@ def test_a_value_that_cannot_be_used_is_refused_by_the_settings_name(name: str, 
 def test_secrets_do_not_show_where_settings_are_printed() -> None:
     """Settings end up in logs and tracebacks."""
     assert "s3cret" not in repr(Settings(admin_token="s3cret"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["admin_token", "ADMIN_TOKEN", "admin-token", "Admin_Token", "ENGINE_PLUGINS_ADMIN_TOKEN"],
+)
+@pytest.mark.parametrize("value", ["s3cret", "", None, 5, ["s3cret"], {"admin_token": "s3cret"}])
+def test_a_secret_in_an_engines_configuration_is_refused_and_not_shown(
+    name: str, value: Any
+) -> None:
+    """However it is written: it is on a command line, and in the engine's log."""
+    with pytest.raises(SettingsError, match=name) as caught:
+        Settings.load({"staging_bytes": 1, name: value}, {"ENGINE_PLUGINS_ADMIN_TOKEN": "t"})
+    said = f"{caught.value} {caught.value!r} {caught.value.remedy}"
+    assert "ENGINE_PLUGINS_ADMIN_TOKEN or ENGINE_PLUGINS_ADMIN_TOKEN_FILE" in caught.value.remedy
+    assert "choose a new one" in caught.value.remedy
+    assert "s3cret" not in said
+
+
+@pytest.mark.parametrize("overrides", ["s3cret", ["s3cret"], 5, {"x": {"admin_token": "s3cret"}}])
+def test_what_is_not_settings_by_name_is_refused_and_not_shown(overrides: Any) -> None:
+    with pytest.raises(SettingsError) as caught:
+        Settings.load(overrides, {})
+    assert "s3cret" not in f"{caught.value!r} {caught.value.remedy}"
+
+
+def test_every_secret_is_a_setting_that_is_not_shown() -> None:
+    """A token of a later release is one too, or this test fails."""
+    hidden = {field.name for field in fields(Settings) if not field.repr}
+    assert hidden == SECRETS
+    named = {field.name for field in fields(Settings) if "token" in field.name}
+    assert named - {"admin_token_file"} == SECRETS

@@ -49,7 +49,22 @@ def test_dunder_names_are_not_kernels() -> None:
     assert not hasattr(sgl_kernel, "__version__")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang's environment only")
+ONLY_SGLANG = pytest.mark.skipif(
+    importlib.util.find_spec("sglang") is None, reason="SGLang's environment only"
+)
+
+
+@ONLY_SGLANG
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of SGLang's import, without a GPU
+def test_sglang_packs_nothing_for_amx_whatever_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels for that are in the real package; so results are the same on every CPU."""
+    from sglang.srt.utils import common
+
+    monkeypatch.setattr(common, "is_amx_tile_supported", True)
+    assert not common.cpu_has_amx_support()
+
+
+@ONLY_SGLANG
 def test_torchvision_is_imported_when_the_shims_are_on_the_path() -> None:
     """And a process that needs none of it does not import PyTorch for it."""
     program = "import sys; assert 'torch' not in sys.modules; import torchvision"

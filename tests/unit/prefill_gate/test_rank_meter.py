@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import subprocess
 import sys
@@ -280,5 +281,5 @@ def test_a_rank_of_another_process_is_read(
     peaks = dict(ranks.measured())
     assert peaks[7] == pytest.approx(32 * MIB, abs=MIB)
     assert peaks[8] == pytest.approx(8 * MIB, abs=MIB)
-    resident = int(Path(f"/proc/{other_process.pid}/statm").read_text().split()[1]) * 4096
+    resident = int(Path(f"/proc/{other_process.pid}/statm").read_text().split()[1]) * mmap.PAGESIZE
     assert ranks.reading(None).used_bytes == pytest.approx(resident, abs=4 * MIB)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
 
+from engine_plugins.errors import SettingsError
 from tests.support.megatron_hf import dense_config
 from tests.unit.vllm_ext.test_kv_scales import SERVED
 from vllm_ext.engine_arguments import hook_engine_arguments
@@ -91,6 +93,29 @@ def test_workers_that_ray_starts_are_given_our_settings(
     copied = get_env_vars_to_copy()
     assert {"MY_OWN", "ENGINE_PLUGINS_STALL_TIMEOUT_S"} <= copied
     assert "ENGINE_PLUGINS_ADMIN_TOKEN" not in copied
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"engine_plugins": {"admin_token": "s3cret"}}, "admin_token is in the engine's"),
+        ({"engine_plugins": {"ADMIN-TOKEN": "s3cret"}}, "ADMIN-TOKEN is in the engine's"),
+        ({"engine-plugins": {"admin_token": "s3cret"}}, "engine-plugins, which nobody reads"),
+        ({"ENGINE_PLUGINS_ADMIN_TOKEN": "s3cret"}, "ADMIN_TOKEN, which nobody reads"),
+        ({"engine_plugins": "s3cret"}, "is a str"),
+        ({"engine_plugins": {"staging_bytes": -1}}, "STAGING_BYTES"),
+    ],
+)
+def test_a_setting_that_cannot_be_ends_the_start(
+    arguments: dict[str, Any], config: dict[str, Any], said: str
+) -> None:
+    """With what to do in the traceback, and never with a secret."""
+    made = AsyncEngineArgs(**arguments, additional_config=config)
+    with pytest.raises(SettingsError, match=said) as caught:
+        made.create_engine_config()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "\nengine-plugins: " in shown
+    assert "s3cret" not in shown
 
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"

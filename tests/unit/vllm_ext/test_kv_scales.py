@@ -11,11 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm.model_executor.layers.attention import Attention
 
-from engine_plugins.errors import WeightMismatchError
+from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.torch_source import hf_boxes
-from tests.support.loader_maps import land, loaded, played_engine, same_bits
+from tests.support.loader_maps import (
+    land,
+    loaded,
+    played_engine,
+    receiving,
+    same_bits,
+    update,
+)
+from tests.support.loader_maps_vllm import VllmRank
 from tests.support.megatron_hf import dense_config, hf_tensors
+from tests.support.source_ranks import offered_tensors
+from vllm_ext.weight_installer import VllmWeightInstaller
 
 LAYERS = 2
 SERVED = {
@@ -73,6 +84,63 @@ def landed(folder: Path, given: Mapping[str, torch.Tensor]) -> dict[str, float]:
             for name, parameter in live.named_parameters()
             if name.endswith("_scale")
         }
+
+
+def test_what_serves_after_an_update_uses_its_scales(tmp_path: Path) -> None:
+    """VLLM deletes the parameters of scales once it has read them; each update reads them anew."""
+    config = dense_config(head_dim=32)
+    (tmp_path / "config.json").write_text(json.dumps({**config, **SERVED}))
+    weights = {name: tensor.bfloat16() for name, tensor in hf_tensors(config).items()}
+    memory = {**weights, **scales(LAYERS)}
+    with (
+        played_engine() as engine,
+        engine.rank(tmp_path, tp_size=1, tp_rank=0, dtype="bfloat16") as rank,
+        offered_tensors(memory) as trainer,
+    ):
+        live = rank.model()
+        with receiving(rank.installer(live)) as receiver:
+            for times in (1, 2, 4):
+                for name, tensor in scales(LAYERS).items():
+                    memory[name].copy_(tensor * times)
+                update(receiver, [trainer])
+                used = {
+                    name: (each._k_scale.item(), each._v_scale.item(), each._k_scale_float)
+                    for name, each in live.named_modules()
+                    if isinstance(each, Attention)
+                }
+                for layer in range(LAYERS):
+                    key, value = (0.5 + layer) * times, (0.75 + layer) * times
+                    name = f"model.layers.{layer}.self_attn.attn"
+                    assert used[name] == (key, value, key)
+
+
+def test_quantized_weights_are_refused_by_the_layer_that_has_them(tmp_path: Path) -> None:
+    """VLLM's reload on the CPU fills them with zeros; nothing is asked of it."""
+    config = dense_config(hidden_size=128, head_dim=32, intermediate_size=128)
+    whole = {"num_bits": 8, "type": "int", "symmetric": True}
+    int8 = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": ["lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {**whole, "strategy": "channel", "dynamic": False},
+                "input_activations": {**whole, "strategy": "token", "dynamic": True},
+            }
+        },
+    }
+    served = {**config, **SERVED, "quantization_config": int8}
+    (tmp_path / "config.json").write_text(json.dumps(served))
+    with (
+        played_engine() as engine,
+        engine.rank(tmp_path, tp_size=1, tp_rank=0, dtype="bfloat16") as rank,
+    ):
+        assert isinstance(rank, VllmRank)
+        installer = VllmWeightInstaller(rank.config, rank.model())
+        with pytest.raises(UnsupportedError, match=r"installs zeros, and model\.layers\.0\."):
+            installer.trace([])
 
 
 def test_every_layer_gets_its_scales(tmp_path: Path) -> None:
