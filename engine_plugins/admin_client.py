@@ -33,7 +33,7 @@ from engine_plugins.errors import (
 from engine_plugins.prefill_gate.gate_report import GateChanges, GateReport
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
-from engine_plugins.tls import Cert, Verify, tls_context, tls_error, tls_hint
+from engine_plugins.tls import CaFile, ClientCert, tls_context, tls_error, tls_hint
 from engine_plugins.weights.manifest import MSGPACK
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
@@ -62,13 +62,13 @@ class AdminClient:
             file that `ENGINE_PLUGINS_ADMIN_TOKEN_FILE` names, read for every request.
         timeout_s: seconds to wait for an ordinary answer.
         connect_timeout_s: seconds to wait for a plan (the engine traces its loader).
-        verify: for https, the PEM file of the authority that signed the engine's certificate, or
-            an `ssl.SSLContext`; by default the authorities that httpx knows. Never less than that.
-        cert: for engines that demand one, the PEM file of the caller's certificate and key, or
+        ca_file: for https, the PEM file of the authority that signed the engine's certificate; by
+            default the authorities that httpx knows. A certificate is always verified.
+        client_cert: for engines that demand one, the PEM file of the caller's certificate and key, or
             both files.
 
     Raises:
-        SettingsError: the url is not that of an HTTP server, or `verify` or `cert` cannot be used.
+        SettingsError: the url is not that of an HTTP server, or `ca_file` or `client_cert` cannot be used.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class AdminClient:
         token: str | None = None,
         timeout_s: float = 30.0,
         connect_timeout_s: float = 300.0,
-        verify: Verify | None = None,
-        cert: Cert | None = None,
+        ca_file: CaFile | None = None,
+        client_cert: ClientCert | None = None,
     ) -> None:
         base = _base_url(url)
         self.url = str(base).rstrip("/").removesuffix(PREFIX)
@@ -88,7 +88,9 @@ class AdminClient:
         self._connect_timeout_s = connect_timeout_s
         self._http = httpx.Client(
             base_url=self.url + PREFIX,
-            transport=httpx.HTTPTransport(retries=2, verify=tls_context(base, verify, cert)),
+            transport=httpx.HTTPTransport(
+                retries=2, verify=tls_context(base, ca_file, client_cert)
+            ),
             trust_env=False,
         )
 

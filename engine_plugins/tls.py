@@ -1,7 +1,7 @@
 """TLS towards an engine: whose word the caller takes, and what the caller shows of itself.
 
-The engine's certificate is always verified, since the admin token goes to whoever answers. There
-is no way to turn that off here: a caller that wants it passes an `ssl.SSLContext` of its own.
+The engine's certificate is always verified, since the admin token goes to whoever answers; there
+is no way to turn that off.
 """
 
 from __future__ import annotations
@@ -15,49 +15,44 @@ import httpx
 
 from engine_plugins.errors import EngineTlsError, SettingsError
 
-__all__ = ["Cert", "Verify", "tls_context", "tls_error", "tls_hint"]
+__all__ = ["CaFile", "ClientCert", "tls_context", "tls_error", "tls_hint"]
 
 File = str | os.PathLike[str]
-Verify = File | ssl.SSLContext
-"""PEM file of the authorities that sign engines' certificates, or a whole context."""
-Cert = File | tuple[File, File]
+CaFile = File
+"""PEM file of the authorities that sign engines' certificates."""
+ClientCert = File | tuple[File, File]
 """PEM file of the caller's certificate and key, or one file for each of them."""
 
 _HOSTNAME_MISMATCH, _ADDRESS_MISMATCH, _NOT_YET, _EXPIRED = 62, 64, 9, 10
 """X509_V_ERR_* of OpenSSL, as `SSLCertVerificationError.verify_code` gives them."""
 
 
-def tls_context(url: httpx.URL, verify: Verify | None, cert: Cert | None) -> ssl.SSLContext:
+def tls_context(
+    url: httpx.URL, ca_file: CaFile | None, client_cert: ClientCert | None
+) -> ssl.SSLContext:
     """Make the context of connections to an engine, and read its files now.
 
     Args:
         url: of the engine; httpx has read its scheme, which people also write as HTTPS.
-        verify: who signs engines' certificates. None: the authorities that httpx knows, or those
+        ca_file: who signs engines' certificates. None: the authorities that httpx knows, or those
             of `SSL_CERT_FILE` or `SSL_CERT_DIR`.
-        cert: the caller's own certificate, for engines that demand one.
+        client_cert: the caller's own certificate, for engines that demand one.
 
     Raises:
         SettingsError: a file that cannot be read, holds no PEM, or a key of another certificate;
             files for an engine without TLS.
     """
     if url.scheme != "https":
-        if verify is not None or cert is not None:
+        if ca_file is not None or client_cert is not None:
             raise SettingsError(
-                f"verify and cert are for TLS, and {url} is without",
+                f"ca_file and client_cert are for TLS, and {url} is without",
                 remedy="give the engine as https://host:port, or leave them out",
             )
         # It trusts nobody, and reading the authorities would take tens of ms.
         return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if isinstance(verify, ssl.SSLContext):
-        if cert is not None:
-            raise SettingsError(
-                "cert cannot be added to an ssl.SSLContext that was given as verify",
-                remedy="call its load_cert_chain(certificate, key) yourself, and leave out cert",
-            )
-        return verify
-    context = _known_authorities() if verify is None else _authorities(verify)
-    if cert is not None:
-        _show(context, cert)
+    context = _known_authorities() if ca_file is None else _authorities(ca_file)
+    if client_cert is not None:
+        _show(context, client_cert)
     return context
 
 
@@ -83,7 +78,7 @@ def tls_error(url: str, error: BaseException) -> EngineTlsError | None:
         return EngineTlsError(f"{url} does not speak TLS ({seen})", remedy="give it as http://")
     return EngineTlsError(
         f"{url} broke off the TLS handshake ({seen})",
-        remedy="if the engine demands a certificate, pass one that it trusts as cert",
+        remedy="if the engine demands a certificate, pass one that it trusts as client_cert",
     )
 
 
@@ -92,7 +87,7 @@ def tls_hint(url: str, error: BaseException) -> str:
     if not isinstance(error, httpx.RemoteProtocolError | httpx.ReadError | httpx.WriteError):
         return ""
     if url.startswith("https://"):
-        return "; if the engine demands a certificate, pass one that it trusts as cert"
+        return "; if the engine demands a certificate, pass one that it trusts as client_cert"
     return "; if the engine speaks TLS, give it as https://"
 
 
@@ -101,7 +96,7 @@ def _how_to_trust(code: int) -> str:
         return "name the engine as its certificate does, or have one made for this name"
     if code in (_EXPIRED, _NOT_YET):
         return "renew the engine's certificate, or set the clock of this host"
-    return "pass the PEM file of the authority that signed the engine's certificate as verify"
+    return "pass the PEM file of the authority that signed the engine's certificate as ca_file"
 
 
 def _known_authorities() -> ssl.SSLContext:
@@ -110,26 +105,26 @@ def _known_authorities() -> ssl.SSLContext:
     except OSError as error:  # ssl.SSLError is one too
         raise SettingsError(
             f"the authorities that SSL_CERT_FILE or SSL_CERT_DIR name cannot be read: {error}",
-            remedy="mend or unset them, or pass verify",
+            remedy="mend or unset them, or pass ca_file",
         ) from error
 
 
-def _authorities(verify: File) -> ssl.SSLContext:
-    file = _readable("verify", verify)
+def _authorities(ca_file: CaFile) -> ssl.SSLContext:
+    file = _readable("ca_file", ca_file)
     try:
         return ssl.create_default_context(cafile=file)
     except ssl.SSLError as error:
         raise SettingsError(
-            f"verify: {file} holds no certificate in PEM form ({error.reason})",
+            f"ca_file: {file} holds no certificate in PEM form ({error.reason})",
             remedy="give the PEM file of the authority that signed the engine's certificate",
         ) from error
 
 
-def _show(context: ssl.SSLContext, cert: Cert) -> None:
-    given = cert if isinstance(cert, tuple) else (cert, cert)
+def _show(context: ssl.SSLContext, client_cert: ClientCert) -> None:
+    given = client_cert if isinstance(client_cert, tuple) else (client_cert, client_cert)
     if len(given) != 2:
-        raise SettingsError(f"cert has {len(given)} files", remedy="give (certificate, key)")
-    certificate, key = (_readable("cert", file) for file in given)
+        raise SettingsError(f"client_cert has {len(given)} files", remedy="give (certificate, key)")
+    certificate, key = (_readable("client_cert", file) for file in given)
     try:
         # Without a password OpenSSL would ask for one on the terminal, and wait for ever.
         context.load_cert_chain(certificate, key, password=_refuse_encrypted)
@@ -140,13 +135,15 @@ def _show(context: ssl.SSLContext, cert: Cert) -> None:
             else f"no certificate and key in PEM form are in {certificate} and {key} "
             f"({error.reason or error})"
         )
-        raise SettingsError(f"cert: {what}", remedy="give (certificate, key) as PEM") from error
+        raise SettingsError(
+            f"client_cert: {what}", remedy="give (certificate, key) as PEM"
+        ) from error
 
 
 def _refuse_encrypted() -> NoReturn:
     raise SettingsError(
-        "cert: the key is encrypted",
-        remedy="load it into an ssl.SSLContext of your own, and give that as verify",
+        "client_cert: the key is encrypted, and nobody is there to be asked for its password",
+        remedy="give the key decrypted, in a file that only this user can read",
     )
 
 
@@ -154,7 +151,7 @@ def _readable(name: str, file: object) -> Path:
     if not isinstance(file, str | os.PathLike):
         raise SettingsError(
             f"{name} is {file!r}, not the path of a PEM file",
-            remedy="an engine's certificate is always verified: give paths, or an ssl.SSLContext",
+            remedy="an engine's certificate is always verified: give the path of a file, or leave it out",
         )
     path = Path(file)
     try:

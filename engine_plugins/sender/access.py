@@ -7,7 +7,7 @@ from typing import Self
 
 from engine_plugins.admin_client import AdminClient
 from engine_plugins.sender.options import SenderOptions
-from engine_plugins.tls import Cert, Verify
+from engine_plugins.tls import CaFile, ClientCert
 
 __all__ = ["EngineAccess"]
 
@@ -18,19 +18,21 @@ class EngineAccess:
 
     Attributes:
         token: the engines' admin token, or None as for `AdminClient`.
-        verify: who signs the engines' certificates, see `AdminClient`.
-        cert: the caller's own certificate, see `AdminClient`.
+        ca_file: who signs the engines' certificates, see `AdminClient`.
+        client_cert: the caller's own certificate, see `AdminClient`.
     """
 
     token: str | None = field(default=None, repr=False)
-    verify: Verify | None = None
-    cert: Cert | None = None
+    ca_file: CaFile | None = None
+    client_cert: ClientCert | None = None
 
     @classmethod
     def of(cls, options: SenderOptions) -> Self:
         """As a sender's options say."""
         return cls(
-            token=options.get("token"), verify=options.get("verify"), cert=options.get("cert")
+            token=options.get("token"),
+            ca_file=options.get("ca_file"),
+            client_cert=options.get("client_cert"),
         )
 
     def client(self, url: str, *, timeout_s: float = 30.0) -> AdminClient:
@@ -40,5 +42,9 @@ class EngineAccess:
             SettingsError: a url, or files for TLS, that cannot be used.
         """
         return AdminClient(
-            url, token=self.token, timeout_s=timeout_s, verify=self.verify, cert=self.cert
+            url,
+            token=self.token,
+            timeout_s=timeout_s,
+            ca_file=self.ca_file,
+            client_cert=self.client_cert,
         )

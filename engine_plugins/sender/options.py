@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from engine_plugins.admin_answers import Direction
 from engine_plugins.errors import SettingsError
-from engine_plugins.tls import Cert, Verify
+from engine_plugins.tls import CaFile, ClientCert
 from engine_plugins.weights.block_fp8 import BlockFp8
 from engine_plugins.weights.transport.base import Transport
 
@@ -20,10 +20,10 @@ class SenderOptions(TypedDict, total=False):
 
     token: str | None
     """The engines' admin token; see `AdminClient`."""
-    verify: Verify | None
-    """For https engines: the PEM file of the authority that signed their certificates, or an
-    `ssl.SSLContext`. None: the authorities that httpx knows."""
-    cert: Cert | None
+    ca_file: CaFile | None
+    """For https engines: the PEM file of the authority that signed their certificates. None: the
+    authorities that httpx knows."""
+    client_cert: ClientCert | None
     """For https engines that demand one: the PEM file of this trainer's certificate and key, or
     (certificate, key)."""
     transport: Transport | None

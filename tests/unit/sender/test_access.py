@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import ssl
 from pathlib import Path
 
 import pytest
@@ -34,8 +33,8 @@ def test_an_update_over_tls_with_both_sides_certificates(
             engines=[first.url],
             transport=transport,
             token=TOKEN,
-            verify=authority.file,
-            cert=(caller.certificate, caller.key),
+            ca_file=authority.file,
+            client_cert=(caller.certificate, caller.key),
             progress=True,
         ) as sender,
     ):
@@ -62,26 +61,26 @@ def test_an_engine_that_is_not_trusted_is_told_as_that(
         failure = caught.value.failures[engine.url]
         assert failure.code == "engine_tls"
         assert "is not trusted" in failure.detail
-        assert "as verify" in failure.remedy
+        assert "as ca_file" in failure.remedy
 
 
 def test_tls_files_are_checked_when_the_sender_is_made(
     transport: InMemoryTransport, tmp_path: Path
 ) -> None:
     with (
-        pytest.raises(SettingsError, match=r"verify: .* cannot be read"),
+        pytest.raises(SettingsError, match=r"ca_file: .* cannot be read"),
     ):
         WeightSender.from_hf(
             NAMED,
             engines="https://localhost:1",
             transport=transport,
             token=TOKEN,
-            verify=tmp_path / "absent.pem",
+            ca_file=tmp_path / "absent.pem",
         )
 
 
 def test_the_token_shows_in_no_text() -> None:
-    access = EngineAccess(token="s3cret-t0ken", verify=ssl.create_default_context())
+    access = EngineAccess(token="s3cret-t0ken")
     assert "s3cret-t0ken" not in f"{access} {access!r}"
     with access.client("https://localhost:1") as client:
         assert "s3cret-t0ken" not in f"{client} {client!r}"
