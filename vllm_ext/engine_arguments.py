@@ -1,4 +1,4 @@
-"""Where vLLM's engine arguments are made whole: sleep mode, and what its workers are given.
+"""Where vLLM's engine arguments are made whole: the release is checked, sleep mode put on.
 
 A patch of `EngineArgs.create_engine_config`, idempotent. vLLM has no plugin point for arguments;
 remove when it has.
@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.time_sharing import force_memory_saver
 from engine_plugins.worker_environment import forwarded_environment
+from vllm_ext.hooks import has_extension, require_installed, settings_of
 from vllm_ext.versions import VLLM
 
 __all__ = ["hook_engine_arguments"]
@@ -30,11 +31,12 @@ def hook_engine_arguments() -> None:
     original = EngineArgs.create_engine_config
     if hasattr(original, _HOOKED):
         return
-    VLLM.check("vllm.engine.arg_utils")
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        settings = Settings.load((self.additional_config or {}).get("engine_plugins", {}))
+        ours = has_extension(self.worker_extension_cls)
+        settings = settings_of(self.additional_config, ours=ours)
+        _check(settings, ours=ours)
         on_cpu = current_platform.is_cpu()
         force_memory_saver(self, "enable_sleep_mode", settings, on_cpu=on_cpu)
         if on_cpu and settings.prefill_gate != "off":
@@ -44,6 +46,15 @@ def hook_engine_arguments() -> None:
 
     setattr(create_engine_config, _HOOKED, True)
     EngineArgs.create_engine_config = create_engine_config
+
+
+def _check(settings: Settings, *, ours: bool) -> None:
+    """Refuse a release, or an environment, that what was asked for cannot be had with."""
+    if ours:
+        VLLM.check(settings)
+        require_installed()
+    elif settings.prefill_gate != "off":
+        VLLM.check_gate(settings)
 
 
 def _bound_kernels() -> None:
