@@ -129,9 +129,10 @@ def _assigned_functions(node: ast.AST, functions: set[str]) -> Iterator[ast.Attr
     for target, value in zip(targets, _parts(getattr(node, "value", node)), strict=False):
         value = value.body if isinstance(value, ast.IfExp) else value
         name = ast.unparse(value).removeprefix("self.")
-        if isinstance(target, ast.Attribute) and name in functions:
-            if ast.unparse(target.value) != "self" and not target.attr.startswith(_OURS):
-                yield target
+        if not isinstance(target, ast.Attribute) or name not in functions:
+            continue
+        if ast.unparse(target.value) != "self" and not target.attr.startswith(_OURS):
+            yield target
 
 
 def _parts(node: ast.AST) -> list[ast.expr]:

@@ -142,11 +142,10 @@ def test_a_difference_names_what_is_seen_and_what_is_wanted(
 
 
 @pytest.fixture
-def installed(sources: EngineSources, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def installed(sources: EngineSources, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EngineSources, "installed", lambda package: sources)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ENGINE_PLUGINS")}
     monkeypatch.setattr(os, "environ", environment)
-    yield
 
 
 @pytest.mark.usefixtures("installed")
