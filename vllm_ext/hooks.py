@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
-from vllm.utils.import_utils import resolve_obj_by_qualname
-
 from engine_plugins.errors import SettingsError, UnsupportedError
 from engine_plugins.settings import Settings
 
@@ -57,6 +55,9 @@ def has_extension(worker_extension_cls: str | None) -> bool:
     if worker_extension_cls.startswith("vllm_ext."):
         return True  # without importing what belongs to workers
     try:
+        # Late: without this module no hook could be said to be missing.
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
         return hasattr(resolve_obj_by_qualname(worker_extension_cls), "engine_plugins_call")
     except Exception:  # vLLM will say what is wrong with it
         return False
