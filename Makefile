@@ -8,7 +8,7 @@ VLLM_PYTHON := $(VLLM_ENV)/bin/python
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos fmt setup setup-vllm setup-sglang setup-megatron \
+.PHONY: help demo test check lint bench chaos next-release fmt setup setup-vllm setup-sglang setup-megatron \
   no-such-engine clean
 
 help: ## show this list
@@ -34,6 +34,9 @@ bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, M
 
 chaos: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
 	$(VLLM_PYTHON) -m tests.support.chaos_run $(ARGS)
+
+next-release: setup-vllm ## what the next vLLM release changes of all that we rely on, read in its wheel
+	$(VLLM_PYTHON) -m pytest tests/unit/vllm_ext/test_next_release.py -m wheel -s $(ARGS)
 
 fmt: setup-vllm ## format, and fix what ruff can fix by itself
 	$(VLLM_ENV)/bin/ruff check --fix .

@@ -64,11 +64,12 @@ class AdminClient:
         connect_timeout_s: seconds to wait for a plan (the engine traces its loader).
         ca_file: for https, the PEM file of the authority that signed the engine's certificate; by
             default the authorities that httpx knows. A certificate is always verified.
-        client_cert: for engines that demand one, the PEM file of the caller's certificate and key, or
-            both files.
+        client_cert: for engines that demand one, the PEM file of the caller's certificate and
+            key, or both files.
 
     Raises:
-        SettingsError: the url is not that of an HTTP server, or `ca_file` or `client_cert` cannot be used.
+        SettingsError: the url is not that of an HTTP server, or `ca_file` or `client_cert` cannot
+            be used.
     """
 
     def __init__(

@@ -151,7 +151,7 @@ def _readable(name: str, file: object) -> Path:
     if not isinstance(file, str | os.PathLike):
         raise SettingsError(
             f"{name} is {file!r}, not the path of a PEM file",
-            remedy="an engine's certificate is always verified: give the path of a file, or leave it out",
+            remedy="an engine's certificate is always verified: give the path of a file",
         )
     path = Path(file)
     try:

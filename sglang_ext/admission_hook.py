@@ -115,16 +115,20 @@ async def _admitted(manager: Any, shared: SharedState, obj: Any, *, probe: bool)
             return
 
 
-async def send_one(original: Any, manager: Any, tokenized: Any) -> None:
+async def send_one(original: Any, manager: Any, tokenized: Any, *args: Any, **kwargs: Any) -> None:
     """Around `TokenizerManager._send_one_request`."""
-    await send_batch(functools.partial(_only, original), manager, [tokenized])
+    await send_batch(functools.partial(_only, original), manager, [tokenized], *args, **kwargs)
 
 
-async def _only(original: Any, manager: Any, tokenized: list[Any]) -> None:
-    await original(manager, tokenized[0])
+async def _only(
+    original: Any, manager: Any, tokenized: list[Any], *args: Any, **kwargs: Any
+) -> None:
+    await original(manager, tokenized[0], *args, **kwargs)
 
 
-async def send_batch(original: Any, manager: Any, tokenized: list[Any]) -> None:
+async def send_batch(
+    original: Any, manager: Any, tokenized: list[Any], *args: Any, **kwargs: Any
+) -> None:
     """Around `TokenizerManager._send_batch_request`: what the gate has no room for stays here.
 
     Raises:
@@ -137,7 +141,7 @@ async def send_batch(original: Any, manager: Any, tokenized: list[Any]) -> None:
             refusal = _refusal(status.limits, each)
             if refusal is not None:
                 raise _refused_with(problem_from(refusal, state=None), str(refusal), each)
-    await original(manager, tokenized)
+    await original(manager, tokenized, *args, **kwargs)
 
 
 async def abort_reason(

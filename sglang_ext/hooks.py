@@ -9,17 +9,30 @@ from collections.abc import Callable
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+from engine_plugins.engine_release import UPDATES
+
 __all__ = ["install", "missing"]
 
-_installed: list[str] = []
+_installed: list[tuple[str, str]] = []
 
 
-def install(target: str, kind: HookType, function: Callable[..., object]) -> None:
-    """Register a hook; SGLang applies it when all plugins of the process are loaded."""
+def install(
+    target: str, kind: HookType, function: Callable[..., object], *, part: str = UPDATES
+) -> None:
+    """Register a hook; SGLang applies it when all plugins of the process are loaded.
+
+    Args:
+        target: dotted name of SGLang's function.
+        kind: how it is wrapped.
+        function: ours.
+        part: of us that needs the hook, as in `SGLANG.names`.
+    """
     HookRegistry.register(target, function, kind)
-    _installed.append(target)
+    _installed.append((target, part))
 
 
-def missing() -> list[str]:
-    """Targets of this process that SGLang did not wrap."""
-    return [target for target in _installed if target not in HookRegistry._patched]
+def missing(part: str) -> list[str]:
+    """Targets of this process that a part of us needs and SGLang did not wrap."""
+    return [
+        target for target, of in _installed if of == part and target not in HookRegistry._patched
+    ]

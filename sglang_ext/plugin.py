@@ -14,6 +14,7 @@ import sys
 from sglang.srt.plugins.hook_registry import HookType
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir
+from engine_plugins.engine_release import GATE, gate_refusal
 from sglang_ext import server_flags
 from sglang_ext.hooks import install
 
@@ -66,9 +67,14 @@ def _hook_api_process() -> None:
     from sglang_ext import admission_hook, scheduler_calls
 
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-    install(f"{manager}._send_one_request", HookType.AROUND, admission_hook.send_one)
-    install(f"{manager}._send_batch_request", HookType.AROUND, admission_hook.send_batch)
-    install(f"{manager}._handle_abort_finish_reason", HookType.AROUND, admission_hook.abort_reason)
+    install(f"{manager}._send_one_request", HookType.AROUND, admission_hook.send_one, part=GATE)
+    install(f"{manager}._send_batch_request", HookType.AROUND, admission_hook.send_batch, part=GATE)
+    install(
+        f"{manager}._handle_abort_finish_reason",
+        HookType.AROUND,
+        admission_hook.abort_reason,
+        part=GATE,
+    )
     install(
         "sglang.srt.entrypoints.openai.serving_responses.OpenAIServingResponses"
         "._generate_with_builtin_tools",
@@ -93,33 +99,11 @@ def _hook_scheduler() -> None:
         core_hooks,
         memory_baseline,
         memory_saver,
-        prefill_gate,
-        prefill_hook,
         scheduler_extension,
-        step_hook,
     )
 
-    scheduler = "sglang.srt.managers.scheduler.Scheduler"
-    install(
-        f"{scheduler}._get_new_batch_prefill_raw",
-        HookType.AROUND,
-        prefill_hook.get_new_batch_prefill,
-    )
-    install(
-        f"{scheduler}._add_request_to_queue",
-        HookType.BEFORE,
-        prefill_hook.before_queueing,
-    )
-    install(f"{scheduler}.run_batch", HookType.AROUND, step_hook.run_batch)
-    for loop in ("event_loop_normal", "event_loop_overlap"):
-        install(f"{scheduler}.{loop}", HookType.AROUND, step_hook.run_loop)
-    install(
-        "sglang.srt.managers.scheduler_components.request_receiver"
-        ".SchedulerRequestReceiver._pull_raw_reqs",
-        HookType.AFTER,
-        prefill_gate.after_pull,
-    )
-
+    if gate_refusal() is None:
+        _hook_gate()
     install(
         "sglang.srt.model_executor.model_runner.ModelRunner.load_model",
         HookType.BEFORE,
@@ -137,3 +121,31 @@ def _hook_scheduler() -> None:
         core_hooks.mark_new_request,
     )
     memory_saver.take_hook_mode()
+
+
+def _hook_gate() -> None:
+    from sglang_ext import prefill_gate, prefill_hook, step_hook
+
+    scheduler = "sglang.srt.managers.scheduler.Scheduler"
+    install(
+        f"{scheduler}._get_new_batch_prefill_raw",
+        HookType.AROUND,
+        prefill_hook.get_new_batch_prefill,
+        part=GATE,
+    )
+    install(
+        f"{scheduler}._add_request_to_queue",
+        HookType.BEFORE,
+        prefill_hook.before_queueing,
+        part=GATE,
+    )
+    install(f"{scheduler}.run_batch", HookType.AROUND, step_hook.run_batch, part=GATE)
+    for loop in ("event_loop_normal", "event_loop_overlap"):
+        install(f"{scheduler}.{loop}", HookType.AROUND, step_hook.run_loop, part=GATE)
+    install(
+        "sglang.srt.managers.scheduler_components.request_receiver"
+        ".SchedulerRequestReceiver._pull_raw_reqs",
+        HookType.AFTER,
+        prefill_gate.after_pull,
+        part=GATE,
+    )

@@ -10,7 +10,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sglang
 import torch
@@ -19,12 +19,15 @@ from sglang.srt.environ import envs
 from sglang.utils import TypeBasedDispatcher
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.engine_release import GATE, gate_refusal
+from engine_plugins.errors import EnginePluginError, UnsupportedError
 from engine_plugins.prefill_gate.calibration_file import CalibrationFile, CalibrationKey
 from engine_plugins.prefill_gate.engine_gate import (
     EngineGate,
     StepFigures,
     calibration_file,
     make_engine_gate,
+    no_gate,
 )
 from engine_plugins.prefill_gate.entry import EntryKind, GateBoard
 from engine_plugins.prefill_gate.model_memory import AttentionMemory, ModelMemory, ModelSizes
@@ -37,6 +40,7 @@ from engine_plugins.prefill_gate.rank_meter import (
 )
 from engine_plugins.prefill_gate.step_memory import step_memory
 from engine_plugins.settings import Settings
+from sglang_ext.hooks import missing
 from sglang_ext.messages import GateFigures
 from sglang_ext.prefill_shapes import HELD_BYTES_PER_LOGPROB, PrefillShapes
 from sglang_ext.unasked_steps import UnaskedSteps
@@ -121,34 +125,82 @@ def gate_of(scheduler: Any) -> SchedulerGate | None:
     return gate
 
 
-def make_scheduler_gate(scheduler: Any) -> SchedulerGate:
-    """Make a scheduler's gate, on all ranks at the same time.
+class _Parts(NamedTuple):
+    """What a rank makes by itself of its gate."""
+
+    meter: RankMeter
+    model: ModelMemory
+    file: CalibrationFile
+    shapes: PrefillShapes
+    smallest_chunk: int
+
+
+def make_scheduler_gate(scheduler: Any) -> SchedulerGate | EnginePluginError:
+    """Make a scheduler's gate, on all ranks at the same time; or say why there can be none.
+
+    A gate that is off must not keep an engine from serving. Ranks agree before any waits for the
+    others: one that failed alone would never be joined.
 
     Raises:
         SettingsError: a cap that this machine cannot hold.
+        UnsupportedError: the gate is asked for, and cannot be.
     """
     settings = Settings.load()
+    group = scheduler.tp_cpu_group
+    parts = _parts_or_reason(scheduler, settings)
+    for reason in _of_all_ranks(parts if isinstance(parts, str) else None, group):
+        if reason is not None:
+            refused = UnsupportedError(reason, remedy="see the server's log")
+            if settings.prefill_gate != "off" and not missing(GATE):  # those the roll call names
+                raise refused
+            return refused
+    if isinstance(parts, str):  # never: it would be among those reasons
+        raise UnsupportedError(parts)
+    return _gate_of_parts(scheduler, settings, parts)
+
+
+def _parts_or_reason(scheduler: Any, settings: Settings) -> _Parts | str:
+    refused = gate_refusal()
+    if refused is not None:
+        return refused.message
+    if lost := missing(GATE):
+        return f"SGLang did not take the hooks on {', '.join(lost)}"
+    try:
+        return _parts(scheduler, settings)
+    except Exception as error:
+        return no_gate(error).message
+
+
+def _parts(scheduler: Any, settings: Settings) -> _Parts:
+    group = scheduler.tp_cpu_group
+    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    runner = scheduler.tp_worker.model_runner
+    model = _model_memory(runner, ranks)
+    return _Parts(
+        meter=RankMeter(
+            step_memory(torch.device(runner.device), ranks=ranks),
+            rank_page(Path(os.environ[RUNTIME_DIR]), rank) if ranks > 1 else None,
+        ),
+        model=model,
+        file=_calibration(scheduler, settings, ranks, model),
+        shapes=PrefillShapes(one_by_one=_backend(runner) in _GATHERING),
+        smallest_chunk=_smallest_chunk(scheduler),
+    )
+
+
+def _gate_of_parts(scheduler: Any, settings: Settings, parts: _Parts) -> SchedulerGate:
     group = scheduler.tp_cpu_group
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     first, told = rank == 0, ranks > 1
     runtime_dir = Path(os.environ[RUNTIME_DIR])
-    runner = scheduler.tp_worker.model_runner
-    meter = RankMeter(
-        step_memory(torch.device(runner.device), ranks=ranks),
-        rank_page(runtime_dir, rank) if told else None,
-    )
-    model = _model_memory(runner, ranks)
-    file = _calibration(scheduler, settings, ranks, model)
-    samples = _from_first_rank(file.read(now=time.time()) if first else None, group)
-    smallest = _smallest_chunk(scheduler)
-    shapes = PrefillShapes(one_by_one=_backend(runner) in _GATHERING)
+    samples = _from_first_rank(parts.file.read(now=time.time()) if first else None, group)
     pages = [rank_page(runtime_dir, each) for each in range(ranks)]
     engine = make_engine_gate(
-        model,
+        parts.model,
         settings,
-        PagedRanks(pages) if told else OwnRank(meter),
-        smallest_chunk=smallest,
-        largest=None if told else shapes.largest(scheduler),
+        PagedRanks(pages) if told else OwnRank(parts.meter),
+        smallest_chunk=parts.smallest_chunk,
+        largest=None if told else parts.shapes.largest(scheduler),
         entry=EntryKind(
             max_prompt=min(scheduler.model_config.context_len, scheduler.max_total_num_tokens),
             divisible=scheduler.chunked_prefill_size is not None,
@@ -156,9 +208,11 @@ def make_scheduler_gate(scheduler: Any) -> SchedulerGate:
         ),
         samples=samples,
         board=GateBoard(runtime_dir) if first else None,
-        keep=file.write if first else None,
+        keep=parts.file.write if first else None,
     )
-    gate = SchedulerGate(engine, meter, shapes, smallest_chunk=smallest, told=told)
+    gate = SchedulerGate(
+        engine, parts.meter, parts.shapes, smallest_chunk=parts.smallest_chunk, told=told
+    )
     setattr(scheduler, _ATTRIBUTE, gate)
     _of_this_process[_SCHEDULER] = scheduler
     scheduler._request_dispatcher += TypeBasedDispatcher([(GateFigures, gate.take)])
@@ -180,6 +234,13 @@ def after_pull(pulled: list[Any] | None, receiver: Any) -> list[Any] | None:
     if pulled or scheduler.waiting_queue or scheduler.chunked_req is not None or compiling:
         return [*pulled, GateFigures(figures=gate.engine.figures())]
     return pulled
+
+
+def _of_all_ranks(value: str | None, group: torch.distributed.ProcessGroup) -> list[str | None]:
+    """What each rank says."""
+    told: list[str | None] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(told, value, group=group)
+    return told
 
 
 def _from_first_rank(value: Any, group: torch.distributed.ProcessGroup) -> Any:

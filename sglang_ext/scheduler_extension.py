@@ -7,13 +7,16 @@ raises, and all ranks' outcomes are gathered before rank 0 answers.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed
 from sglang.utils import TypeBasedDispatcher
 
 from engine_plugins.engine_rank import make_rank_service
+from engine_plugins.engine_release import GATE, UPDATES
 from engine_plugins.errors import EngineCallError, EnginePluginError
+from engine_plugins.prefill_gate.engine_gate import refused_calls
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, refuse
 from sglang_ext.core_hooks import SchedulerHooks
@@ -23,7 +26,6 @@ from sglang_ext.memory_baseline import memory_of
 from sglang_ext.messages import EngineAnswer, EngineCall, register_messages
 from sglang_ext.prefill_gate import SchedulerGate, make_scheduler_gate
 from sglang_ext.roll_call import report_present
-from sglang_ext.versions import SGLANG
 from sglang_ext.weight_installer import SglangWeightInstaller
 
 __all__ = ["SchedulerExtension", "attach_to_scheduler"]
@@ -36,10 +38,10 @@ class SchedulerExtension:
 
     Args:
         scheduler: SGLang's scheduler of this process.
-        gate: of its prefills.
+        gate: of its prefills, or why there is none.
     """
 
-    def __init__(self, scheduler: Any, gate: SchedulerGate) -> None:
+    def __init__(self, scheduler: Any, gate: SchedulerGate | EnginePluginError) -> None:
         self._scheduler, self._gate = scheduler, gate
         self._group = scheduler.tp_cpu_group
         self._service: WorkerService | None = None
@@ -72,12 +74,6 @@ class SchedulerExtension:
         return ranks
 
     def _make_service(self) -> WorkerService:
-        SGLANG.check(
-            "sglang.srt.managers.scheduler",
-            "sglang.srt.managers.scheduler_components.weight_updater",
-            "sglang.srt.model_executor.model_runner_components.weight_updater",
-            "sglang.srt.model_loader.loader",
-        )
         settings = Settings.load()
         tensors = tagged_tensors(self._scheduler)
         return make_rank_service(
@@ -87,8 +83,14 @@ class SchedulerExtension:
             settings=settings,
             backend=memory_backend(self._scheduler, tensors, settings),
             tensors=tensors,
-            calls={**SchedulerHooks(self._scheduler).calls, **self._gate.engine.calls},
+            calls={**SchedulerHooks(self._scheduler).calls, **self._gate_calls},
         )
+
+    @property
+    def _gate_calls(self) -> Mapping[str, Callable[..., Any]]:
+        if isinstance(self._gate, EnginePluginError):
+            return refused_calls(self._gate)
+        return self._gate.engine.calls
 
 
 def attach_to_scheduler(result: None, scheduler: Any) -> None:
@@ -96,4 +98,5 @@ def attach_to_scheduler(result: None, scheduler: Any) -> None:
     register_messages()
     extension = SchedulerExtension(scheduler, make_scheduler_gate(scheduler))
     scheduler._request_dispatcher += TypeBasedDispatcher([(EngineCall, extension.answer)])
-    report_present(torch.distributed.get_rank(scheduler.tp_cpu_group), missing())
+    lost = [*missing(UPDATES), *(missing(GATE) if Settings.load().prefill_gate != "off" else [])]
+    report_present(torch.distributed.get_rank(scheduler.tp_cpu_group), lost)

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from sglang.srt.environ import envs
 
+from engine_plugins.engine_release import GATE, UPDATES
 from engine_plugins.errors import EnginePluginError, SettingsError
 from engine_plugins.prefill_gate.engine_gate import require_cap
 from engine_plugins.settings import PREFIX, SECRETS, Settings
@@ -102,11 +103,12 @@ def _instead_of(flag: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _check_release() -> None:
+    settings = Settings.load()
     try:
-        SGLANG.check(*SGLANG.hooks)
+        SGLANG.check(settings)
     except EnginePluginError as error:
         refuse_to_start(f"{error.message}; {error.remedy}")
-    if lost := missing():
+    if lost := [*missing(UPDATES), *(missing(GATE) if settings.prefill_gate != "off" else [])]:
         refuse_to_start(
             f"SGLang {SGLANG.version} did not take the hooks on {', '.join(lost)} (its log says "
             f"why); engine-plugins was made for SGLang {', '.join(SGLANG.probed)}"

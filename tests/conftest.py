@@ -56,3 +56,13 @@ def _use_sglang_shims() -> None:
 
 if importlib.util.find_spec("sglang") is not None:
     _use_sglang_shims()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what downloads a wheel, unless it is asked for."""
+    if "wheel" in config.option.markexpr:
+        return
+    left = [item for item in items if item.get_closest_marker("wheel") is None]
+    if len(left) < len(items):
+        config.hook.pytest_deselected(items=[each for each in items if each not in left])
+        items[:] = left

@@ -19,7 +19,6 @@ from starlette.datastructures import State
 from starlette.middleware import Middleware
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.launchers import app as launcher_app
-from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.held_answer import RefuseBeforeStream
@@ -30,6 +29,7 @@ from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
 from vllm_ext.closed_routes import close_routes
 from vllm_ext.engine_control import VllmEngineControl
+from vllm_ext.hooks import has_extension, require_installed
 from vllm_ext.prefill_refusal import answer_refusals
 from vllm_ext.versions import VLLM
 
@@ -61,7 +61,6 @@ def endpoint_plugin() -> EndpointPlugin:
 
 def hook_app() -> None:
     """Have every application that vLLM builds in this process mount the admin routes."""
-    VLLM.check("vllm.entrypoints.launchers.app")
     original = launcher_app.attach_endpoint_plugins
     if hasattr(original, "engine_plugins_hooked"):
         return
@@ -78,8 +77,9 @@ def hook_app() -> None:
 
 def mount(app: FastAPI) -> None:
     """Mount once, and only on a server whose workers have our extension."""
-    if not _has_extension(app.state.args):
+    if not has_extension(getattr(app.state.args, "worker_extension_cls", None)):
         return
+    require_installed()
     if any(isinstance(route, AdminMount) for route in app.routes):
         return
     app.router.routes.append(AdminMount(LateAdmin(functools.partial(_find_engine, app))))
@@ -90,11 +90,6 @@ def mount(app: FastAPI) -> None:
     logger.info("admin routes are at %s", PREFIX)
     if VLLM.warning() is not None:
         logger.warning(VLLM.warning())
-
-
-def _has_extension(args: Namespace) -> bool:
-    name = getattr(args, "worker_extension_cls", "") or ""
-    return bool(name) and hasattr(resolve_obj_by_qualname(name), "engine_plugins_call")
 
 
 def _find_engine(app: FastAPI) -> tuple[EngineControl, Settings] | None:

@@ -26,7 +26,6 @@ from engine_plugins.admin.state import refusal
 from engine_plugins.prefill_gate.entry import GateBoard, refusal_at_entry
 from vllm_ext.held_stream import all_have_spoken, explained, marked_as_held
 from vllm_ext.prefill_refusal import RefusedPrefillError, answer_to
-from vllm_ext.versions import VLLM
 
 __all__ = ["hook_admission"]
 
@@ -37,7 +36,6 @@ def hook_admission() -> None:
     """Wrap the admission check and the token stream of this API process."""
     if hasattr(AsyncLLM, _HOOKED):
         return
-    VLLM.check("vllm.v1.engine.async_llm", "vllm.entrypoints.openai.responses.serving")
     shared = shared_state()
     board = GateBoard(Path(os.environ[RUNTIME_DIR]))
     _refuse_while_fenced(shared)
@@ -50,11 +48,11 @@ def _refuse_while_fenced(shared: SharedState) -> None:
     original = AsyncLLM.check_admission
 
     @functools.wraps(original)
-    def check_admission(self: AsyncLLM, n: int = 1, request_id: str | None = None) -> None:
+    def check_admission(self: AsyncLLM, *args: Any, **kwargs: Any) -> None:
         refused = refusal(shared.read())
         if refused is not None:
             raise GracefulHTTPError(refused, HTTPStatus.SERVICE_UNAVAILABLE)
-        original(self, n, request_id)
+        original(self, *args, **kwargs)
 
     AsyncLLM.check_admission = check_admission
 

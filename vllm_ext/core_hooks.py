@@ -16,29 +16,30 @@ from vllm.v1.request import Request, RequestStatus
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.errors import UnsupportedError
-from engine_plugins.prefill_gate.engine_gate import EngineGate
+from engine_plugins.errors import EnginePluginError, SettingsError, UnsupportedError
+from engine_plugins.prefill_gate.engine_gate import EngineGate, no_gate
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import answer_call, refuse
-from vllm_ext.versions import VLLM
+from vllm_ext.hooks import has_extension, settings_of
 
-__all__ = ["hook_engine_core"]
+__all__ = ["hook_engine_core", "hook_gate"]
 
 _GATE = "_engine_plugins_gate"
+_HOOKED = "_engine_plugins_hooked"
+_COUNTS = "engine_plugins_request_counts"
 
 
 def hook_engine_core() -> None:
     """Add our methods to the engine core of this process."""
-    if hasattr(EngineCore, "engine_plugins_request_counts"):
+    if hasattr(EngineCore, _COUNTS):
         return
-    VLLM.check("vllm.v1.engine.core")
     shared = shared_state()
     _salt_new_requests(shared)
-    EngineCore.engine_plugins_request_counts = _request_counts
     EngineCore.engine_plugins_isolate_waiting = functools.partialmethod(_isolate_waiting, shared)
     EngineCore.engine_plugins_fail_requests = _fail_requests
     EngineCore.engine_plugins_gate_call = _gate_call
-    _gate_prefills()
+    # Last: where this one answers, the others are there too.
+    setattr(EngineCore, _COUNTS, _request_counts)
 
 
 def _salt_new_requests(shared: SharedState) -> None:
@@ -49,9 +50,11 @@ def _salt_new_requests(shared: SharedState) -> None:
     original = EngineCore.preprocess_add_request
 
     @functools.wraps(original)
-    def preprocess_add_request(self: EngineCore, request: EngineCoreRequest) -> Any:
+    def preprocess_add_request(
+        self: EngineCore, request: EngineCoreRequest, *args: Any, **kwargs: Any
+    ) -> Any:
         request.cache_salt = marked(request.cache_salt, shared.read().kv_generation)
-        return original(self, request)
+        return original(self, request, *args, **kwargs)
 
     EngineCore.preprocess_add_request = preprocess_add_request
 
@@ -92,38 +95,47 @@ def _fail_requests(self: EngineCoreProc) -> int:
     return len(ended)
 
 
-def _gate_prefills() -> None:
+def hook_gate() -> None:
     """Put the prefill gate in front of the scheduler as soon as both it and the ranks are there.
 
     The core loads plugins within its `__init__`: what is wrapped is a method that this calls then.
     """
     original = EngineCore._initialize_effective_attention_block_size
+    if hasattr(original, _HOOKED):
+        return
 
     @functools.wraps(original)
-    def initialize(self: EngineCore) -> None:
-        original(self)
+    def initialize(self: EngineCore, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
         config = self.vllm_config
-        settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
-        if settings.prefill_gate != "off" or config.parallel_config.worker_extension_cls:
+        ours = has_extension(config.parallel_config.worker_extension_cls)
+        settings = settings_of(config.additional_config, ours=ours)
+        if settings.prefill_gate != "off" or ours:
             setattr(self, _GATE, _gate_or_reason(self, settings))
 
+    setattr(initialize, _HOOKED, True)
     EngineCore._initialize_effective_attention_block_size = initialize
 
 
-def _gate_or_reason(core: EngineCore, settings: Settings) -> EngineGate | UnsupportedError:
-    """A gate that is off must not keep an engine from serving."""
-    from vllm_ext.prefill_gate import install_gate  # an API process has no use for it
-
+def _gate_or_reason(core: EngineCore, settings: Settings) -> EngineGate | EnginePluginError:
+    """A gate that is off must not keep an engine from serving, whatever goes wrong with it."""
     try:
+        # Late: an API process has no use for it, and another release may lack what it imports.
+        from vllm_ext.prefill_gate import install_gate
+
         return install_gate(core, settings)
-    except UnsupportedError as error:
+    except SettingsError:
+        raise
+    except Exception as error:
         if settings.prefill_gate != "off":
             raise
-        return error
+        return no_gate(error)
 
 
 def _gate_call(self: EngineCore, call: str, arguments: bytes) -> bytes:
-    gate: EngineGate | UnsupportedError = getattr(self, _GATE)
-    if isinstance(gate, UnsupportedError):
+    gate: EngineGate | EnginePluginError | None = getattr(self, _GATE, None)
+    if gate is None:
+        gate = UnsupportedError("this vLLM has no place for the prefill gate")
+    if isinstance(gate, EnginePluginError):
         return refuse(gate)
     return answer_call(gate.calls, call, arguments, who="the engine core")

@@ -1,4 +1,4 @@
-"""Where vLLM's engine arguments are made whole: sleep mode, and what its workers are given.
+"""Where vLLM's engine arguments are made whole: the release is checked, sleep mode put on.
 
 A patch of `EngineArgs.create_engine_config`, idempotent. vLLM has no plugin point for arguments;
 remove when it has.
@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from engine_plugins.errors import SettingsError
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.time_sharing import force_memory_saver
 from engine_plugins.worker_environment import forwarded_environment
+from vllm_ext.hooks import has_extension, require_installed, settings_of
 from vllm_ext.versions import VLLM
 
 __all__ = ["hook_engine_arguments"]
 
-OURS = "engine_plugins"
 _HOOKED = "engine_plugins_hooked"
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _KERNELS, KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
@@ -33,11 +31,12 @@ def hook_engine_arguments() -> None:
     original = EngineArgs.create_engine_config
     if hasattr(original, _HOOKED):
         return
-    VLLM.check("vllm.engine.arg_utils")
 
     @functools.wraps(original)
     def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        settings = _settings(self.additional_config or {})
+        ours = has_extension(self.worker_extension_cls)
+        settings = settings_of(self.additional_config, ours=ours)
+        _check(settings, ours=ours)
         on_cpu = current_platform.is_cpu()
         force_memory_saver(self, "enable_sleep_mode", settings, on_cpu=on_cpu)
         if on_cpu and settings.prefill_gate != "off":
@@ -49,20 +48,13 @@ def hook_engine_arguments() -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
-def _settings(additional_config: Mapping[str, Any]) -> Settings:
-    """Read them before anything is started: this is where a bad one ends the start."""
-    try:
-        for name in additional_config:
-            if name != OURS and name.lower().replace("-", "_").startswith(OURS):
-                raise SettingsError(
-                    f"additional_config has {name}, which nobody reads",
-                    remedy=f"name it {OURS}",
-                )
-        return Settings.load(additional_config.get(OURS))
-    except SettingsError as error:
-        # A traceback ends the server's output, and has the notes of an error but not its remedy.
-        error.add_note(f"engine-plugins: {error.remedy or 'mend --additional-config'}")
-        raise
+def _check(settings: Settings, *, ours: bool) -> None:
+    """Refuse a release, or an environment, that what was asked for cannot be had with."""
+    if ours:
+        VLLM.check(settings)
+        require_installed()
+    elif settings.prefill_gate != "off":
+        VLLM.check_gate(settings)
 
 
 def _bound_kernels() -> None:

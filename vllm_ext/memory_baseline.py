@@ -7,6 +7,7 @@ both workers, of the CPU and of GPUs, have from the same class.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
@@ -14,27 +15,36 @@ from vllm.v1.worker.gpu_worker import Worker
 from engine_plugins.admin.runtime_dir import first_process
 from engine_plugins.sleep.gpu_device import rank_memory
 from engine_plugins.sleep.rank_memory import RankMemory
-from vllm_ext.versions import VLLM
 
 __all__ = ["hook_load_model", "memory_of"]
+
+logger = logging.getLogger(__name__)
 
 _MEMORY = "_engine_plugins_memory"
 
 
 def hook_load_model() -> None:
-    """Measure every worker of this process before it loads."""
-    VLLM.check("vllm.v1.worker.gpu_worker")
+    """Measure every worker of this process that has our extension before it loads."""
     load_model = Worker.load_model
     if hasattr(load_model, _MEMORY):
         return
 
     @functools.wraps(load_model)
     def measured(self: Any, *args: Any, **kwargs: Any) -> None:
-        memory_of(self).take_baseline()
+        if hasattr(self, "engine_plugins_call"):
+            _take_baseline(self)
         load_model(self, *args, **kwargs)
 
     setattr(measured, _MEMORY, True)
     Worker.load_model = measured
+
+
+def _take_baseline(worker: Any) -> None:
+    """A model is loaded without it too: what cannot be measured is said where it is asked for."""
+    try:
+        memory_of(worker).take_baseline()
+    except Exception as error:
+        logger.warning("no baseline of memory: %s: %s", type(error).__name__, error)
 
 
 def memory_of(worker: Any) -> RankMemory:

@@ -1,7 +1,7 @@
 """The general plugin: loaded by vLLM in every process, before anything is built.
 
 The first process lays out the runtime directory; then each process gets the hooks that belong
-to it.
+to it. Nothing here may keep a server from starting that did not ask for us.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 
-from engine_plugins.admin.runtime_dir import ensure_runtime_dir
+from vllm_ext.hooks import install
 
 __all__ = ["register"]
 
@@ -17,27 +17,17 @@ __all__ = ["register"]
 def register() -> None:
     """Entry point of group `vllm.general_plugins`; safe to call more than once."""
     _speak_through_vllm()
-    ensure_runtime_dir()
+    install("engine_plugins.admin.runtime_dir", "ensure_runtime_dir")
     if "vllm.engine.arg_utils" in sys.modules:
-        from vllm_ext.engine_arguments import hook_engine_arguments
-
-        hook_engine_arguments()
+        install("vllm_ext.engine_arguments", "hook_engine_arguments")
     if "vllm.v1.engine.core" in sys.modules:
-        from vllm_ext.core_hooks import hook_engine_core
-
-        hook_engine_core()
+        install("vllm_ext.core_hooks", "hook_engine_core")
+        install("vllm_ext.core_hooks", "hook_gate", needed=False)
     if "vllm.v1.worker.worker_base" in sys.modules:
-        from vllm_ext.memory_baseline import hook_load_model
-        from vllm_ext.step_hook import hook_steps
-
-        hook_load_model()
-        hook_steps()
+        install("vllm_ext.memory_baseline", "hook_load_model")
     if "vllm.entrypoints.launchers.app" in sys.modules:
-        from vllm_ext.admin_mount import hook_app
-        from vllm_ext.admission_hook import hook_admission
-
-        hook_app()
-        hook_admission()
+        install("vllm_ext.admin_mount", "hook_app")
+        install("vllm_ext.admission_hook", "hook_admission")
 
 
 def _speak_through_vllm() -> None:

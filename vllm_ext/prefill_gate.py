@@ -16,6 +16,7 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.engine_release import gate_refusal
 from engine_plugins.errors import UnsupportedError
 from engine_plugins.prefill_gate.calibration_file import CalibrationKey
 from engine_plugins.prefill_gate.engine_gate import (
@@ -29,8 +30,7 @@ from engine_plugins.prefill_gate.rank_meter import OwnRank, PagedRanks, Ranks
 from engine_plugins.prefill_gate.step_shape import StepShape
 from engine_plugins.settings import Settings
 from vllm_ext.scheduler_hook import GatedScheduler, held_bytes_per_token
-from vllm_ext.step_order import own_meter, paged_meter
-from vllm_ext.versions import VLLM
+from vllm_ext.step_hook import own_meter, paged_meter
 
 __all__ = ["install_gate", "largest_step", "model_memory"]
 
@@ -44,9 +44,12 @@ def install_gate(core: Any, settings: Settings) -> EngineGate:
 
     Raises:
         SettingsError: a cap that this machine cannot hold.
-        UnsupportedError: the ranks lie where the gate does not see them.
+        UnsupportedError: the ranks lie where the gate does not see them, or this release lacks
+            what it needs.
     """
-    VLLM.check("vllm.v1.core.sched.scheduler")
+    refused = gate_refusal()
+    if refused is not None:
+        raise refused
     config: VllmConfig = core.vllm_config
     _require_one_group(config)
     ranks = _ranks(core.model_executor)

@@ -171,15 +171,16 @@ class GatedScheduler:
         self._hit = ("", None)
         return hit
 
-    def size(self, request: Request, computed: int, tokens: int) -> int:
+    def size(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
         """How many tokens of a request are computed now."""
+        tokens = num_new_tokens
         if tokens:
             if request.status == RequestStatus.RUNNING and self._has_prompt(request):
-                self._ask(request, computed, tokens)
+                self._ask(request, num_computed_tokens, tokens)
                 tokens = min(tokens, self._cut.get(request.request_id, tokens))
             elif request.request_id in self._cut:
                 tokens = min(tokens, self._cut[request.request_id])
-        return int(self._size(request, computed, tokens))
+        return int(self._size(request, num_computed_tokens, tokens))
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

@@ -17,7 +17,6 @@ from engine_plugins.weights.worker_service import WorkerService, refuse
 from vllm_ext.draft_model import draft_of
 from vllm_ext.engine_memory import memory_backend, tagged_tensors
 from vllm_ext.memory_baseline import memory_of
-from vllm_ext.versions import VLLM
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 __all__ = ["EnginePluginsWorkerExtension"]
@@ -46,7 +45,6 @@ class EnginePluginsWorkerExtension:
 
 
 def _make_service(worker: Any) -> WorkerService:
-    VLLM.check("vllm.model_executor.model_loader.reload.layerwise")
     config = worker.vllm_config
     settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
     runner = worker.model_runner

@@ -221,6 +221,8 @@ class AdminService:
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", "asleep", doing="connect")
             require_weights_mapped(state, doing="connect")
+            # An engine that lacks our methods says so here, not in the update that needs them.
+            await self._control.request_counts()
             facts = self._control.info.model_facts
             manifests = await asyncio.to_thread(self._sources.paths, body.source_ids, facts)
             compare_facts(body.model, facts, who="the connect call")

@@ -106,10 +106,6 @@ class CalibrationFile:
                 os.unlink(temporary)
             raise
 
-    def reset(self) -> None:
-        """Forget what was kept."""
-        self.path.unlink(missing_ok=True)
-
 
 def _is_sound(sample: Sample, since: float, now: float) -> bool:
     return (

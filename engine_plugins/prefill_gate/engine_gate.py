@@ -14,10 +14,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
+from engine_plugins.errors import EnginePluginError, UnsupportedError
 from engine_plugins.prefill_gate.calibration_file import CalibrationFile, CalibrationKey
 from engine_plugins.prefill_gate.clearance import Clearance
 from engine_plugins.prefill_gate.decision import Decision
@@ -38,6 +39,8 @@ __all__ = [
     "StepFigures",
     "calibration_file",
     "make_engine_gate",
+    "no_gate",
+    "refused_calls",
     "require_cap",
 ]
 
@@ -305,10 +308,44 @@ def make_engine_gate(
 
 
 def calibration_file(settings: Settings, key: CalibrationKey) -> CalibrationFile:
-    """Where measurements wait for the next start of the same engine."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = settings.prefill_calibration_dir or cache / "engine_plugins"
+    """Where measurements wait for the next start of the same engine.
+
+    Raises:
+        UnsupportedError: no folder is configured, and this user has none.
+    """
+    folder = settings.prefill_calibration_dir or _cache_folder() / "engine_plugins"
     return CalibrationFile(folder, key, expire_s=CALIBRATION_LASTS_S)
+
+
+def _cache_folder() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(cache) if cache else Path.home() / ".cache"
+    except RuntimeError as error:  # no HOME, and a user id that no table knows
+        raise UnsupportedError(
+            f"the prefill gate has no folder for its measurements: {error}",
+            remedy="set ENGINE_PLUGINS_PREFILL_CALIBRATION_DIR, or HOME",
+        ) from error
+
+
+def no_gate(error: Exception) -> EnginePluginError:
+    """Why an engine whose gate is off serves without one: the answer to every call of it."""
+    if isinstance(error, EnginePluginError):
+        return error
+    logger.warning("this engine has no prefill gate", exc_info=error)
+    return UnsupportedError(
+        f"this engine has no prefill gate: {type(error).__name__}: {error}",
+        remedy="see the server's log",
+    )
+
+
+def refused_calls(why: EnginePluginError) -> dict[str, Callable[..., Any]]:
+    """The calls of an engine without a gate; all raise."""
+
+    def refuse(**arguments: Any) -> NoReturn:
+        raise why
+
+    return dict.fromkeys(("gate_report", "gate_configure", "gate_reset"), refuse)
 
 
 def require_cap(settings: Settings, device_bytes: int | None = None) -> None:

@@ -19,10 +19,10 @@ __all__ = [
     "MemoryCap",
     "MemoryFigures",
     "Reading",
+    "device_cap",
     "read_host",
     "require_within",
     "resolve_cap",
-    "resolve_device_cap",
 ]
 
 UNLIMITED = 1 << 60
@@ -167,25 +167,14 @@ def resolve_cap(configured: int | None, figures: HostFigures, *, ranks: int = 1)
     )
 
 
-def resolve_device_cap(
-    configured: int | None, *, total: int, free: int, ours: int, ranks: int = 1
-) -> MemoryCap:
-    """The cap of a rank on a GPU.
+def device_cap(*, free: int, ours: int) -> MemoryCap:
+    """The cap of a rank on a GPU, where none is configured.
 
     Args:
-        configured: `ENGINE_PLUGINS_PREFILL_CAP_BYTES`, or `None` for what is free.
-        total: bytes of the GPU.
-        free: bytes of it that nobody holds.
+        free: bytes of the GPU that nobody holds.
         ours: bytes that this rank holds.
-        ranks: of this engine on the GPU.
-
-    Raises:
-        SettingsError: the configured cap is above the GPU's memory.
     """
-    require_within(configured, total, "the GPU's memory")
-    if configured is not None:
-        return MemoryCap(resident_bytes=configured, reason=f"{PREFIX}PREFILL_CAP_BYTES")
-    return MemoryCap(resident_bytes=ours + free // ranks, reason="the GPU's free memory")
+    return MemoryCap(resident_bytes=ours + free, reason="the GPU's free memory")
 
 
 def read_host(cap: MemoryCap) -> MemoryFigures:

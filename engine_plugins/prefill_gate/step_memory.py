@@ -15,9 +15,9 @@ import torch
 from engine_plugins.prefill_gate.memory_cap import (
     HostFigures,
     MemoryFigures,
+    device_cap,
     read_host,
     resolve_cap,
-    resolve_device_cap,
 )
 from engine_plugins.weights.peak_memory import PeakMemory, return_free_memory
 
@@ -113,7 +113,7 @@ class DeviceStepMemory:
         before = torch.cuda.memory_reserved(self._device)
         free, self._total_bytes = torch.cuda.mem_get_info(self._device)
         reserved = min(before, torch.cuda.memory_reserved(self._device))
-        cap = resolve_device_cap(None, total=self._total_bytes, free=free, ours=reserved)
+        cap = device_cap(free=free, ours=reserved)
         self._cap_bytes = cap.resident_bytes
         self._looked_at = time.monotonic()
 

@@ -36,7 +36,8 @@ class SenderReport:
     Attributes:
         version: the version installed.
         engines: each engine's own report, by its url.
-        plans: each engine's plan, by its url.
+        plans: each engine's plan as it was when the engine was connected, by its url; which bytes
+            took which way in this update is in the engine's report.
         bytes: bytes moved to all engines together.
         seconds: wall seconds of `update()` on the leading rank, after all ranks had arrived.
         gbps: gigabytes (1e9 bytes) per second over all of `seconds`; the engines' own reports
@@ -100,7 +101,7 @@ class SenderReport:
         )
         lines = [
             f"{url}: {report.bytes_moved / 1e6:.1f} MB in {report.seconds:.2f} s"
-            f"{self._wire(report)}, paused {report.paused_s:.2f} s{self._plan(url)}"
+            f"{self._wire(report)}, paused {report.paused_s:.2f} s{_ways_in(report)}"
             f"{self._fed(url)}"
             for url, report in self.engines.items()
         ]
@@ -114,18 +115,6 @@ class SenderReport:
 
     def _fed(self, url: str) -> str:
         return "" if self.fed_by[url] == TRAINER else f", fed by {self.fed_by[url]}"
-
-    def _plan(self, url: str) -> str:
-        plan = self.plans.get(url)
-        if plan is None:
-            return ""
-        ways = {
-            "direct": plan.direct_bytes,
-            "staged": plan.staged_bytes,
-            "through the loader": plan.loader_bytes,
-        }
-        said = ", ".join(f"{size / 1e6:.1f} MB {way}" for way, size in ways.items() if size)
-        return f", {plan.operations} operations, {said}" if said else ""
 
 
 class EnginesFailedError(UpdateFailedError):
@@ -161,6 +150,16 @@ class EnginesFailedError(UpdateFailedError):
         self.failures = dict(failures)
         self.reports = dict(reports)
         self.fed_by = _fed_by(reports, fed_by)
+
+
+def _ways_in(report: UpdateReport) -> str:
+    """The bytes of this update by the way that they took into an engine."""
+    ways = {
+        "direct": report.direct_bytes,
+        "staged": report.staged_bytes,
+        "through the loader": report.loader_bytes,
+    }
+    return "".join(f", {size / 1e6:.1f} MB {way}" for way, size in ways.items() if size)
 
 
 def _fed_by(engines: Iterable[str], told: Mapping[str, str]) -> dict[str, str]:

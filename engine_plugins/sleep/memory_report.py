@@ -161,8 +161,6 @@ class RankMemoryRow(msgspec.Struct, frozen=True, kw_only=True):
     cannot release. They are taken off before a threshold is applied."""
     components: dict[str, int] = {}
     """Parts of the figure that the engine side knows, by name; they need not add up to it."""
-    engine_accounting: dict[str, int] = {}
-    """What the engine says of itself. For diagnosis only: no verdict reads it."""
 
 
 class DeviceResidual(msgspec.Struct, frozen=True, kw_only=True):

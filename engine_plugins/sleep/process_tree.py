@@ -27,7 +27,7 @@ class ProcessTree:
     """Tells whether a process is of the tree.
 
     A child whose parent ends is given to another process. So a process that was once seen below
-    the root stays of the tree, and one that registers is of it wherever it hangs.
+    the root stays of the tree.
 
     Args:
         root: a process of this pid namespace or of one below.
@@ -49,17 +49,6 @@ class ProcessTree:
         """Why the root is not seen here."""
         state = presence(self.root)
         return _ABSENT.get(state, "process_gone"), f"the worker, pid {self.root.pid}, is {state}"
-
-    def register(self, process: ProcessIdentity) -> None:
-        """Count a process in, wherever it hangs in the tree.
-
-        Raises:
-            ProcessLookupError: it is not seen here.
-        """
-        pid = local_pid(process)
-        if pid is None:
-            raise ProcessLookupError(f"process {process.pid} is not seen here")
-        self._known[pid] = _Known(process.start_ticks, "here")
 
     def sight(self, pid: int) -> Sight:
         """Whether the process of this pid, as seen here, is of the tree."""

@@ -101,7 +101,6 @@ class RankMemory:
         *,
         kept_bytes: int = 0,
         components: Mapping[str, int] | None = None,
-        engine_accounting: Mapping[str, int] | None = None,
     ) -> RankMemoryRow:
         """What the rank reports: see `RankMemoryRow`."""
         if isinstance(measured, MemorySample):
@@ -116,7 +115,6 @@ class RankMemory:
             baseline=self._baseline,
             kept_bytes=kept_bytes,
             components=dict(components or {}),
-            engine_accounting=dict(engine_accounting or {}),
         )
 
     def _rungs(self) -> Iterator[Rung]:

@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_plugins.errors import PlanError
-from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.transport.base import Descriptors
 
 __all__ = ["Destination", "Writes"]
@@ -87,5 +86,3 @@ class Destination(msgspec.Struct, frozen=True, kw_only=True):
     """Of the metadata, in hexadecimal: compare before it reaches a transport."""
     writes: dict[str, Writes] = {}
     """What each trainer process writes, by the agent name in its manifest."""
-    manifest: SourceManifest | None = None
-    """The same memory as boxes, regions and tensors, for clients that intersect by themselves."""

@@ -47,6 +47,7 @@ from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.source_choice import Reader
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.link import measure_links
+from engine_plugins.weights.transport.meeting import require_same_wire
 from engine_plugins.weights.update_run import PreparedPlan, PullStatus, UpdateRun
 from engine_plugins.weights.weight_installer import WeightInstaller
 
@@ -108,6 +109,7 @@ class WeightReceiver:
             WeightMismatchError: names, shapes or dtypes do not fit the engine's model.
             PlanError: the sources leave a gap or overlap.
             PeerError: a source cannot be met.
+            UnsupportedError: a source speaks over another wire.
         """
         self._refuse_while_running()
         planning = time.perf_counter()
@@ -397,6 +399,8 @@ class WeightReceiver:
             return kept
         if self._transport is None:
             self._transport = self._make_transport()
+        for manifest in connected.manifests:
+            require_same_wire(self._transport, manifest)
         live = self._live_memory() if plan.direct_bytes else None
         made: PreparedPlan
         if connected.direction == "push":

@@ -78,14 +78,12 @@ class StatusAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Where an update stands on one rank."""
 
     tp_rank: int
-    steps_ready: int
     steps_installed: int
     steps_total: int
     bytes_done: int
     bytes_total: int
     may_begin: bool
     """Whether nothing more can come without the engine standing still."""
-    wrote: bool
     failure: Failure | None
 
 
@@ -234,13 +232,11 @@ class WorkerService:
     def _answer(self, status: PullStatus) -> StatusAnswer:
         return StatusAnswer(
             tp_rank=self._tp_rank,
-            steps_ready=status.steps_ready,
             steps_installed=status.steps_installed,
             steps_total=status.steps_total,
             bytes_done=status.bytes_done,
             bytes_total=status.bytes_total,
             may_begin=status.may_begin,
-            wrote=status.wrote,
             failure=None if status.error is None else _failure(status.error),
         )
 

@@ -33,6 +33,7 @@ def test_peak_and_buffers_stay_within_their_bounds(served: Served) -> None:
         for version in (1, 2, 3):
             report = _step(served, model, sender, version)
             (plan,), (update,) = report.plans.values(), report.engines.values()
+            _says_which_way_bytes_went(report, update)
             largest = plan.ranks[0].largest_step_bytes
             bound = served.engine.peak_modules * largest + (32 << 20)
             assert plan.ranks[0].arena_bytes < 2 * largest
@@ -83,6 +84,12 @@ def _step(
     report = sender.update(version)
     assert served.server.greedy(PROMPT, 8) == greedy(model, PROMPT, 8)
     return report
+
+
+def _says_which_way_bytes_went(report: SenderReport, update: UpdateReport) -> None:
+    """In this update: the plan, which was made at connect, knew of none that lands directly."""
+    assert ("through the loader" in str(report)) == (update.loader_bytes > 0)
+    assert ("MB direct" in str(report)) == (update.direct_bytes > 0)
 
 
 def _unpacked_bytes(model: PreTrainedModel) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import pytest
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.admin.shared_state import create_runtime_dir
+from engine_plugins.admin_client import AdminClient
+from engine_plugins.errors import AdminAnswerError
 from sglang_ext.roll_call import absences, report_present
 from sglang_ext.server_flags import prepare_server_args, refuse_unsupported, take_flags
+from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.live_models import LiveModel
 from tests.support.sglang_server import sglang_server
 
@@ -137,8 +141,9 @@ def test_a_rank_that_is_absent_or_incomplete_is_named(
     ("broken", "said"),
     [
         (
-            "lost:sglang.srt.utils.auth:add_api_key_middleware",
-            "has no sglang.srt.utils.auth.add_api_key_middleware",
+            "wanted:weight updates:sglang.srt.utils.auth:add_api_key_middleware(app, keys)",
+            "has sglang.srt.utils.auth.add_api_key_middleware(app, *, api_key, admin_api_key), not "
+            "(app, keys)",
         ),
         (
             "unhookable:sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request",
@@ -152,20 +157,46 @@ def test_a_rank_that_is_absent_or_incomplete_is_named(
 )
 def test_a_server_without_all_hooks_does_not_start(tmp_path: Path, broken: str, said: str) -> None:
     """It says which is missing, and the release that has it."""
-    model, log = (
-        LiveModel(kind="qwen3_live", version=0).copy_to(tmp_path / "model"),
-        tmp_path / "log",
-    )
-    server = sglang_server(
-        model,
-        log,
+    with pytest.raises(RuntimeError, match="did not come up"), _broken(tmp_path, broken):
+        pass
+    log = (tmp_path / "log").read_text()
+    reason = next(line for line in log.splitlines() if "engine-plugins: error" in line)
+    assert said in reason
+    assert "0.5.23" in reason
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (
+            "wanted:the prefill gate:sglang.srt.mem_cache.common:release_kv_cache(req, cache)",
+            "has sglang.srt.mem_cache.common.release_kv_cache",
+        ),
+        (
+            "unhookable:sglang.srt.managers.scheduler.Scheduler.run_batch",
+            "did not take the hooks on sglang.srt.managers.scheduler.Scheduler.run_batch",
+        ),
+    ],
+)
+def test_what_the_gate_alone_lacks_leaves_a_server_without_one(
+    tmp_path: Path, broken: str, said: str
+) -> None:
+    """It serves, and whoever asks for the gate is told why there is none."""
+    with _broken(tmp_path, broken) as server:
+        assert len(server.greedy([5, 6, 7], 2)) == 2
+        with AdminClient(server.url, token=TOKEN) as client:
+            for call in (client.prefill_gate, client.reset_prefill_gate):
+                with pytest.raises(AdminAnswerError, match=said):
+                    call()
+
+
+def _broken(folder: Path, broken: str) -> AbstractContextManager[EngineServer]:
+    return sglang_server(
+        LiveModel(kind="qwen3_live", version=0).copy_to(folder / "model"),
+        folder / "log",
         arguments=["--engine-plugins-enable"],
         environment={"BROKEN_SGLANG": broken},
         launcher="tests.support.broken_sglang",
         preload=True,
     )
-    with pytest.raises(RuntimeError, match="did not come up"), server:
-        pass
-    reason = next(line for line in log.read_text().splitlines() if "engine-plugins: error" in line)
-    assert said in reason
-    assert "0.5.23" in reason

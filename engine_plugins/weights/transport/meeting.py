@@ -14,20 +14,34 @@ from typing import Self
 
 import numpy as np
 
-from engine_plugins.errors import TransferTimeoutError
+from engine_plugins.errors import TransferTimeoutError, UnsupportedError
 from engine_plugins.weights.arena import Arena
 from engine_plugins.weights.manifest import SourceManifest, numbers
 from engine_plugins.weights.transport.base import PreparedTransfer, Transport
 from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
 
-__all__ = ["Greeting", "Greetings", "meet", "meet_agent"]
+__all__ = ["Greeting", "Greetings", "meet", "meet_agent", "require_same_wire"]
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = (1.0, 1.0, 2.0)
 """How long each attempt waits for the first bytes."""
 GREETING_BYTES = 64
+
+
+def require_same_wire(transport: Transport, manifest: SourceManifest) -> None:
+    """Check that a source speaks as this engine does: metadata of another wire says nothing here.
+
+    Raises:
+        UnsupportedError: names both wires.
+    """
+    if manifest.transport != transport.kind:
+        raise UnsupportedError(
+            f"{manifest.source} offers its memory over {manifest.transport!r}, and this engine's "
+            f"ranks read and write over {transport.kind!r}",
+            remedy=f"give the sender a transport of kind {transport.kind!r}",
+        )
 
 
 def meet(transport: Transport, manifest: SourceManifest) -> None:

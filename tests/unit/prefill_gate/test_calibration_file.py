@@ -110,12 +110,3 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         file.write(unwritable)  # type: ignore[arg-type]
     assert file.path.read_bytes() == before
     assert list(file.path.parent.iterdir()) == [file.path]
-
-
-def test_a_reset_removes_it(tmp_path: Path) -> None:
-    """Twice is as good as once."""
-    file = _file(tmp_path)
-    file.write(calibrated(a_memory()).samples)
-    file.reset()
-    file.reset()
-    assert file.read(now=1.0) == {}

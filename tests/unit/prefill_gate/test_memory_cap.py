@@ -15,9 +15,9 @@ from engine_plugins.prefill_gate.memory_cap import (
     MemoryCap,
     MemoryFigures,
     Reading,
+    device_cap,
     read_host,
     resolve_cap,
-    resolve_device_cap,
 )
 
 GIB = 1 << 30
@@ -69,11 +69,8 @@ def test_a_cap_above_what_there_is_is_refused_at_the_start(
 
 
 def test_a_gpus_cap_is_what_is_held_and_free_of_it() -> None:
-    """Or what is configured, up to the whole GPU."""
-    assert resolve_device_cap(None, total=80, free=10, ours=60).resident_bytes == 70
-    assert resolve_device_cap(75, total=80, free=10, ours=60).resident_bytes == 75
-    with pytest.raises(SettingsError, match="the GPU's memory of 80"):
-        resolve_device_cap(81, total=80, free=10, ours=60)
+    """By this rank and by nobody."""
+    assert device_cap(free=10, ours=60).resident_bytes == 70
 
 
 def test_this_process_is_read() -> None:

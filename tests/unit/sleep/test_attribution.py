@@ -126,16 +126,6 @@ def a_child_lost_its_parent_after_it_was_seen(scene: Scene) -> MemorySample:
     return memory.sample()
 
 
-def a_child_without_parent_has_registered(scene: Scene) -> MemorySample:
-    _, pid, end_parent = scene.family()
-    end_parent()
-    scene.process(ME, 2 * GIB)
-    scene.process(pid, GIB)
-    memory = scene.memory()
-    memory.processes.register(identify(pid))
-    return memory.sample()
-
-
 def a_worker_without_parent_is_the_worker(scene: Scene) -> MemorySample:
     _, pid, end_parent = scene.family()
     end_parent()
@@ -459,7 +449,6 @@ IN_THE_DRIVERS_NAMESPACE = [
     partly(a_childs_memory_is_not_told, 2 * GIB, "partly_unknown", "nvml"),
     partly(a_child_is_listed_and_the_worker_is_not, GIB, "partly_unknown", "nvml"),
     exact(a_child_lost_its_parent_after_it_was_seen, 3 * GIB),
-    exact(a_child_without_parent_has_registered, 3 * GIB),
     exact(a_worker_without_parent_is_the_worker, 2 * GIB),
     partly(a_child_vanished_and_is_still_listed, 2 * GIB, "partly_unknown", "nvml"),
     bounded(the_worker_vanished_and_is_still_listed, "process_gone"),

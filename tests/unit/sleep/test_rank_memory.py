@@ -80,12 +80,12 @@ def test_a_row_tells_the_baseline_and_what_settling_found() -> None:
     assert baseline is not None
     pages = touched(OWN)
     now = memory.settled()
-    told = memory.row(now, kept_bytes=7, components={"python": 5}, engine_accounting={"kv": 9})
+    told = memory.row(now, kept_bytes=7, components={"python": 5})
     assert told.sample.resident_bytes is not None
     assert told.baseline == baseline
     assert told.sample.resident_bytes - baseline.resident_bytes == pytest.approx(BLOCK, abs=8 * MIB)
     assert (told.tp_rank, told.process, told.device) == (1, identify(), None)
     assert (told.settled, told.settle_s, told.kept_bytes) == (True, now.seconds, 7)
-    assert (told.components, told.engine_accounting) == ({"python": 5}, {"kv": 9})
+    assert told.components == {"python": 5}
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(told), type=RankMemoryRow) == told
     pages.close()

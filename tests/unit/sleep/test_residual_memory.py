@@ -194,16 +194,6 @@ def test_memory_that_still_moves_is_neither_pass_nor_fail(held: float) -> None:
     assert guarded.reason == "not_settled"
 
 
-def test_no_verdict_reads_what_the_engine_says_of_itself() -> None:
-    """A static pool counts as used although its pages are gone."""
-    said = {"weight": 2 * GIB, "kv_cache": 7 * GIB}
-    report = judge(row(exact(0.8), engine_accounting=said))
-    assert outcome(report) == ("pass", "", False)
-    assert report.rows[0].engine_accounting == said
-    silent = judge(row(unknown(), engine_accounting={"weight": 0}))
-    assert outcome(silent) == ("unknown", "zero_bytes", True)
-
-
 def test_a_report_travels_whole() -> None:
     report = judge(row(exact(1), baseline=0.5), row(unknown(whole_gpu=9), tp_rank=1))
     packed = msgspec.msgpack.encode(report)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -22,6 +23,7 @@ from engine_plugins.errors import (
     WeightMismatchError,
 )
 from engine_plugins.weights.arena import quarantined_bytes
+from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
@@ -243,6 +245,18 @@ def test_an_offer_that_does_not_fit_changes_nothing(
     rank.receiver.start("good", staged=False, timeout_s=10)
     rank.install_all()
     assert serves(rank, seed=1)
+
+
+@pytest.mark.parametrize("direction", ["pull", "push"])
+def test_a_source_on_another_wire_is_refused(
+    rank: InMemoryRank, trainer: SourceRank, direction: Direction
+) -> None:
+    """Before its metadata reaches a transport that cannot read it; both wires are named."""
+    foreign = msgspec.structs.replace(trainer.manifest, transport="nixl")
+    with pytest.raises(UnsupportedError, match=r"over 'nixl', .* over 'in_memory'"):
+        rank.receiver.connect("plan", [foreign], direction=direction)
+    assert serves(rank, seed=0)
+    connect(rank, trainer)
 
 
 def test_tensors_without_a_use_are_told(rank: InMemoryRank) -> None:

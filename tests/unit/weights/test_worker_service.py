@@ -135,8 +135,8 @@ def test_a_whole_update_goes_through_calls(rank: InMemoryRank) -> None:
         assert connected.plan.tp_rank == 1
         assert connected.plan.bytes_needed == trainer.source.nbytes
         started = ask(rank, "start", StatusAnswer, plan_id="p", staged=True, timeout_s=10)
-        assert (started.steps_total, started.wrote, started.failure) == (6, False, None)
-        while (status := ask(rank, "poll", StatusAnswer)).steps_ready < status.steps_total:
+        assert (started.steps_total, started.failure) == (6, None)
+        while (status := ask(rank, "poll", StatusAnswer)).bytes_done < status.bytes_total:
             pass
         assert status.bytes_done == status.bytes_total == trainer.source.nbytes
         assert ask(rank, "advance", StatusAnswer, budget_s=10).steps_installed == 6

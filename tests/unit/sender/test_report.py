@@ -1,0 +1,48 @@
+"""What a sender's report says to people."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from engine_plugins.sender.report import SenderReport
+from engine_plugins.weights.report import Phases, UpdateReport
+
+URL = "http://engine:8000"
+
+
+UPDATE = UpdateReport(
+    version=3,
+    request_id="a",
+    plan_id="plan",
+    outcome="installed",
+    mode="in_place",
+    bytes_moved=7_000_000,
+    bytes_needed=7_000_000,
+    gbps=1.0,
+    seconds=0.5,
+    paused_s=0.1,
+    phases=Phases(),
+    peak_extra_bytes=0,
+    ranks=[],
+    finished_at=0.0,
+)
+
+
+@pytest.mark.parametrize(
+    ("ways", "said"),
+    [
+        ({"loader_bytes": 7_000_000}, "7.0 MB through the loader"),
+        ({"direct_bytes": 7_000_000}, "7.0 MB direct"),
+        ({"staged_bytes": 7_000_000}, "7.0 MB staged"),
+        (
+            {"direct_bytes": 5_000_000, "loader_bytes": 2_000_000},
+            "5.0 MB direct, 2.0 MB through the loader",
+        ),
+    ],
+)
+def test_it_says_which_way_the_bytes_of_this_update_went(ways: dict[str, int], said: str) -> None:
+    """Not which way they were to go when the plan was made."""
+    update = msgspec.structs.replace(UPDATE, **ways)
+    report = SenderReport.of(3, {URL: update}, {}, 1.0, fed_by={})
+    assert str(report).endswith(f"paused 0.10 s, {said}")

@@ -1,0 +1,152 @@
+"""Our hooks in vLLM: none may keep a server from starting that did not ask for us."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+
+from engine_plugins.engine_release import EngineNames, EngineRelease
+from engine_plugins.errors import SettingsError, UnsupportedError
+from tests.support.megatron_hf import dense_config
+from tests.unit.vllm_ext.test_kv_scales import SERVED
+from vllm_ext import engine_arguments, hooks
+from vllm_ext.engine_arguments import hook_engine_arguments
+from vllm_ext.memory_baseline import hook_load_model
+from vllm_ext.versions import VLLM
+
+OURS = "vllm_ext.worker_extension.EnginePluginsWorkerExtension"
+GATE_SETTING = "ENGINE_PLUGINS_PREFILL_GATE"
+
+
+@pytest.fixture(autouse=True)
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(hooks, "_lost", {})
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ENGINE_PLUGINS")}
+    monkeypatch.setattr(os, "environ", environment)
+    original = EngineArgs.create_engine_config
+    hook_engine_arguments()
+    yield
+    EngineArgs.create_engine_config = original
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> dict[str, Any]:
+    """A model that can be configured, without weights."""
+    served = {key: value for key, value in SERVED.items() if key != "quantization_config"}
+    (tmp_path / "config.json").write_text(json.dumps({**dense_config(), **served}))
+    return {"model": str(tmp_path), "skip_tokenizer_init": True, "max_model_len": 64}
+
+
+@pytest.fixture
+def another_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One whose scheduler takes other arguments than the gate is made for."""
+    gate = {"vllm.v1.core.sched.scheduler": ("Scheduler.add_request(self, request, soon)",)}
+    names = {**VLLM.names, "the prefill gate": EngineNames(hooked=gate, used={})}
+    monkeypatch.setattr(engine_arguments, "VLLM", _release(names))
+
+
+def _release(names: Any) -> EngineRelease:
+    return EngineRelease(
+        engine="vLLM", package="vllm", version="0.99", probed=("0.32",), names=names
+    )
+
+
+def _no_such_hook() -> None:
+    raise AttributeError("EngineCore has no such method")
+
+
+def test_a_hook_that_fails_ends_only_servers_with_our_extension(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises: the other servers of the environment know nothing of us."""
+    monkeypatch.setattr(sys.modules[__name__], "hook_nothing", _no_such_hook, raising=False)
+    hooks.install(__name__, "hook_nothing", needed=False)
+    hooks.require_installed()
+    hooks.install(__name__, "hook_nothing")
+    AsyncEngineArgs(**arguments).create_engine_config()
+    with pytest.raises(UnsupportedError, match="hook_nothing: AttributeError: EngineCore has no"):
+        AsyncEngineArgs(**arguments, worker_extension_cls=OURS).create_engine_config()
+
+
+def test_a_release_that_does_not_fit_updates_is_refused_with_our_extension(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one line, before anything is loaded."""
+    used = {"vllm.v1.engine.core": ("EngineCoreProc._send_finish_outputs(self)",)}
+    names = {**VLLM.names, "weight updates": EngineNames(hooked={}, used=used)}
+    monkeypatch.setattr(engine_arguments, "VLLM", _release(names))
+    AsyncEngineArgs(**arguments).create_engine_config()
+    with pytest.raises(
+        UnsupportedError,
+        match=r"^vLLM 0\.99 has no vllm\.v1\.engine\.core\.EngineCoreProc\._send_finish_outputs"
+        r"\(self\), which engine-plugins needs for weight updates: vLLM 0\.32 has it$",
+    ):
+        AsyncEngineArgs(**arguments, worker_extension_cls=OURS).create_engine_config()
+
+
+@pytest.mark.usefixtures("another_release")
+@pytest.mark.parametrize("extension", ["", OURS])
+def test_a_release_that_does_not_fit_the_gate_is_refused_with_the_gate(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, extension: str
+) -> None:
+    """With our extension or without; and where the gate is off the server starts."""
+    arguments["worker_extension_cls"] = extension
+    AsyncEngineArgs(**arguments).create_engine_config()
+    monkeypatch.setenv(GATE_SETTING, "observe")
+    with pytest.raises(UnsupportedError, match=r"has .*add_request\(self, request\), not .*soon"):
+        AsyncEngineArgs(**arguments).create_engine_config()
+
+
+def test_bad_settings_end_only_servers_that_asked_for_us(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may be in the environment for another server."""
+    monkeypatch.setenv(GATE_SETTING, "perhaps")
+    AsyncEngineArgs(**arguments).create_engine_config()
+    with pytest.raises(SettingsError, match="PREFILL_GATE must be one of"):
+        AsyncEngineArgs(**arguments, worker_extension_cls=OURS).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        (OURS, True),
+        (f"{__name__}.Extended", True),
+        ("pathlib.Path", False),
+        ("no.such.Class", False),
+        ("", False),
+        (None, False),
+    ],
+)
+def test_our_extension_is_known_by_its_method(name: str | None, *, ours: bool) -> None:
+    """Another server's extension is none of ours, and may be misspelt."""
+    assert hooks.has_extension(name) == ours
+
+
+class Extended:
+    """A class of a user's, made of our extension."""
+
+    def engine_plugins_call(self) -> None: ...
+
+
+@pytest.mark.parametrize("of_ours", [False, True])
+def test_a_worker_whose_memory_cannot_be_measured_loads(
+    monkeypatch: pytest.MonkeyPatch, *, of_ours: bool
+) -> None:
+    """Of a worker without our extension nothing is measured."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    loaded = []
+    monkeypatch.setattr(Worker, "load_model", lambda self, *, dummy: loaded.append(dummy))
+    hook_load_model()
+    worker = type("AnyWorker", (Extended,) if of_ours else (), {})()  # no rank, no device
+    Worker.load_model(worker, dummy=True)
+    assert loaded == [True]
+    assert not hasattr(worker, "_engine_plugins_memory")
