@@ -33,7 +33,7 @@ def tls_context(url: httpx.URL, verify: Verify | None, cert: Cert | None) -> ssl
     Args:
         url: of the engine; httpx has read its scheme, which people also write as HTTPS.
         verify: who signs engines' certificates. None: the authorities that httpx knows, or those
-            of `SSL_CERT_FILE` or `SSL_CERT_DIR`.
+            of `SSL_CERT_FILE`, or else of `SSL_CERT_DIR`.
         cert: the caller's own certificate, for engines that demand one.
 
     Raises:
