@@ -35,7 +35,7 @@ def tls_context(
     Args:
         url: of the engine; httpx has read its scheme, which people also write as HTTPS.
         ca_file: who signs engines' certificates. None: the authorities that httpx knows, or those
-            of `SSL_CERT_FILE` or `SSL_CERT_DIR`.
+            of `SSL_CERT_FILE`, or else of `SSL_CERT_DIR`.
         client_cert: the caller's own certificate, for engines that demand one.
 
     Raises:

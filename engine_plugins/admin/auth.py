@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -29,7 +29,7 @@ _SEE_DOCUMENT = "GET /admin/v1/openapi.json lists the routes"
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    token: bytes
+    token: bytes = field(repr=False)
     scopes: frozenset[TokenScope]
 
 

@@ -27,6 +27,7 @@ from tests.benchmarks.plan_scale import plan_scale
 from tests.benchmarks.push_beside_pull import push_beside_pull
 from tests.benchmarks.row_cost import row_cost
 from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
+from tests.support.cpu_features import cpu_line
 from tests.support.engine_server import ROOT
 
 MEGATRON_PYTHON = ROOT / ".venv" / "megatron" / "bin" / "python"
@@ -68,7 +69,7 @@ def main() -> None:
     os.environ.setdefault("UCX_NET_DEVICES", "lo")
     console = Console(width=100)
     console.print(
-        f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, "
+        f"{cpu_line()}; {platform.machine()}, Linux {platform.release()}, "
         f"Python {platform.python_version()}; loopback; medians of interleaved runs"
     )
     for name, module in BESIDE_OTHERS.items():
