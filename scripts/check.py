@@ -1,21 +1,21 @@
 """The quick loop: lint beside the unit tests without engines: `check.py [ARGUMENT_OF_PYTEST ...]`.
 
-The tests run in two halves, and lint as soon as one of them leaves a core.
+All at once: the tests, in two halves, wait now and then.
 """
 
 from __future__ import annotations
 
 import sys
 
-from run_tests import HALVES, pytest_run
+from run_tests import HALVES, outcome, pytest_run
 from side_by_side import Run, run_all
 
 
 def main(arguments: list[str]) -> int:
     """Run all; 0 if all passed, else the first other exit code."""
     halves = [pytest_run("vllm", *half, "-q", "-m", "core", *arguments) for half in HALVES]
-    codes = run_all([*halves, Run("lint", ["make", "--no-print-directory", "lint"])])
-    return next((code for code in codes if code), 0)
+    lint = Run("lint", ["make", "--no-print-directory", "lint"])
+    return outcome(run_all([lint, *halves], at_once=3))
 
 
 if __name__ == "__main__":

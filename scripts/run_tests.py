@@ -11,11 +11,17 @@ import sys
 
 from side_by_side import ROOT, Run, run_all
 
+AT_ONCE = 2
 NO_TESTS_COLLECTED = 5
 ENGINES = ("sglang", "vllm")
 """The longer run first."""
-HALVES = (["tests/unit/weights"], ["tests/unit", "--ignore=tests/unit/weights"])
-"""Of the unit tests: about as long as each other."""
+FIRST_HALF = (
+    "tests/unit/weights",
+    "tests/unit/test_fp8_sender.py",
+    "tests/unit/test_trainer_sender.py",
+)
+"""Of the unit tests; with all that starts ranks of a trainer, whose imports are made once."""
+HALVES = (FIRST_HALF, ("tests/unit", *(f"--ignore={path}" for path in FIRST_HALF)))
 
 
 def pytest_run(engine: str, *arguments: str) -> Run:
@@ -24,18 +30,22 @@ def pytest_run(engine: str, *arguments: str) -> Run:
     return Run(f"{engine}: {' '.join(arguments)}", [python, "-m", "pytest", *arguments])
 
 
+def outcome(codes: list[int]) -> int:
+    """0 if all passed, else the first other code; that there was nothing to run, only of all."""
+    found = [code for code in codes if code != NO_TESTS_COLLECTED]
+    return next((code for code in found if code), 0 if found else NO_TESTS_COLLECTED)
+
+
 def main(arguments: list[str]) -> int:
     """Run them; 0 if all passed, else the first other exit code."""
     if arguments:  # which may be of tests of one engine alone
-        codes = run_all([pytest_run(engine, "tests", *arguments) for engine in ENGINES])
-        if set(codes) != {NO_TESTS_COLLECTED}:
-            codes = [0 if code == NO_TESTS_COLLECTED else code for code in codes]
+        runs = [pytest_run(engine, "tests", *arguments) for engine in ENGINES]
+        return outcome(run_all(runs, at_once=AT_ONCE))
     else:
         engines = [pytest_run(engine, "tests", "-m", "not core") for engine in ENGINES]
         others = ["tests", "--ignore=tests/unit"]
         halves = [pytest_run("vllm", *half, "-m", "core") for half in (others, *HALVES)]
-        codes = run_all([*engines, *halves])
-    return next((code for code in codes if code), 0)
+        return outcome(run_all([*engines, *halves], at_once=AT_ONCE))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""Commands side by side, as many at once as this says; what they print comes one after the other.
-
-Starting servers and waiting for them leaves much of a machine idle.
-"""
+"""Commands side by side; what they print comes one after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ from typing import IO
 __all__ = ["ROOT", "Run", "run_all"]
 
 ROOT = Path(__file__).resolve().parent.parent
-AT_ONCE = 2
 LOOKED_AT_EVERY_S = 0.2
 
 
@@ -35,12 +31,10 @@ class Run:
     command: Sequence[str | Path]
     output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     process: subprocess.Popen[bytes] | None = None
-    began_s: float = 0.0
     shown: int = 0
 
     def start(self) -> None:
         """Begin it."""
-        self.began_s = time.monotonic()
         self.process = subprocess.Popen(
             self.command, cwd=ROOT, stdout=self.output, stderr=subprocess.STDOUT
         )
@@ -58,12 +52,12 @@ class Run:
         sys.stdout.flush()
 
 
-def run_all(runs: Sequence[Run]) -> list[int]:
-    """Run them in their order, each as soon as there is a place; their exit codes."""
+def run_all(runs: Sequence[Run], *, at_once: int) -> list[int]:
+    """Run so many at once, in their order; their exit codes."""
     try:
         for run in runs:
             print(f"{'=' * 20} {run.name} {'=' * 20}", flush=True)
-            _run_until_over(run, runs)
+            _run_until_over(run, runs, at_once)
     finally:  # of an interrupt each was told too, and cleans up
         for run in runs:
             if run.process is not None:
@@ -74,13 +68,13 @@ def run_all(runs: Sequence[Run]) -> list[int]:
     return codes
 
 
-def _run_until_over(run: Run, runs: Sequence[Run]) -> None:
+def _run_until_over(run: Run, runs: Sequence[Run], at_once: int) -> None:
     """Print a run to its end, and meanwhile start those for which there is a place."""
     is_over = False
     while not is_over:
         running = [each for each in runs if each.process is not None and each.code is None]
         waiting = [each for each in runs if each.process is None]
-        for each in waiting[: AT_ONCE - len(running)]:
+        for each in waiting[: max(0, at_once - len(running))]:
             each.start()
         is_over = run.code is not None
         run.show()

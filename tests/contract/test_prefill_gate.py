@@ -137,7 +137,7 @@ def test_without_room_an_idle_engine_runs_what_is_small_and_refuses_the_rest(
     """Again and again, and as before once there is room: nothing latches."""
     change(server, mode="enforce", cap_bytes=NO_ROOM)
     for _ in range(2):
-        assert OLD.wrong_answers(server.greedy) == []
+        assert OLD.wrong_answers(server.greedy, at_once=False) == []
         refused(server.oversized())
         refused(server.oversized(stream=True))
     change(server, cap_bytes=None)

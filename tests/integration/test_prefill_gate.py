@@ -6,9 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from statistics import LinearRegression
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
@@ -17,12 +15,11 @@ from engine_plugins.prefill_gate.engine_gate import PUBLISH_S
 from engine_plugins.prefill_gate.entry import LIMITS_LAST_S
 from engine_plugins.prefill_gate.gate import MAX_WAIT_S
 from engine_plugins.prefill_gate.rank_meter import LOOK_S
-from tests.support.besieged import Siege, besieged, measured_line
+from tests.support.besieged import LONG, Siege, Sieged
 from tests.support.chaos import scored
 from tests.support.chaos_run import attack, faults
 from tests.support.engine_server import EngineServer
-from tests.support.engines import IN_MEMORY, SGLANG, VLLM, Engine, engines_here
-from tests.support.gate_models import QUICK, save_tokenizer
+from tests.support.engines import IN_MEMORY, SGLANG, VLLM, engines_here
 from tests.support.gate_requests import ROUTES, asked, words
 from tests.support.streams import Stream
 from tests.support.waiting import until
@@ -30,7 +27,7 @@ from tests.support.waiting import until
 pytestmark = pytest.mark.engine
 
 REAL = [engine for engine in engines_here() if engine is not IN_MEMORY]
-SMALL, LONG, TOO_LONG = 16, 2048, 6000
+SMALL, TOO_LONG = 16, 6000
 HOSTILE = 36
 CHAT = [3, 1, 4, 1, 5]
 MEASURED = {"vllm": (450, 700, 1000), "sglang": (300, 450, 700)}
@@ -50,51 +47,6 @@ UNCUT = {
 on_each_route = pytest.mark.parametrize(
     "route", [route for engine in REAL for route in ROUTES[engine.kind]]
 )
-
-
-class Sieged(NamedTuple):
-    """A server under siege, and what was seen of it before.
-
-    Attributes:
-        siege: of the server.
-        answer: to a long prompt with all its logits, when it had room, and no gate.
-        needs: bytes over tokens of such prompts.
-    """
-
-    siege: Siege
-    answer: dict[str, Any]
-    needs: LinearRegression
-
-
-@pytest.fixture(scope="module", params=[pytest.param(each, id=each.kind) for each in REAL])
-def engine(request: pytest.FixtureRequest) -> Engine:
-    """Every real engine of this environment."""
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def sieged(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sieged]:
-    """A calibrated server that has too little room for a long prompt with all its logits."""
-    with besieged(engine, tmp_path_factory.mktemp("siege"), mode="observe", model=QUICK) as siege:
-        siege.calibrate()
-        needs = measured_line(siege.gate())
-        siege.configure(mode="off")
-        answer = scored(siege.server, siege.prompt(LONG, 7), 4).json()
-        siege.server.admin.post("/flush").raise_for_status()
-        siege.configure(mode="observe")
-        siege.limit_addresses()
-        siege.wait_until_seen()
-        yield Sieged(siege, answer, needs)
-
-
-@pytest.fixture
-def siege(sieged: Sieged) -> Iterator[Siege]:
-    """The gate is in force; the engine lives when the test has ended."""
-    siege = sieged.siege
-    siege.configure(mode="enforce", cap_bytes=None)
-    yield siege
-    siege.configure(mode="enforce", cap_bytes=None)
-    assert siege.lives(), siege.server.log_tail()
 
 
 def test_what_has_no_room_at_once_is_cut_and_says_the_same(siege: Siege, sieged: Sieged) -> None:
@@ -169,30 +121,6 @@ def test_a_hostile_mixture_ends_nothing_and_small_requests_are_answered(
     judgement, outcomes = attack(siege, sieged.needs, requests=HOSTILE, seed=3)
     assert faults(judgement, HOSTILE, alive=siege.lives()) == [], judgement.table
     assert len(outcomes) == HOSTILE
-
-
-def test_without_the_gate_the_engine_dies(sieged: Sieged) -> None:
-    """The same prompt, the same limit and the same server: the last that is asked of it."""
-    siege = sieged.siege
-    siege.configure(mode="off", cap_bytes=None)
-    assert siege.server.greedy(CHAT, 2)
-    try:
-        status = scored(siege.server, siege.prompt(LONG, 50)).status_code
-    except httpx.HTTPError:
-        status = 0
-    assert status != 200
-    until(lambda: not _answers(siege), within_s=60, otherwise=lambda: "it still answers")
-
-
-@pytest.fixture(scope="module")
-def uncut(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Siege]:
-    """A server that cannot cut prompts, and takes words."""
-    folder = tmp_path_factory.mktemp("uncut")
-    tokenizer = save_tokenizer(folder / "tokenizer", QUICK)
-    talking = replace(engine, serve=functools.partial(engine.serve, tokenizer=tokenizer))
-    arguments = UNCUT[engine.kind]
-    with besieged(talking, folder, mode="enforce", model=QUICK, arguments=arguments) as siege:
-        yield siege
 
 
 def test_away_from_the_cap_prefills_run_unasked_and_say_the_same(uncut: Siege) -> None:
@@ -349,6 +277,19 @@ def test_who_waits_for_too_long_is_told_when_to_come_back(uncut: Siege) -> None:
         uncut.server.admin.post("/resume").raise_for_status()
         assert waiting.result().status_code == 200
     assert uncut.lives(), uncut.server.log_tail()
+
+
+def test_without_the_gate_the_engine_dies(uncut: Siege) -> None:
+    """The same prompt and the same limit: the last that is asked of this server."""
+    uncut.limit_addresses()
+    uncut.configure(mode="off", cap_bytes=None)
+    assert uncut.server.greedy(CHAT, 2)
+    try:
+        status = scored(uncut.server, uncut.prompt(LONG, 50)).status_code
+    except httpx.HTTPError:
+        status = 0
+    assert status != 200
+    until(lambda: not _answers(uncut), within_s=60, otherwise=lambda: "it still answers")
 
 
 def _streams(server: EngineServer) -> list[Callable[[], httpx.Response]]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import LinearRegression, linear_regression
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -20,7 +20,16 @@ from tests.support.gate_models import DENSE, PINNED_ALLOCATOR, GateModel
 from tests.support.memory_cgroup import MemoryCgroup
 from tests.support.waiting import until
 
-__all__ = ["FITTED", "ROOM_BYTES", "Judgement", "Siege", "besieged", "judged", "measured_line"]
+__all__ = [
+    "FITTED",
+    "LONG",
+    "ROOM_BYTES",
+    "Judgement",
+    "Siege",
+    "besieged",
+    "judged",
+    "measured_line",
+]
 
 MIB = 1 << 20
 ROOM_BYTES = 400 * MIB
@@ -28,6 +37,8 @@ ROOM_BYTES = 400 * MIB
 
 2,048 plain tokens fit, and 2,048 with the logits of each do not: 8 bytes for each of 32,768 words.
 """
+LONG = 2048
+"""Tokens of such a prompt."""
 FAR_BYTES = 8 << 30
 """More than a limit leaves, less than a machine that runs the tests has."""
 FITTED = tuple(size * part // 4 for size in (128, 256, 512, 1024, 2048) for part in (4, 5, 6))
@@ -158,6 +169,20 @@ def besieged(
         )
         workers = server.state()["workers"]
         yield Siege(server=server, engine_pid=int(workers[0]["pid"]), model=model)
+
+
+class Sieged(NamedTuple):
+    """A server under siege, and what was seen of it before.
+
+    Attributes:
+        siege: of the server.
+        answer: to a long prompt with all its logits, when it had room, and no gate.
+        needs: bytes over tokens of such prompts.
+    """
+
+    siege: Siege
+    answer: dict[str, Any]
+    needs: LinearRegression
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,13 +43,16 @@ class LiveModel:
         """16 greedy ids for each prompt, from HF transformers."""
         return [list(ids) for ids in self._greedy()["ids"]]
 
-    def wrong_answers(self, greedy: Callable[[list[int]], list[int]]) -> list[str]:
+    def wrong_answers(
+        self, greedy: Callable[[list[int]], list[int]], *, at_once: bool = True
+    ) -> list[str]:
         """What an engine says otherwise than HF transformers; empty when it is right.
 
-        It is asked for all at once: steps of several requests cost no more than steps of one.
+        It is asked for all at once, unless told not to: a step of several requests costs no more
+        than a step of one.
         """
         prompts = self.prompts()
-        with ThreadPoolExecutor(len(prompts)) as pool:
+        with ThreadPoolExecutor(len(prompts) if at_once else 1) as pool:
             answers = list(pool.map(greedy, prompts))
         return [
             f"{prompt}: {said} instead of {ids}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
@@ -27,6 +29,8 @@ QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # A folder of each server's own, as TMPDIR is, would have each compile anew what vLLM compiles.
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"),
 }
 IMPORTED = ("tests.support.vllm_beginning",)
 """What a server's processes import, see `preloaded`."""

@@ -32,8 +32,6 @@ from tests.support.loader_maps import (
 )
 from tests.support.megatron_fixtures import MegatronCase, fixture_folders, megatron_cases
 
-pytestmark = pytest.mark.loader
-
 CASES = [case for folder in fixture_folders() for case in megatron_cases(folder)]
 
 COMPUTED = {"fused_qkv_a_proj_with_mqa"}
@@ -88,6 +86,7 @@ def model(case: MegatronCase, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.loader
 @pytest.mark.parametrize("tp_size", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_shards_land_in_an_engines_parameters(
