@@ -148,15 +148,14 @@ def make_scheduler_gate(scheduler: Any) -> SchedulerGate | EnginePluginError:
     settings = Settings.load()
     group = scheduler.tp_cpu_group
     parts = _parts_or_reason(scheduler, settings)
-    for reason in _of_all_ranks(parts if isinstance(parts, str) else None, group):
-        if reason is not None:
-            refused = UnsupportedError(reason, remedy="see the server's log")
-            if settings.prefill_gate != "off" and not missing(GATE):  # those the roll call names
-                raise refused
-            return refused
-    if isinstance(parts, str):  # never: it would be among those reasons
-        raise UnsupportedError(parts)
-    return _gate_of_parts(scheduler, settings, parts)
+    own_reason = parts if isinstance(parts, str) else None
+    reasons = [each for each in _of_all_ranks(own_reason, group) if each is not None]
+    if isinstance(parts, _Parts) and not reasons:
+        return _gate_of_parts(scheduler, settings, parts)
+    refused = UnsupportedError(reasons[0], remedy="see the server's log")
+    if settings.prefill_gate != "off" and not missing(GATE):  # those the roll call names
+        raise refused
+    return refused
 
 
 def _parts_or_reason(scheduler: Any, settings: Settings) -> _Parts | str:

@@ -11,8 +11,9 @@ import msgspec
 import pytest
 
 from engine_plugins.admin import service as service_module
+from engine_plugins.admin.engine_control import RequestCounts
 from engine_plugins.admin.state import Fence, Sleep, UpdateProgress, moved
-from engine_plugins.errors import WeightMismatchError
+from engine_plugins.errors import EngineCallError, WeightMismatchError
 from engine_plugins.weights.manifest import SourceManifest
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors, needed_bytes
@@ -345,6 +346,24 @@ async def test_a_plan_says_what_will_move(make_server: MakeServer) -> None:
     assert (plan["direct_bytes"], plan["staged_bytes"]) == (0, 0)
     for name in ("bytes_needed", "bytes_to_move", "operations"):
         assert plan[name] == sum(rank[name] for rank in plan["ranks"]) > 0
+
+
+async def test_an_engine_without_our_methods_is_found_at_connect(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The update that needs them to end well would be fenced."""
+    server = make_server()
+
+    async def request_counts() -> RequestCounts:
+        raise EngineCallError("vLLM has no attribute 'engine_plugins_request_counts'")
+
+    with offered_tensors(hf_tensors(seed=1)) as trainer:
+        async with server.running():
+            monkeypatch.setattr(server.engine, "request_counts", request_counts)
+            answer = await server.connect([trainer.manifest])
+            assert (answer.status_code, answer.json()["code"]) == (500, "engine_call_failed")
+            assert "has no attribute" in answer.json()["detail"]
+            assert "connect" not in server.engine.calls
 
 
 async def test_an_offer_that_does_not_fit_is_422_and_changes_nothing(

@@ -14,9 +14,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 
 from engine_plugins.engine_release import EngineNames, EngineRelease
 from engine_plugins.errors import SettingsError, UnsupportedError
+from engine_plugins.prefill_gate.engine_gate import calibration_file
+from engine_plugins.settings import Settings
 from tests.support.megatron_hf import dense_config
 from tests.unit.vllm_ext.test_kv_scales import SERVED
-from vllm_ext import engine_arguments, hooks
+from vllm_ext import core_hooks, engine_arguments, hooks
 from vllm_ext.engine_arguments import hook_engine_arguments
 from vllm_ext.memory_baseline import hook_load_model
 from vllm_ext.versions import VLLM
@@ -150,3 +152,40 @@ def test_a_worker_whose_memory_cannot_be_measured_loads(
     Worker.load_model(worker, dummy=True)
     assert loaded == [True]
     assert not hasattr(worker, "_engine_plugins_memory")
+
+
+def test_a_gate_that_is_off_is_why_there_is_none_and_nothing_more() -> None:
+    """A core that it cannot be made of serves all the same; its calls tell the reason."""
+    no_core: Any = object()
+    reason = core_hooks._gate_or_reason(no_core, Settings())
+    assert isinstance(reason, UnsupportedError)
+    assert "no prefill gate: AttributeError: 'object' object has no" in reason.message
+    with pytest.raises(AttributeError):
+        core_hooks._gate_or_reason(no_core, Settings(prefill_gate="observe"))
+
+
+@pytest.mark.usefixtures("another_release")
+def test_a_core_of_another_release_is_not_touched_by_the_gate(arguments: dict[str, Any]) -> None:
+    """The first process has found that it does not fit."""
+    AsyncEngineArgs(**arguments, worker_extension_cls=OURS).create_engine_config()
+    no_core: Any = object()
+    reason = core_hooks._gate_or_reason(no_core, Settings())
+    assert isinstance(reason, UnsupportedError)
+    assert "add_request(self, request), not (self, request, soon)" in reason.message
+
+
+def test_without_a_home_the_gate_says_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A user id that no table knows has no folder; a configured one is enough."""
+    monkeypatch.setattr(Path, "home", _homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    key: Any = None
+    with pytest.raises(UnsupportedError, match="no folder for its measurements"):
+        calibration_file(Settings(), key)
+    configured = Settings(prefill_calibration_dir=tmp_path)
+    assert calibration_file(configured, key).path.parent == tmp_path
+
+
+def _homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
