@@ -154,9 +154,7 @@ class BearerAuth:
     def _forbidden(self, scope: Scope, granted: frozenset[TokenScope]) -> ASGIApp | None:
         """The answer to a request that its token does not allow, or that no route takes."""
         if odd := oddity_of_path(scope):
-            return self._unknown(
-                f"the path of this request has {odd}, and that of no admin route has"
-            )
+            return self._unknown(f"the path of this request has {odd}; no admin route has one")
         route = self._routes.find(scope)
         if route is None or route not in self._scopes:
             return self._no_route(scope)

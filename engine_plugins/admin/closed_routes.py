@@ -43,8 +43,8 @@ class _Closed:
         self._answer = problem(
             409,
             "closed_route",
-            f"{engine}'s own {path} is closed: it would change the engine without the state that "
-            "GET /admin/v1/state tells",
+            f"{engine}'s own {path} is closed on this server: GET /admin/v1/state would not know "
+            "what it has done to the engine",
             remedy=remedy,
         )
 
