@@ -13,6 +13,7 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from engine_plugins.errors import UnsupportedError
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.time_sharing import force_memory_saver
 from engine_plugins.worker_environment import forwarded_environment
@@ -22,6 +23,12 @@ from vllm_ext.versions import VLLM
 __all__ = ["hook_engine_arguments"]
 
 _HOOKED = "engine_plugins_hooked"
+_UNSUPPORTED = {
+    "data_parallel_size": "data parallelism in one server",
+    "pipeline_parallel_size": "pipeline parallelism",
+    "nnodes": "a server on several hosts",
+}
+"""Sizes of vLLM's that must be 1."""
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _KERNELS, KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
 
@@ -42,7 +49,10 @@ def hook_engine_arguments() -> None:
         if on_cpu and settings.prefill_gate != "off":
             _bound_kernels()
         _hand_on_to_ray()
-        return original(self, *args, **kwargs)
+        config = original(self, *args, **kwargs)
+        if ours:
+            _refuse_parallel(config.parallel_config)
+        return config
 
     setattr(create_engine_config, _HOOKED, True)
     EngineArgs.create_engine_config = create_engine_config
@@ -55,6 +65,24 @@ def _check(settings: Settings, *, ours: bool) -> None:
         require_installed()
     elif settings.prefill_gate != "off":
         VLLM.check_gate(settings)
+
+
+def _refuse_parallel(parallel: Any) -> None:
+    """Refuse what an update would reach a part of, and report as installed.
+
+    Of several data parallel engines vLLM gives the answers of the first alone; neither pipeline
+    parallelism nor several hosts have been run.
+    """
+    for field, what in _UNSUPPORTED.items():
+        if getattr(parallel, field) > 1:
+            error = UnsupportedError(
+                f"--{field.replace('_', '-')} {getattr(parallel, field)}: {what} is not supported "
+                "with engine-plugins",
+                remedy="serve with tensor parallelism on one host, and start one server per "
+                "replica",
+            )
+            error.add_note(f"engine-plugins: {error.remedy}")
+            raise error
 
 
 def _bound_kernels() -> None:

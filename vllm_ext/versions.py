@@ -88,8 +88,8 @@ _UPDATES = EngineNames(
             "quant_config, speculative_config",
             "ModelConfig: dtype, enable_sleep_mode, hf_config, hf_text_config, model, "
             "served_model_name",
-            "ParallelConfig: enable_eplb, pipeline_parallel_size, tensor_parallel_size, "
-            "worker_extension_cls",
+            "ParallelConfig: data_parallel_size, enable_eplb, nnodes, pipeline_parallel_size, "
+            "tensor_parallel_size, worker_extension_cls",
             "CompilationConfig: static_all_moe_layers, static_forward_context",
             "SpeculativeConfig: draft_model_config",
             "set_current_vllm_config(vllm_config)",
@@ -194,7 +194,7 @@ _GATE = EngineNames(
             "AttentionConfig: backend",
             "LoRAConfig: max_lora_rank",
             "ModelConfig: enforce_eager, has_inner_state, max_model_len, runner_type",
-            "ParallelConfig: data_parallel_size, nnodes, world_size",
+            "ParallelConfig: world_size",
             "SchedulerConfig: async_scheduling, enable_chunked_prefill",
         ),
     },

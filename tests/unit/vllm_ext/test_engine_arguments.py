@@ -15,8 +15,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
 
-from engine_plugins.errors import SettingsError
+from engine_plugins.errors import SettingsError, UnsupportedError
 from tests.support.megatron_hf import dense_config
+from tests.support.vllm_server import EXTENSION
 from tests.unit.vllm_ext.test_kv_scales import SERVED
 from vllm_ext.engine_arguments import hook_engine_arguments
 
@@ -116,6 +117,21 @@ def test_a_setting_that_cannot_be_ends_the_start(
     shown = "".join(traceback.format_exception(caught.value))
     assert "\nengine-plugins: " in shown
     assert "s3cret" not in shown
+
+
+@pytest.mark.parametrize("field", ["data_parallel_size", "pipeline_parallel_size"])
+def test_what_an_update_would_reach_a_part_of_is_refused(
+    arguments: dict[str, Any], field: str
+) -> None:
+    """With our extension; other vLLM servers of the environment are none of our business."""
+    arguments[field] = 2
+    plain = AsyncEngineArgs(**arguments).create_engine_config()
+    assert getattr(plain.parallel_config, field) == 2
+    made = AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION)
+    with pytest.raises(UnsupportedError, match=f"--{field.replace('_', '-')} 2") as caught:
+        made.create_engine_config()
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "\nengine-plugins: serve with tensor parallelism" in shown
 
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
