@@ -10,12 +10,11 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
-import torch
 from torch import nn
 
 from engine_plugins.admin_answers import PauseMode, UpdateRequest
@@ -40,13 +39,12 @@ from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.shared_blocks import SharedBlocks
 from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.torch_source import HfWeights, hf_boxes, looked_at_anew
 from engine_plugins.weights.transport.base import Transport
 
 __all__ = ["WeightSender"]
 
 Engines = str | Sequence[str]
-NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
 
 
 class WeightSender:
@@ -115,7 +113,7 @@ class WeightSender:
     @classmethod
     def from_hf(
         cls,
-        named_tensors: NamedTensors,
+        weights: HfWeights,
         *,
         engines: Engines,
         config: object = None,
@@ -124,17 +122,18 @@ class WeightSender:
         """Send HF-named tensors: whole ones, and of DTensors each rank's share.
 
         Args:
-            named_tensors: best `model.named_parameters()` (of a tied model, without the head):
-                parameters whose `.data` is replaced later are followed; the detached tensors
-                of a `state_dict()` are sent as they are. Of an FSDP2 model give the module to
-                `from_fsdp`: its parameters are other objects while it is unsharded.
+            weights: best the HF model itself, or a function that gives its named tensors: either
+                is looked at anew for every update, so parameters that were replaced
+                (`load_state_dict(assign=True)`, a merged adapter) are followed. Of named tensors
+                given once these very objects are sent: of `named_parameters()` a replaced
+                `.data` is followed, and of a `state_dict()` nothing.
             engines: base urls, `http://host:8000`.
             config: the HF config, object or dict.
             **options: see `SenderOptions`.
         """
-        kept = dict(named_tensors) if isinstance(named_tensors, Mapping) else list(named_tensors)
+        look, family = looked_at_anew(weights), _model_type(config)
         return cls(
-            partial(hf_boxes, kept, model_type=_model_type(config)),
+            lambda: hf_boxes(look(), model_type=family),
             engines=engines,
             model=model_facts(config),
             **_of_config(options, config),

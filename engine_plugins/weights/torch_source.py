@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
+from torch import nn
 
 from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.weights.dtensor_source import is_dtensor, shard_boxes
+from engine_plugins.weights.fsdp_source import fsdp_tensors
 from engine_plugins.weights.fused_experts import split_fused_experts
 from engine_plugins.weights.placement import SourceBox
 
-__all__ = ["hf_boxes", "plain_view"]
+__all__ = ["HfWeights", "hf_boxes", "looked_at_anew", "plain_view"]
 
 NamedTensors = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]
+HfWeights = nn.Module | Callable[[], NamedTensors] | NamedTensors
+
+
+def looked_at_anew(weights: HfWeights) -> Callable[[], NamedTensors]:
+    """Make a function that gives named tensors as they are at each call.
+
+    Args:
+        weights: a model, or a function, either of which is asked each time; or the tensors
+            themselves, which stay these objects.
+    """
+    if isinstance(weights, nn.Module):
+        return partial(fsdp_tensors, weights)  # of any module: those of FSDP2 are resharded
+    if callable(weights):
+        return weights
+    kept = dict(weights) if isinstance(weights, Mapping) else list(weights)
+    return lambda: kept
 
 
 def hf_boxes(named_tensors: NamedTensors, *, model_type: str | None = None) -> list[SourceBox]:

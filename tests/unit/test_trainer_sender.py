@@ -70,6 +70,25 @@ def holds(engine: FakeEngine, model: torch.nn.Module) -> bool:
     )
 
 
+@pytest.mark.parametrize("given", ["the model", "a function"])
+def test_parameters_that_were_replaced_are_followed(
+    engines: list[FakeEngine], transport: InMemoryTransport, given: str
+) -> None:
+    """As by `load_state_dict(assign=True)`, a merged adapter, or an average swapped in."""
+    model = tiny()
+    weights: Any = model if given == "the model" else model.named_parameters
+    urls = [engine.url for engine in engines]
+    with WeightSender.from_hf(weights, engines=urls, token=TOKEN, transport=transport) as sender:
+        sender.update(1)
+        replaced = {name: torch.randn_like(each) for name, each in model.named_parameters()}
+        model.load_state_dict(replaced, assign=True)
+        sender.update(2)
+        assert all(holds(engine, model) for engine in engines)
+        model.get_submodule("0").bias = torch.nn.Parameter(torch.randn(4))
+        sender.update(3)
+        assert all(holds(engine, model) for engine in engines)
+
+
 def test_every_engine_gets_the_weights_as_they_are_now(
     engines: list[FakeEngine], transport: InMemoryTransport
 ) -> None:
