@@ -75,12 +75,14 @@ class EngineCode:
             if isinstance(node, ast.ImportFrom) and self._is_engine(node.module):
                 for alias in node.names:
                     yield node.lineno, [self._imported(str(node.module), alias.name)]
-            elif isinstance(node, ast.Attribute) and not node.attr.startswith(_OURS):
-                names = self._names(file, node)
-                if names:
-                    yield node.lineno, names
-                elif _is_private_of_another(node):
-                    yield node.lineno, [("nothing known", ast.unparse(node))]
+            attribute = _read(node)
+            if attribute is None or attribute.attr.startswith(_OURS):
+                continue
+            names = self._names(file, attribute)
+            if names:
+                yield attribute.lineno, names
+            elif _is_private_of_another(attribute):
+                yield attribute.lineno, [("nothing known", ast.unparse(attribute))]
 
     def _names(self, file: Path, node: ast.Attribute) -> list[tuple[str, str]]:
         """What an attribute may be: of something imported, or of an object that we know."""
@@ -116,6 +118,17 @@ class EngineCode:
 @functools.cache
 def _sources(package: str) -> EngineSources:
     return EngineSources.installed(package)
+
+
+def _read(node: ast.AST) -> ast.Attribute | None:
+    """The attribute that an expression reads or sets, by its name or by `getattr`."""
+    if isinstance(node, ast.Attribute):
+        return node
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "setattr"):
+        owner, name = node.args[:2]
+        if isinstance(name, ast.Constant):
+            return ast.copy_location(ast.Attribute(owner, str(name.value)), node)
+    return None
 
 
 def _functions(tree: ast.Module) -> set[str]:
