@@ -10,9 +10,11 @@ import functools
 import os
 from typing import Any
 
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from engine_plugins.errors import UnsupportedError
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.time_sharing import force_memory_saver
 from engine_plugins.worker_environment import forwarded_environment
@@ -53,8 +55,18 @@ def _check(settings: Settings, *, ours: bool) -> None:
     if ours:
         VLLM.check(settings)
         require_installed()
+        _refuse_rust_frontend()
     elif settings.prefill_gate != "off":
         VLLM.check_gate(settings)
+
+
+def _refuse_rust_frontend() -> None:
+    """Refuse vLLM's API server in Rust: it loads no plugin, and its own routes stay open."""
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise UnsupportedError(
+            "VLLM_USE_RUST_FRONTEND: vLLM's Rust API server has no admin routes",
+            remedy="unset it, or start vLLM without our worker extension",
+        )
 
 
 def _bound_kernels() -> None:

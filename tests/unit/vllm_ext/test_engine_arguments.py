@@ -15,8 +15,9 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
 
-from engine_plugins.errors import SettingsError
+from engine_plugins.errors import SettingsError, UnsupportedError
 from tests.support.megatron_hf import dense_config
+from tests.support.vllm_server import EXTENSION
 from tests.unit.vllm_ext.test_kv_scales import SERVED
 from vllm_ext.engine_arguments import hook_engine_arguments
 
@@ -116,6 +117,20 @@ def test_a_setting_that_cannot_be_ends_the_start(
     shown = "".join(traceback.format_exception(caught.value))
     assert "\nengine-plugins: " in shown
     assert "s3cret" not in shown
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_api_server_in_rust_is_refused_where_workers_are_ours(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    """It would have no admin routes, and vLLM's own would be open on it."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    made = AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION if ours else "")
+    if not ours:
+        made.create_engine_config()
+        return
+    with pytest.raises(UnsupportedError, match="VLLM_USE_RUST_FRONTEND"):
+        made.create_engine_config()
 
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
