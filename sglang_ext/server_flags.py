@@ -42,6 +42,8 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "nnodes": (1, "a server on several hosts"),
     "grpc_mode": (False, "the gRPC server"),
     "smg_grpc_mode": (False, "the gRPC server"),
+    # Beside the HTTP server; it takes no key, and pauses the engine and updates it from disk.
+    "grpc_port": (None, "the gRPC server"),
     "encoder_only": (False, "an encoder-only server"),
     "use_ray": (False, "Ray"),
     "disaggregation_mode": ("null", "disaggregated prefill and decode"),
@@ -148,5 +150,7 @@ def refuse_unsupported(arguments: Any) -> None:
         value = getattr(arguments, name, wanted)
         if value not in (wanted, None):
             refuse_to_start(f"--{name.replace('_', '-')} {value}: {what} is not supported yet")
+    if (port := envs.SGLANG_GRPC_PORT.get()) is not None:  # SGLang reads it later than this
+        refuse_to_start(f"SGLANG_GRPC_PORT {port}: the gRPC server is not supported yet")
     if envs.SGLANG_RUST_SERVER.get():
         refuse_to_start("SGLANG_RUST_SERVER: SGLang's Rust server is not supported yet")

@@ -41,7 +41,10 @@ _UPDATES = EngineNames(
             "HookType: AFTER, AROUND, BEFORE",
         ),
         "sglang.srt.constants": ("HEALTH_CHECK_RID_PREFIX",),
-        "sglang.srt.environ": ("envs", "Envs: SGLANG_MEMORY_SAVER_CUDA_GRAPH, SGLANG_RUST_SERVER"),
+        "sglang.srt.environ": (
+            "envs",
+            "Envs: SGLANG_GRPC_PORT, SGLANG_MEMORY_SAVER_CUDA_GRAPH, SGLANG_RUST_SERVER",
+        ),
         "sglang.srt.managers.utils": ("is_health_check_generate_req(recv_req)",),
         "sglang.srt.utils": ("is_cpu()",),
         "sglang.srt.utils.auth": ("AuthLevel: ADMIN_FORCE, ADMIN_OPTIONAL", "auth_level(level)"),
@@ -56,7 +59,7 @@ _UPDATES = EngineNames(
             "Parallel: attn_dp_size, dp_size, nnodes, pp_size, tp_size",
         ),
         "sglang.srt.arg_groups.fields.serving": (
-            "Serving: grpc_mode, smg_grpc_mode, tokenizer_worker_num",
+            "Serving: grpc_mode, grpc_port, smg_grpc_mode, tokenizer_worker_num",
         ),
         "sglang.srt.entrypoints.http_server": (
             "app",

@@ -10,6 +10,7 @@ import functools
 import os
 from typing import Any
 
+from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -63,6 +64,7 @@ def _check(settings: Settings, *, ours: bool) -> None:
     if ours:
         VLLM.check(settings)
         require_installed()
+        _refuse_rust_frontend()
     elif settings.prefill_gate != "off":
         VLLM.check_gate(settings)
 
@@ -83,6 +85,15 @@ def _refuse_parallel(parallel: Any) -> None:
             )
             error.add_note(f"engine-plugins: {error.remedy}")
             raise error
+
+
+def _refuse_rust_frontend() -> None:
+    """Refuse vLLM's API server in Rust: it loads no plugin, and its own routes stay open."""
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise UnsupportedError(
+            "VLLM_USE_RUST_FRONTEND: vLLM's Rust API server has no admin routes",
+            remedy="unset it, or start vLLM without our worker extension",
+        )
 
 
 def _bound_kernels() -> None:

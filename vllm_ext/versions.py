@@ -30,6 +30,7 @@ _UPDATES = EngineNames(
             "EngineArgs: additional_config, enable_sleep_mode, worker_extension_cls",
         ),
         "vllm.engine.protocol": ("EngineClient",),
+        "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),
         "vllm.platforms": ("current_platform",),
         "vllm.platforms.interface": ("Platform.is_cpu(self)",),
         "vllm.utils.import_utils": ("resolve_obj_by_qualname(qualname)",),

@@ -15,11 +15,12 @@ _BEGIN, _END = "\x00engine-plugins:", "\x00"
 def marked(key: str | None, generation: str | None) -> str | None:
     """A request's cache key under a generation of weights, whatever mark it had before.
 
-    Before the first update there is no generation, and the key is the request's own.
+    Before the first update there is no generation, and the key is the request's own; a mark in it
+    is a client's then, for KV that later requests would find under new weights.
     """
-    if generation is None:
-        return key
     own = key or ""
-    if own.startswith(_BEGIN):
+    while own.startswith(_BEGIN):  # a client's may hold another
         own = own.removeprefix(_BEGIN).partition(_END)[2]
+    if generation is None:
+        return own or None
     return f"{_BEGIN}{generation}{_END}{own}"

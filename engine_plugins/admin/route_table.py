@@ -63,7 +63,10 @@ class RouteTable:
 def oddity_of_path(scope: Scope) -> str | None:
     """What no path of ours has and a router may read in several ways, in words; `None` if nothing.
 
-    Both forms of the path are looked at: as it was sent, and as the server has decoded it.
+    Both forms of the path are looked at: as it was sent, and as the server has decoded it. The root
+    path in front of them is the operator's; with a final slash, it makes a doubled one.
     """
-    forms = scope["path"].encode("utf-8", "surrogateescape"), scope.get("raw_path") or b""
+    sent, decoded = scope.get("raw_path") or b"", scope["path"].encode("utf-8", "surrogateescape")
+    root = scope.get("app_root_path", "").encode("utf-8", "surrogateescape")
+    forms = decoded.removeprefix(root), sent.removeprefix(root)
     return next((what for what, odd in _ODDITIES.items() if any(map(odd.search, forms))), None)

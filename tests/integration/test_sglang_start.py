@@ -103,6 +103,7 @@ def test_a_cap_above_the_machine_ends_the_start_with_one_line() -> None:
         ({"pp_size": 2}, "--pp-size 2: pipeline parallelism is not supported yet"),
         ({"dp_size": 2}, "--dp-size 2: data parallelism in one server"),
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+        ({"grpc_port": 50051}, "--grpc-port 50051: the gRPC server is not supported yet"),
     ],
 )
 def test_a_server_that_our_hooks_were_not_probed_with_is_refused(
@@ -112,6 +113,18 @@ def test_a_server_that_our_hooks_were_not_probed_with_is_refused(
     with pytest.raises(SystemExit) as ended:
         refuse_unsupported(argparse.Namespace(**setting))
     assert said in str(ended.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("SGLANG_GRPC_PORT", "50051"), ("SGLANG_RUST_SERVER", "1")]
+)
+def test_servers_without_our_routes_are_refused_by_variable_too(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """They would pause and update the engine without a token."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"{name}.* server is not supported yet"):
+        refuse_unsupported(argparse.Namespace())
 
 
 def test_help_lists_every_flag(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,8 @@ MakeServer = Callable[..., AdminServer]
         ("/models/tiny", PREFIX),
         ("/models/tiny", f"/models/tiny{PREFIX}"),
         (PREFIX, PREFIX + PREFIX),
+        ("/models/tiny/", PREFIX),
+        ("/models/tiny/", f"/models/tiny/{PREFIX}"),  # as uvicorn puts them together
     ],
 )
 async def test_routes_and_scopes_hold_under_any_root_path(

@@ -11,6 +11,16 @@ def test_before_the_first_update_a_key_is_the_requests_own() -> None:
     assert marked("tenant", None) == "tenant"
 
 
+def test_a_client_cannot_mark_kv_for_weights_to_come() -> None:
+    """Clients choose their keys, and a later update's mark can be guessed."""
+    to_come = marked("tenant", "weights-1.1")
+    assert marked(to_come, None) == "tenant"
+    assert marked(marked(None, "weights-1.1"), None) is None
+    nested = "\x00engine-plugins:a\x00\x00engine-plugins:weights-1.1\x00"
+    assert marked(nested, None) is None
+    assert marked(to_come, "weights-0.1") == marked("tenant", "weights-0.1")
+
+
 def test_a_new_generation_takes_the_place_of_the_old_one() -> None:
     """A request that waits over two updates has the mark of the second, and its own key."""
     for own in (None, "tenant", "tenant|adapter-0123"):

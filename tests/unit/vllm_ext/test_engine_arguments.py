@@ -134,6 +134,20 @@ def test_what_an_update_would_reach_a_part_of_is_refused(
     assert "\nengine-plugins: serve with tensor parallelism" in shown
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_api_server_in_rust_is_refused_where_workers_are_ours(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    """It would have no admin routes, and vLLM's own would be open on it."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    made = AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION if ours else "")
+    if not ours:
+        made.create_engine_config()
+        return
+    with pytest.raises(UnsupportedError, match="VLLM_USE_RUST_FRONTEND"):
+        made.create_engine_config()
+
+
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
 
 
