@@ -1,8 +1,7 @@
 """Run the tests of both engines side by side: `run_tests.py [ARGUMENT_OF_PYTEST ...]`.
 
-Each engine's tests run in its own environment, two runs at once. What knows no engine is run once,
-in vLLM's, in two halves, which fill what the longer runs leave. What is printed is one run after
-the other.
+Each engine's tests run in its own environment. What knows no engine is run once, in vLLM's, in
+three parts, one after the other beside those. What is printed is one run after the other.
 """
 
 from __future__ import annotations
@@ -11,7 +10,8 @@ import sys
 
 from side_by_side import ROOT, Run, run_all
 
-AT_ONCE = 2
+AT_ONCE = 3
+"""One more than cores: servers are waited for, and wait."""
 NO_TESTS_COLLECTED = 5
 ENGINES = ("sglang", "vllm")
 """The longer run first."""

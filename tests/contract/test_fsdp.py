@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.configurations import DENSE_TP2, MOE
+from tests.support.configurations import DENSE_TP2, MOE_TP2
 from tests.support.fsdp_trainer import training
 from tests.support.live_models import LiveModel
 from tests.support.served import Served
@@ -14,7 +14,10 @@ from tests.support.served import Served
 
 @pytest.mark.parametrize(
     ("served", "mesh"),
-    [pytest.param(MOE, "3", id="moe-uneven"), pytest.param(DENSE_TP2, "2x2", id="dense-tp2-hsdp")],
+    [
+        pytest.param(MOE_TP2, "3", id="moe-tp2-uneven"),
+        pytest.param(DENSE_TP2, "2x2", id="dense-tp2-hsdp"),
+    ],
     indirect=["served"],
 )
 def test_a_sharded_model_is_served_as_it_is_after_every_step(

@@ -6,14 +6,14 @@ import msgspec
 import torch
 
 from engine_plugins.admin_answers import EngineOffer
-from tests.support.configurations import DENSE, DENSE_TP2, MOE, on
+from tests.support.configurations import DENSE, DENSE_TP2, MOE_TP2, on
 from tests.support.held_weights import held_weights
 from tests.support.live_models import LiveModel
 from tests.support.problems import problem
 from tests.support.served import Served
 
 
-@on(DENSE, DENSE_TP2, MOE)
+@on(DENSE, DENSE_TP2, MOE_TP2)
 def test_an_engine_offers_the_weights_that_it_was_given(served: Served) -> None:
     """Read from the live parameters of all ranks and put together: bit for bit the HF tensors.
 

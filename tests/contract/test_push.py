@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine_plugins.trainer_sender import WeightSender
-from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, MOE, NEW, OLD, on
+from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, MOE_TP2, NEW, OLD, on
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.fsdp_trainer import training
 from tests.support.held_weights import held_weights
@@ -63,7 +63,7 @@ def test_tokens_are_those_of_what_was_written(served: Served) -> None:
 @pytest.mark.parametrize(
     ("served", "mesh"),
     [
-        pytest.param(MOE, "3", id="moe-uneven"),
+        pytest.param(MOE_TP2, "3", id="moe-tp2-uneven"),
         pytest.param(DENSE_TP2, "2x2", id="dense-tp2-hsdp"),
     ],
     indirect=["served"],

@@ -16,10 +16,9 @@ pytestmark = pytest.mark.engine
     ("settings", "said"),
     [
         ({"PREFILL_GATE": "on"}, "PREFILL_GATE must be one of"),
-        ({"PREFILL_MARGIN_BYTES": "-1"}, "PREFILL_MARGIN_BYTES must not be negative"),
         ({"PREFILL_CAP_BYTES": str(1 << 60)}, "PREFILL_CAP_BYTES is 1152921504606846976, above"),
     ],
-    ids=["mode", "margin", "cap"],
+    ids=["mode", "cap"],
 )
 def test_a_wrong_setting_fails_the_start(
     settings: dict[str, str], said: str, tmp_path: Path

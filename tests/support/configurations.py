@@ -12,7 +12,7 @@ __all__ = [
     "ALL_MODELS",
     "DENSE",
     "DENSE_TP2",
-    "MOE",
+    "MOE_TP2",
     "NEW",
     "OLD",
     "SIZED",
@@ -39,10 +39,15 @@ TIED, TIED_TP2, MOE, MOE_TP2 = (
         name=name + ("-tp2" if tensor_parallel == 2 else ""),
         model=LiveModel(kind=kind, version=tensor_parallel - 1),
         tensor_parallel=tensor_parallel,
+        real=tensor_parallel == real_tensor_parallel,
     )
-    for name, kind in (("tied", "qwen2_live"), ("moe", "qwen3_moe_live"))
+    for name, kind, real_tensor_parallel in (
+        ("tied", "qwen2_live", 1),
+        ("moe", "qwen3_moe_live", 2),
+    )
     for tensor_parallel in (1, 2)
 )
+"""Real engines have one size of each; all are in tests/unit/weights/test_megatron_fixtures.py."""
 SIZED = Configuration(name="sized", model=SizedModel())
 
 ALL_MODELS = (DENSE, DENSE_TP2, TIED, TIED_TP2, MOE, MOE_TP2)

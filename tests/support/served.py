@@ -41,6 +41,7 @@ class Configuration:
         watched: whether a test can hold and fail its installs.
         direct_landing: whether weights may land in live parameters.
         environment: further variables.
+        real: whether real engines are started like this too, not the one in memory alone.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Configuration:
     watched: bool = False
     direct_landing: bool = True
     environment: Mapping[str, str] = field(default_factory=dict)
+    real: bool = True
 
 
 class Served:

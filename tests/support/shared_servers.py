@@ -10,13 +10,13 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
 
 from tests.support.engine_server import EngineServer
-from tests.support.engines import Engine, engine_parameters, engines_here
+from tests.support.engines import IN_MEMORY, Engine, engine_parameters, engines_here
 from tests.support.served import Served, ServerPool
 from tests.support.stepping import Steps
 
@@ -58,12 +58,20 @@ def steps(served: Served) -> Iterator[Steps]:
     served.steps.clear()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Move the tests of a server to the first of them."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Move the tests of a server to the first of them, and leave out those that have none."""
+    left_out = [item for item in items if not _has_server(item)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = in_order(item for item in items if _has_server(item))
+
+
+def in_order(items: Iterable[pytest.Item]) -> list[pytest.Item]:
+    """Each test of a server at the place of the first of them."""
+    found = list(items)
     first: dict[object, int] = {}
-    for place, item in enumerate(items):
+    for place, item in enumerate(found):
         first.setdefault(_server_of(item) or item, place)
-    items.sort(key=lambda item: first[_server_of(item) or item])
+    return sorted(found, key=lambda item: first[_server_of(item) or item])
 
 
 @pytest.hookimpl(trylast=True)
@@ -75,6 +83,14 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     pool = item.config.stash.get(_POOL, None)
     if pool is not None and (nextitem is None or _server_of(nextitem) != _server_of(item)):
         pool.close()
+
+
+def _has_server(item: pytest.Item) -> bool:
+    """Some configurations are those of the engine in memory alone."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if _server_of(item) is None:
+        return True
+    return bool(params["served"].real or params["engine"] is IN_MEMORY)
 
 
 def _server_of(item: pytest.Item) -> tuple[str, str] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tests.support.configurations import DENSE, DENSE_TP2
 from tests.support.engines import IN_MEMORY, VLLM
-from tests.support.shared_servers import pytest_collection_modifyitems
+from tests.support.shared_servers import in_order
 
 
 class Item:
@@ -30,5 +30,4 @@ def test_each_server_is_asked_for_once_at_the_place_of_its_first_test() -> None:
         Item("f", engine=VLLM, served=DENSE),
         Item("g", engine=IN_MEMORY, served=DENSE),
     ]
-    pytest_collection_modifyitems(items)
-    assert [item.name for item in items] == ["a", "b", "g", "c", "f", "d", "e"]
+    assert [item.name for item in in_order(items)] == ["a", "b", "g", "c", "f", "d", "e"]
