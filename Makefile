@@ -5,11 +5,12 @@ PYTHON ?= python3.11
 ENGINE ?= vllm
 VLLM_ENV := .venv/vllm
 VLLM_PYTHON := $(VLLM_ENV)/bin/python
+MUTMUT_SEES_VLLM := .venv/mutants/lib/python3.11/site-packages/vllm.pth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos next-release fmt setup setup-vllm setup-sglang setup-megatron \
-  no-such-engine clean
+.PHONY: help demo test check lint bench chaos mutants next-release fmt setup setup-vllm \
+  setup-sglang setup-megatron no-such-engine clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -38,6 +39,14 @@ chaos: setup ## thousands of hostile requests against engines that may not grow 
 next-release: setup-vllm ## what the next vLLM release changes of all that we rely on, read in its wheel
 	$(VLLM_PYTHON) -m pytest tests/unit/vllm_ext/test_next_release.py -m wheel -s $(ARGS)
 
+mutants: $(MUTMUT_SEES_VLLM) ## how many mutants of the most delicate files the unit tests kill
+	.venv/mutants/bin/python scripts/mutants.py $(ARGS)
+
+$(MUTMUT_SEES_VLLM): requirements/mutants.txt | setup-vllm
+	$(PYTHON) -m venv --clear --without-pip .venv/mutants
+	$(VLLM_PYTHON) -m pip --python .venv/mutants/bin/python install -qq --no-deps -r $<
+	echo "$(CURDIR)/$(VLLM_ENV)/lib/python3.11/site-packages" > $@
+
 fmt: setup-vllm ## format, and fix what ruff can fix by itself
 	$(VLLM_ENV)/bin/ruff check --fix .
 	$(VLLM_ENV)/bin/ruff format .
@@ -55,5 +64,5 @@ no-such-engine:
 	@exit 1
 
 clean: ## remove the environments, caches and builds
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist mutants .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

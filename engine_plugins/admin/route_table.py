@@ -34,15 +34,6 @@ class RouteTable:
     def __init__(self, routes: Sequence[BaseRoute]) -> None:
         self._routes = routes
 
-    def keys(self) -> set[RouteKey]:
-        """Every method and path that a request can be answered by."""
-        return {
-            (method, route.path)
-            for route in self._routes
-            if isinstance(route, Route)
-            for method in route.methods or ()
-        }
-
     def find(self, scope: Scope) -> RouteKey | None:
         """The route that this request will run; `None` if the router has none for it."""
         for route in self._routes:

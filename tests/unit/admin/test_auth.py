@@ -228,3 +228,127 @@ async def test_a_token_may_have_any_characters(make_server: MakeServer) -> None:
     )
     assert status == 413
     server.engine.close()
+
+
+NO_TOKEN = {
+    "code": "unauthorized",
+    "detail": "no token, or not one of this server's",
+    "remedy": "send `Authorization: Bearer <token>`",
+    "state": None,
+}
+FORBIDDEN = {
+    "code": "forbidden",
+    "detail": "this route needs a token of scope control; yours has read, weights",
+    "remedy": "use another token",
+    "state": "serving",
+}
+WRONG_METHOD = {
+    "code": "method_not_allowed",
+    "detail": "this route takes GET, PATCH, not DELETE",
+    "remedy": "GET /admin/v1/openapi.json lists the routes",
+    "state": "serving",
+}
+NO_ROUTE = {
+    "code": "unknown_route",
+    "detail": "there is no admin route of this path",
+    "remedy": "GET /admin/v1/openapi.json lists the routes",
+    "state": "serving",
+}
+ODD_PATH = {
+    **NO_ROUTE,
+    "detail": "the path of this request has a doubled slash, and that of no admin route has",
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "token", "status", "said", "headers"),
+    [
+        ("POST", "/pause", "nobody's", 401, NO_TOKEN, {"www-authenticate": "Bearer"}),
+        ("POST", "/pause", "both", 403, FORBIDDEN, {}),
+        ("DELETE", "/prefill-gate", "both", 405, WRONG_METHOD, {"allow": "GET, PATCH"}),
+        ("POST", "/nowhere", "both", 404, NO_ROUTE, {}),
+        ("POST", "//pause", "both", 404, ODD_PATH, {}),
+    ],
+)
+async def test_a_refusal_says_why_and_what_to_do(
+    make_server: MakeServer,
+    token_file: Path,
+    method: str,
+    path: str,
+    token: str,
+    status: int,
+    said: dict[str, str | None],
+    headers: dict[str, str],
+) -> None:
+    """Only those with a token are told the engine's state."""
+    server = make_server(settings=Settings(admin_token_file=token_file))
+    url = f"{server.http.base_url}".rstrip("/") + path
+    async with server.running():
+        answer = await server.http.request(
+            method, url, headers={"authorization": f"Bearer {token}"}
+        )
+    assert answer.status_code == status
+    assert said.items() <= answer.json().items()
+    assert headers.items() <= dict(answer.headers).items()
+
+
+async def test_a_token_file_that_is_gone_is_named_with_what_to_mend(
+    make_server: MakeServer, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    server = make_server(settings=Settings(admin_token=TOKEN, admin_token_file=gone))
+    async with server.running():
+        answer = (await server.get("/state")).json()
+    assert answer["code"] == "not_configured"
+    assert answer["remedy"] == "mend the token file"
+    assert answer["detail"] == (
+        f"ENGINE_PLUGINS_ADMIN_TOKEN_FILE: {gone} cannot be read (No such file or directory)"
+    )
+
+
+async def test_a_websocket_is_closed_at_once(make_server: MakeServer) -> None:
+    """With or without a token: 1008 is what a policy refuses with."""
+    server = make_server()
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        raise AssertionError("nothing is awaited of it")
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    header = (b"authorization", f"Bearer {TOKEN}".encode())
+    scope = {"type": "websocket", "path": "/admin/v1/state", "headers": [header]}
+    await server.app(scope, receive, send)
+    assert sent == [{"type": "websocket.close", "code": 1008, "reason": ""}]
+    server.engine.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "status"),
+    [
+        (f"Bearer {TOKEN}", 200),
+        (f"BEARER   {TOKEN}  ", 200),
+        (f"Bearer {TOKEN} {TOKEN}", 401),
+        (f"Token {TOKEN}", 401),
+        ("Bearer", 401),
+    ],
+)
+async def test_how_a_token_is_sent(make_server: MakeServer, value: str, status: int) -> None:
+    """The scheme in any case, then the token; other headers have no part in it."""
+    server = make_server()
+    headers = {"x-before": "Bearer other", "authorization": value, "x-after": "Bearer other"}
+    async with server.running():
+        answer = await server.http.get("/state", headers=headers)
+    assert answer.status_code == status
+
+
+@pytest.mark.parametrize("line", ["read", "read a b", "admin a", "read\xff a"])
+def test_a_line_that_makes_no_sense_is_told_with_the_scopes(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(b"# tokens\n\n" + line.encode("latin-1") + b"\n")
+    with pytest.raises(SettingsError) as error:
+        TokenBook(Settings(admin_token_file=path)).entries()
+    assert error.value.message == (
+        f"{path}, line 3: not `scope token` with scope control, read, weights"
+    )
