@@ -256,7 +256,7 @@ NO_ROUTE = {
 }
 ODD_PATH = {
     **NO_ROUTE,
-    "detail": "the path of this request has a doubled slash, and that of no admin route has",
+    "detail": "the path of this request has a doubled slash; no admin route has one",
 }
 
 
