@@ -16,6 +16,7 @@ NO_TESTS_COLLECTED = 5
 ENGINES = ("sglang", "vllm")
 """The longer run first."""
 FIRST_HALF = (
+    "tests/unit/prefill_gate",
     "tests/unit/weights",
     "tests/unit/test_fp8_sender.py",
     "tests/unit/test_trainer_sender.py",
