@@ -22,6 +22,7 @@ UPDATES = "weight updates"
 """What every server with our extension has."""
 GATE = "the prefill gate"
 
+_ASYNC = "async "
 _NO_GATE = PREFIX + "NO_PREFILL_GATE"
 """Variable that tells all processes of a server why there can be no gate."""
 
@@ -30,8 +31,8 @@ _NO_GATE = PREFIX + "NO_PREFILL_GATE"
 class EngineNames:
     """Names of an engine that a part of us relies on, by the module that we find them in.
 
-    An entry is a function with its signature, `Class: attribute, attribute`, or names that need
-    only be there, `name, Class.name`.
+    An entry is a function with its signature, behind `async` if that is how it is defined,
+    `Class: attribute, attribute`, or names that need only be there, `name, Class.name`.
 
     Attributes:
         hooked: functions that we wrap or replace, with what ours takes: `*args` and `**kwargs` are
@@ -142,8 +143,8 @@ def gate_refusal() -> UnsupportedError | None:
 def _read(entry: str) -> Iterator[tuple[str, str | None]]:
     """The paths of an entry, and of a function what is wanted of its signature."""
     if "(" in entry:
-        path, _, wanted = entry.partition("(")
-        yield path, "(" + wanted
+        path, _, wanted = entry.removeprefix(_ASYNC).partition("(")
+        yield path, (f" {_ASYNC}(" if entry.startswith(_ASYNC) else "(") + wanted
     else:
         owner, colon, names = entry.rpartition(": ")
         for name in names.split(", "):
@@ -160,12 +161,12 @@ def _difference(
         return None
     if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
         return f"has {module}.{path}, which is no function {wanted}"
-    seen = signature_of(found)
+    # A call of one that is no longer async would be awaited, or the other way round.
+    kind, _, parameters = wanted.partition("(")
+    seen_kind = f" {_ASYNC}" if isinstance(found, ast.AsyncFunctionDef) else ""
     fits = fits_hook if hooked else fits_call
-    if fits(seen, signature_written(wanted)):
+    seen = signature_of(found)
+    if kind == seen_kind and fits(seen, signature_written(f"({parameters}")):
         return None
-    return f"has {module}.{path}{_shown(seen)}, not {wanted}"
-
-
-def _shown(signature: object) -> str:
-    return str(signature).replace("=Ellipsis", "=...")
+    shown = str(seen).replace("=Ellipsis", "=...")
+    return f"has {module}.{path}{seen_kind}{shown}, not {wanted.strip()}"

@@ -44,6 +44,10 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "smg_grpc_mode": (False, "the gRPC server"),
     # Beside the HTTP server; it takes no key, and pauses the engine and updates it from disk.
     "grpc_port": (None, "the gRPC server"),
+    "checkpoint_engine_wait_weights_before_ready": (
+        False,
+        "a server that waits for its first weights by SGLang's own routes, which are closed here,",
+    ),
     "encoder_only": (False, "an encoder-only server"),
     "use_ray": (False, "Ray"),
     "disaggregation_mode": ("null", "disaggregated prefill and decode"),

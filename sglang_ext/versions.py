@@ -19,11 +19,11 @@ _UPDATES = EngineNames(
             "_TorchMemorySaverAdapterReal.configure_subprocess(self)",
         ),
         "sglang.srt.entrypoints.openai.serving_responses": (
-            "OpenAIServingResponses._generate_with_builtin_tools(self, *args, **kwargs)",
+            "async OpenAIServingResponses._generate_with_builtin_tools(self, *args, **kwargs)",
         ),
         "sglang.srt.managers.tokenizer_manager": (
             "TokenizerManager.init_communicators(self)",
-            "TokenizerManager.generate_request(self, obj, request=..., *args, **kwargs)",
+            "async TokenizerManager.generate_request(self, obj, request=..., *args, **kwargs)",
         ),
         "sglang.srt.managers.scheduler": (
             "Scheduler.init_request_dispatcher(self)",
@@ -55,6 +55,9 @@ _UPDATES = EngineNames(
         "sglang.srt.arg_groups.fields.exec_": (
             "ExecFeatures: enable_memory_saver, enable_weights_cpu_backup",
         ),
+        "sglang.srt.arg_groups.fields.model": (
+            "Model: checkpoint_engine_wait_weights_before_ready",
+        ),
         "sglang.srt.arg_groups.fields.parallel": (
             "Parallel: attn_dp_size, dp_size, nnodes, pp_size, tp_size",
         ),
@@ -64,7 +67,7 @@ _UPDATES = EngineNames(
         "sglang.srt.entrypoints.http_server": (
             "app",
             "get_global_state()",
-            "health_generate(request)",
+            "async health_generate(request)",
             "_GlobalState: tokenizer_manager",
         ),
         "sglang.srt.managers.io_struct": (
@@ -86,9 +89,9 @@ _UPDATES = EngineNames(
             "TokenizerManager._update_weight_version_if_provided(self, weight_version)",
             "TokenizerManager.abort_request(self, *, abort_all)",
             "TokenizerManager.auto_create_handle_loop(self)",
-            "TokenizerManager.continue_generation(self, obj)",
-            "TokenizerManager.pause_generation(self, obj)",
-            "TokenizerManager.update_weight_version(self, obj)",
+            "async TokenizerManager.continue_generation(self, obj)",
+            "async TokenizerManager.pause_generation(self, obj)",
+            "async TokenizerManager.update_weight_version(self, obj)",
         ),
         "sglang.srt.managers.scheduler": (
             "Scheduler: _engine_paused, _request_dispatcher, draft_worker, grammar_manager, "
@@ -101,7 +104,7 @@ _UPDATES = EngineNames(
             "Scheduler.pause_generation(self, recv_req)",
         ),
         "sglang.srt.constrained.grammar_manager": ("GrammarManager: grammar_queue",),
-        "sglang.srt.utils.aio_rwlock": ("RWLock.is_locked(self)",),
+        "sglang.srt.utils.aio_rwlock": ("async RWLock.is_locked(self)",),
         "sglang.srt.multimodal.processors.base_processor": (
             "BaseMultimodalProcessor.clear_preprocess_cache(self)",
         ),
@@ -135,9 +138,9 @@ _UPDATES = EngineNames(
 _GATE = EngineNames(
     hooked={
         "sglang.srt.managers.tokenizer_manager": (
-            "TokenizerManager._handle_abort_finish_reason(self, out, *args, **kwargs)",
-            "TokenizerManager._send_batch_request(self, tokenized_objs, *args, **kwargs)",
-            "TokenizerManager._send_one_request(self, tokenized_obj, *args, **kwargs)",
+            "async TokenizerManager._handle_abort_finish_reason(self, out, *args, **kwargs)",
+            "async TokenizerManager._send_batch_request(self, tokenized_objs, *args, **kwargs)",
+            "async TokenizerManager._send_one_request(self, tokenized_obj, *args, **kwargs)",
         ),
         "sglang.srt.managers.scheduler": (
             "Scheduler._add_request_to_queue(self, req, *args, **kwargs)",

@@ -14,10 +14,10 @@ _UPDATES = EngineNames(
         "vllm.entrypoints.launchers.app": ("attach_endpoint_plugins(app, *args, **kwargs)",),
         "vllm.v1.engine.async_llm": (
             "AsyncLLM.check_admission(self, *args, **kwargs)",
-            "AsyncLLM.generate(self, prompt, sampling_params, *args, **kwargs)",
+            "async AsyncLLM.generate(self, prompt, sampling_params, *args, **kwargs)",
         ),
         "vllm.entrypoints.openai.responses.serving": (
-            "OpenAIServingResponses._generate_with_builtin_tools"
+            "async OpenAIServingResponses._generate_with_builtin_tools"
             "(self, request_id, engine_input, sampling_params, *args, **kwargs)",
         ),
         "vllm.v1.engine.core": (
@@ -48,15 +48,17 @@ _UPDATES = EngineNames(
         ),
         "vllm.v1.engine.async_llm": (
             "AsyncLLM: engine_core, vllm_config",
-            "AsyncLLM.pause_generation(self, *, mode, clear_cache)",
-            "AsyncLLM.resume_generation(self)",
-            "AsyncLLM.reset_prefix_cache(self, *, reset_running_requests)",
-            "AsyncLLM.reset_mm_cache(self)",
-            "AsyncLLM.reset_encoder_cache(self)",
-            "AsyncLLM.update_weight_version(self, new_version)",
-            "AsyncLLM.collective_rpc(self, method, *, kwargs)",
+            "async AsyncLLM.pause_generation(self, *, mode, clear_cache)",
+            "async AsyncLLM.resume_generation(self)",
+            "async AsyncLLM.reset_prefix_cache(self, *, reset_running_requests)",
+            "async AsyncLLM.reset_mm_cache(self)",
+            "async AsyncLLM.reset_encoder_cache(self)",
+            "async AsyncLLM.update_weight_version(self, new_version)",
+            "async AsyncLLM.collective_rpc(self, method, *, kwargs)",
         ),
-        "vllm.v1.engine.core_client": ("AsyncMPClient.call_utility_async(self, method, *args)",),
+        "vllm.v1.engine.core_client": (
+            "async AsyncMPClient.call_utility_async(self, method, *args)",
+        ),
         "vllm.v1.engine": ("EngineCoreRequest: cache_salt", "FinishReason: ERROR"),
         "vllm.v1.engine.core": (
             "EngineCore: scheduler, vllm_config",

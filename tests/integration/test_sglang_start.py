@@ -103,6 +103,10 @@ def test_a_cap_above_the_machine_ends_the_start_with_one_line() -> None:
         ({"pp_size": 2}, "--pp-size 2: pipeline parallelism is not supported yet"),
         ({"dp_size": 2}, "--dp-size 2: data parallelism in one server"),
         ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode"),
+        (
+            {"checkpoint_engine_wait_weights_before_ready": True},
+            "a server that waits for its first weights by SGLang's own routes",
+        ),
         ({"grpc_port": 50051}, "--grpc-port 50051: the gRPC server is not supported yet"),
     ],
 )

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,9 +13,10 @@ import torch
 
 from tests.support.drafting_heads import HeadedModel
 from tests.support.drafting_models import foretelling_model, save_model, successors
-from tests.support.engine_server import ROOT
+from tests.support.engine_server import server_environment
 from tests.support.offers import offered
-from tests.support.vllm_server import VllmServer, vllm_server
+from tests.support.preloaded import PreloadedProcess
+from tests.support.vllm_server import QUIET, VllmServer, vllm_nursery, vllm_server
 
 pytestmark = pytest.mark.engine
 
@@ -29,25 +28,20 @@ def test_what_is_drafted_after_an_update_is_what_a_fresh_engine_drafts(tmp_path:
 
     Back and forth, so that one update goes through the loader and others land directly.
     """
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_HOST_IP": "127.0.0.1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_PLUGINS": "",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.support.vllm_drafting", str(tmp_path)],
-        env={**os.environ, **quiet},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    log = tmp_path / "log"
+    with open(os.devnull) as nothing, log.open("w") as output:
+        drafting = PreloadedProcess(
+            vllm_nursery(),
+            ["-m", "tests.support.vllm_drafting", str(tmp_path)],
+            environment={**os.environ, **server_environment(log, QUIET), "VLLM_PLUGINS": ""},
+            files=(nothing.fileno(), output.fileno(), output.fileno()),
+        )
+    try:
+        assert drafting.wait(300) == 0, log.read_text()[-4000:]
+    finally:
+        drafting.kill()
+    [line] = [line for line in log.read_text().splitlines() if line.startswith("{")]
+    said = json.loads(line)
     assert said["before"]["drafted"] != said["fresh"]["drafted"]
     assert said["after"] == [said["fresh"], said["before"], said["fresh"]]
     assert said["direct_bytes"][0] == 0 < said["direct_bytes"][-1]

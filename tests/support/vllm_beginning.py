@@ -14,7 +14,15 @@ from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from tests.support.vllm_classes import look_at_class_here
 
 SPINS_S = 0.001
-ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+ARCHITECTURES = (
+    "Eagle3LlamaForCausalLM",
+    "Glm4MoeForCausalLM",
+    "Glm4MoeMTPModel",
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
 IMPORTED = (
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.openai.api_server",

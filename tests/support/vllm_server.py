@@ -22,7 +22,7 @@ from tests.support.engine_server import (
 )
 from tests.support.preloaded import Nursery, of_the_allocator, preloaded
 
-__all__ = ["VllmServer", "vllm_server"]
+__all__ = ["VllmServer", "vllm_nursery", "vllm_server"]
 
 EXTENSION = "vllm_ext.worker_extension.EnginePluginsWorkerExtension"
 QUIET = {
@@ -129,10 +129,11 @@ def vllm_server(
         api_servers=api_servers,
         environment={**QUIET, **(environment or {})},
         api_key=api_key,
-        nursery=_nursery(environment) if preload else None,
+        nursery=vllm_nursery(environment) if preload else None,
     )
 
 
-def _nursery(environment: Mapping[str, str] | None) -> Nursery:
+def vllm_nursery(environment: Mapping[str, str] | None = None) -> Nursery:
+    """Where processes begin with vLLM imported, see `preloaded`."""
     own = of_the_allocator(environment) | _loaded_at_start()
     return preloaded(*IMPORTED, OMP_NUM_THREADS="1", **QUIET, **own)

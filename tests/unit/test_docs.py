@@ -54,7 +54,7 @@ def test_the_hooks_that_are_told_are_those_that_there_are(package: str, begins: 
 
 def _hooked(versions: str) -> set[str]:
     return {
-        entry.partition("(")[0]
+        entry.removeprefix("async ").partition("(")[0]
         for node in ast.walk(ast.parse(versions))
         if isinstance(node, ast.keyword) and node.arg == "hooked"
         for entries in ast.literal_eval(node.value).values()

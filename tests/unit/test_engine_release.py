@@ -40,6 +40,8 @@ class Core(parts.Mixin, Base[int], abc.ABC):
         a.foreign = 1
 
     def step(self, batch, more=None): ...
+
+    async def waits(self): ...
 """,
     "engine/parts/__init__.py": "class Mixin:\n    def mixed(self): self.late = 1\n",
     "engine/parts/base.py": "class Base:\n    def below(self, *, x): ...\n",
@@ -132,6 +134,13 @@ def _release(gate: str = "Core.mixed(self)", updates: str = "Core: queue") -> En
             "has engine.core.Core.step(self, batch, more=...), not (self, batch, *, other)",
         ),
         ("Core.paused(self)", "has engine.core.Core.paused, which is no function (self)"),
+        (
+            "async Core.mixed(self)",
+            "has engine.core.Core.mixed(self), not async (self)",
+        ),
+        ("Core.waits(self)", "has engine.core.Core.waits async (self), not (self)"),
+        ("async Core.waits(me)", "has engine.core.Core.waits async (self), not async (me)"),
+        ("async Core.gone(self)", "has no engine.core.Core.gone async (self)"),
     ],
 )
 def test_a_difference_names_what_is_seen_and_what_is_wanted(
