@@ -89,6 +89,10 @@ async def test_a_server_without_a_token_is_closed(
         for header in (b"Bearer ", b"Bearer None", b"Bearer x"):
             status, problem, reads = await raw(server, method, path, (b"authorization", header))
             assert (status, problem["code"], reads) == (503, "not_configured", 0)
+            assert (
+                problem["detail"]
+                == "this server has no admin token, so its admin routes are closed"
+            )
             assert "ENGINE_PLUGINS_ADMIN_TOKEN " in problem["remedy"]
             assert "ENGINE_PLUGINS_ADMIN_TOKEN_FILE" in problem["remedy"]
         server.engine.close()
@@ -190,6 +194,16 @@ def _rewrite_unseen(path: Path, content: bytes) -> None:
     stamp = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+
+
+def test_a_token_file_that_did_not_change_is_read_once(
+    token_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request asks for the tokens; only the file's stamp is looked at each time."""
+    book = TokenBook(Settings(admin_token_file=token_file))
+    first = book.entries()
+    monkeypatch.delattr(auth, "_read_token_file")
+    assert book.entries() == first
 
 
 def test_a_broken_line_is_told_by_its_number_and_not_by_its_token(tmp_path: Path) -> None:

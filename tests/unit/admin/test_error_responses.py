@@ -20,6 +20,7 @@ STATUS = {
     "ConflictError": 409,
     "EngineCallError": 500,
     "EnginePluginError": 500,
+    "EngineTlsError": 500,
     "EngineUnreachableError": 500,
     "HookModeError": 503,
     "ManifestError": 422,

@@ -101,3 +101,13 @@ def test_a_server_that_does_not_say_what_was_sent_is_served() -> None:
     """`raw_path` is optional in ASGI."""
     assert oddity_of_path({"path": "/pause"}) is None
     assert oddity_of_path({"path": "//pause"}) == DOUBLED
+
+
+@pytest.mark.parametrize("root", ["/tiny/", "/\udcff/"])
+def test_a_doubled_slash_after_the_root_path_is_the_operators(root: str) -> None:
+    """In either form of the path; what follows the root path is judged as ever."""
+    for path, oddity in ((f"{root}/pause", None), (f"{root}//pause", DOUBLED)):
+        sent = path.encode("utf-8", "surrogateescape")
+        for scope in (request("GET", path, b"/pause"), request("GET", "/pause", sent)):
+            assert oddity_of_path({**scope, "app_root_path": root}) == oddity
+            assert oddity_of_path(scope) == DOUBLED
