@@ -68,14 +68,22 @@ async def test_the_state_is_answered_although_the_engine_is_busy_or_dead(
             began = time.monotonic()
             assert (await server.state())["workers"] == []
             assert time.monotonic() - began < 5
-        await asyncio.sleep(0.05)
-        assert len((await server.state())["workers"]) == 1
+        await _known_workers(server)
     dead = make_server()
     dead.engine.dead = True
     async with dead.running():
         assert (await dead.state())["workers"] == []
         dead.engine.dead = False
-        assert len((await dead.state())["workers"]) == 1
+        await _known_workers(dead)
+
+
+async def _known_workers(server: AdminServer) -> None:
+    """Until the state names a worker: on a busy machine the workers answer later than it does."""
+    for _ in range(1000):
+        if (await server.state())["workers"]:
+            break
+        await asyncio.sleep(0.01)
+    assert len((await server.state())["workers"]) == 1
 
 
 # -- pause and resume -------------------------------------------------------------------------
