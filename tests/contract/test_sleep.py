@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import statistics
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +120,9 @@ def test_cycle_after_cycle_under_load_memory_leaves_and_nothing_grows(served: Se
 
 
 def _does_not_grow(figures: Sequence[int]) -> None:
-    half = len(figures) // 2
-    grown = statistics.median(figures[half:]) - statistics.median(figures[:half])
-    assert grown < GROWTH, figures
+    """A leak takes some with every cycle; one step may be an allocator's, or a thread's that began."""
+    steps = [after - before for before, after in pairwise(figures[len(figures) // 4 :])]
+    assert sum(steps) - max(steps) < GROWTH, list(figures)
 
 
 def _memory(server: EngineServer) -> dict[str, Any]:
