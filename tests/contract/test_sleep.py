@@ -120,7 +120,7 @@ def test_cycle_after_cycle_under_load_memory_leaves_and_nothing_grows(served: Se
 
 
 def _does_not_grow(figures: Sequence[int]) -> None:
-    """A leak takes some with every cycle; one step may be an allocator's, or a thread's that began."""
+    """A leak takes some with every cycle; a single step may be an allocator's own."""
     steps = [after - before for before, after in pairwise(figures[len(figures) // 4 :])]
     assert sum(steps) - max(steps) < GROWTH, list(figures)
 
