@@ -73,7 +73,8 @@ def judge(served: Served, method: str, target: bytes, scope: str) -> None:
     if acted(answer):
         # The document is the one route that any token opens.
         assert needed == scope or read_by_the_book(target) == "/openapi.json", told
-    assert answer.status not in {307, 308}, told
+    # An engine may redirect to a route of its own.
+    assert "/admin/v1" not in answer.headers.get("location", ""), told
     assert answer.status != 500, told
 
 
