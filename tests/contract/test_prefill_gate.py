@@ -200,8 +200,13 @@ def test_the_client_is_typed(server: EngineServer) -> None:
 
 def test_the_engines_own_metrics_have_the_gates_series(server: EngineServer) -> None:
     """Each count once, whichever API processes tell it and whichever is asked."""
-    before = series(server)
     change(server, mode="observe")
+    # By then whoever tells has also seen that the counts began anew.
+    until(
+        lambda: series(server).get('mode{mode="observe"}') == 1,
+        otherwise=lambda: series(server),
+    )
+    before = series(server)
     for _ in range(6):
         assert OLD.wrong_answers(server.greedy) == []
     counted = told(server)["decisions"]["run"]
