@@ -200,12 +200,9 @@ def test_the_client_is_typed(server: EngineServer) -> None:
 
 def test_the_engines_own_metrics_have_the_gates_series(server: EngineServer) -> None:
     """Each count once, whichever API processes tell it and whichever is asked."""
+    shows(server, "off")
     change(server, mode="observe")
-    # By then whoever tells has also seen that the counts began anew.
-    until(
-        lambda: series(server).get('mode{mode="observe"}') == 1,
-        otherwise=lambda: series(server),
-    )
+    shows(server, "observe")  # so whoever tells has also seen that the counts began anew
     before = series(server)
     for _ in range(6):
         assert OLD.wrong_answers(server.greedy) == []
@@ -224,6 +221,12 @@ def test_the_engines_own_metrics_have_the_gates_series(server: EngineServer) -> 
     assert now['mode{mode="off"}'] == 0
     assert now["used_bytes"] > 0
     assert {'prediction_error_ratio{regime="layers"}', "deferred_seconds_total"} <= now.keys()
+
+
+def shows(server: EngineServer, mode: str) -> None:
+    """Wait until the series say that the gate is in a mode; they are told once a second."""
+    name = f'mode{{mode="{mode}"}}'
+    until(lambda: series(server).get(name) == 1, otherwise=lambda: series(server))
 
 
 def series(server: EngineServer) -> dict[str, float]:
