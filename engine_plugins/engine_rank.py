@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.source_choice import Reader
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.weight_installer import WeightInstaller
-from engine_plugins.weights.worker_service import WorkerService
+from engine_plugins.weights.worker_service import WorkerService, pull_page
 
 __all__ = ["TaggedTensors", "make_rank_service"]
 
@@ -38,6 +39,7 @@ def make_rank_service(
     *,
     tp_size: int,
     settings: Settings,
+    runtime_dir: Path | None,
     backend: MemoryBackend | None,
     tensors: TaggedTensors,
     calls: Mapping[str, Callable[..., Any]] | None = None,
@@ -49,6 +51,8 @@ def make_rank_service(
         memory: measures this rank, and names it.
         tp_size: how many ranks share the model.
         settings: of this server.
+        runtime_dir: of this server; None where this process does not see it, as one that Ray
+            started.
         backend: releases this rank's memory; None where nothing can.
         tensors: what lies in that memory, to say what a sleep leaves there.
         calls: further calls of an engine, by name; what they return must be plain data.
@@ -73,7 +77,12 @@ def make_rank_service(
         how = type(backend).__name__
         logger.info("rank %d can release %s, by %s", tp_rank, ", ".join(ledger.tags), how)
     sleep = RankSleep(ledger, memory, receiver, sizes=lambda tag: _size(tensors.get(tag)))
-    return WorkerService(receiver, tp_rank=tp_rank, calls={**sleep.calls, **(calls or {})})
+    return WorkerService(
+        receiver,
+        tp_rank=tp_rank,
+        page=pull_page(runtime_dir, tp_rank),
+        calls={**sleep.calls, **(calls or {})},
+    )
 
 
 def _size(tensors: Callable[[], Iterable[torch.Tensor]] | None) -> int:

@@ -51,8 +51,9 @@ class Settings:
         max_manifest_bytes: largest manifest, as sent and once decompressed.
         max_manifest_entries: boxes in one manifest.
         stall_timeout_s: a pull that moves nothing for so long is given up, and says who stalled.
-        staging_bytes: receive buffer per rank that `mode: auto` may use to stage a whole update
-            while the old weights serve; 0 installs in place, module by module.
+        staging_bytes: receive buffers, of all ranks together, that `mode: auto` may use to stage a
+            whole update while the old weights serve; 0 installs in place, module by module.
+            `None` is a quarter of the host memory that is surely free when an update begins.
         direct_landing: whether bytes may land in live parameters, where these were seen to hold
             the loader's layout.
         source_policy: how a rank chooses among sources that hold the same, one of
@@ -87,7 +88,7 @@ class Settings:
     max_manifest_bytes: int = 256 << 20
     max_manifest_entries: int = 1_000_000
     stall_timeout_s: float = 30.0
-    staging_bytes: int = 0
+    staging_bytes: int | None = None
     direct_landing: bool = True
     source_policy: str = "balanced"
     expected_link_gbps: float | None = None
@@ -113,7 +114,7 @@ class Settings:
                 raise SettingsError(f"{PREFIX}{name.upper()} must be positive")
         if not 0 < self.stall_timeout_s < math.inf:
             raise SettingsError(f"{PREFIX}STALL_TIMEOUT_S must be positive seconds")
-        if self.staging_bytes < 0:
+        if self.staging_bytes is not None and self.staging_bytes < 0:
             raise SettingsError(f"{PREFIX}STAGING_BYTES must not be negative")
         if self.source_policy not in SOURCE_POLICIES:
             raise SettingsError(

@@ -7,12 +7,15 @@ raises, and all ranks' outcomes are gathered before rank 0 answers.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.distributed
 from sglang.utils import TypeBasedDispatcher
 
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.engine_release import GATE, UPDATES
 from engine_plugins.errors import EngineCallError, EnginePluginError
@@ -81,6 +84,7 @@ class SchedulerExtension:
             memory_of(self._scheduler.tp_worker.model_runner),
             tp_size=torch.distributed.get_world_size(self._group),
             settings=settings,
+            runtime_dir=Path(os.environ[RUNTIME_DIR]),
             backend=memory_backend(self._scheduler, tensors, settings),
             tensors=tensors,
             calls={**SchedulerHooks(self._scheduler).calls, **self._gate_calls},

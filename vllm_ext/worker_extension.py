@@ -6,10 +6,13 @@ worker already has would be refused.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from vllm.config import set_current_vllm_config
 
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import Settings
@@ -49,11 +52,13 @@ def _make_service(worker: Any) -> WorkerService:
     settings = Settings.load((config.additional_config or {}).get("engine_plugins", {}))
     runner = worker.model_runner
     tensors = tagged_tensors(worker)
+    runtime_dir = os.environ.get(RUNTIME_DIR)
     return make_rank_service(
         VllmWeightInstaller(config, runner.get_model(), draft_of(runner, config)),
         memory_of(worker),
         tp_size=int(config.parallel_config.tensor_parallel_size),
         settings=settings,
+        runtime_dir=None if runtime_dir is None else Path(runtime_dir),
         backend=memory_backend(worker, tensors, settings),
         tensors=tensors,
     )

@@ -39,6 +39,7 @@ def report_of(
         plan_id=plan.plan_id,
         outcome=outcome,
         mode=mode,
+        mode_reason=record.mode_reason,
         bytes_moved=moved_bytes,
         bytes_needed=plan.bytes_needed,
         direct_bytes=sum(rank.direct_bytes for rank in ranks),

@@ -28,6 +28,8 @@ class UpdateRecord(msgspec.Struct, kw_only=True):
     """The fields of the `UpdateBody`."""
     plan: PlanSummary
     staged: bool
+    mode_reason: str
+    """Why it is staged, or is not."""
     before: EngineState
     began: float
     deadline: float

@@ -19,6 +19,7 @@ import msgspec
 
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.pausing import pause_within
+from engine_plugins.admin.pull_watch import PullWatch
 from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import (
@@ -33,6 +34,7 @@ from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import EnginePluginError, TransferTimeoutError, UpdateAbortedError
 from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
+from engine_plugins.weights.staging import ModeChoice
 from engine_plugins.weights.worker_service import StatusAnswer
 
 __all__ = ["UpdateTransaction"]
@@ -73,8 +75,7 @@ class UpdateTransaction:
         shared: SharedState,
         body: UpdateBody,
         plan: PlanSummary,
-        *,
-        staged: bool,
+        mode: ModeChoice,
     ) -> Self:
         """A new update of the engine as it is now.
 
@@ -83,13 +84,14 @@ class UpdateTransaction:
             shared: the state that every process sees.
             body: what was asked.
             plan: the plan that it names.
-            staged: whether every byte is here before the engine is paused.
+            mode: whether every byte is here before the engine is paused.
         """
         now = time.monotonic()
         record = UpdateRecord(
             asked=body.model_dump(),
             plan=plan,
-            staged=staged,
+            staged=mode.staged,
+            mode_reason=mode.reason,
             before=shared.read(),
             began=now,
             deadline=now + body.timeout_s,
@@ -197,9 +199,10 @@ class UpdateTransaction:
         return await self._until_ready("pull", await self._start())
 
     async def _until_ready(self, phase: str, statuses: list[StatusAnswer]) -> list[StatusAnswer]:
+        watch = PullWatch(self._workers, statuses)
         while not all(status.may_begin for status in statuses):
             await asyncio.sleep(POLL_S)
-            statuses = await self._workers.poll()
+            statuses = await watch.look()
             self._progress(phase, statuses)
         return statuses
 

@@ -20,6 +20,7 @@ from engine_plugins.admin.state import EngineState, require, require_weights_map
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.update_transaction import UpdateTransaction
+from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
@@ -31,6 +32,7 @@ from engine_plugins.errors import (
 )
 from engine_plugins.settings import Settings
 from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.staging import ModeChoice, choose_mode
 
 __all__ = ["Updates"]
 
@@ -48,6 +50,7 @@ class Updates:
         background: Background,
     ) -> None:
         self._control = control
+        self._workers = WorkerCalls(control)
         self._shared = shared
         self._settings = settings
         self._background = background
@@ -153,7 +156,7 @@ class Updates:
                     f"{plan.plan_id} is a push: its trainer writes before anything is installed",
                     remedy="POST /admin/v1/weights/prepare, write, then /admin/v1/weights/commit",
                 )
-            transaction = self._begin(body, plan, staged=self._staged(body, plan))
+            transaction = self._begin(body, plan, await self._mode(body))
             report = await self._carried(transaction, transaction.run())
             self._ended(report)
             return report
@@ -164,7 +167,7 @@ class Updates:
             if given is not None:
                 return given
             plan = await self._accepted(body, doing="prepare an update")
-            transaction = self._begin(body, plan, staged=_staged_in_two_phases(body, plan))
+            transaction = self._begin(body, plan, _mode_in_two_phases(body, plan))
             report = await self._carried(transaction, transaction.prepare())
             self._background.keep(self._expire(body.request_id))
             return report
@@ -222,11 +225,11 @@ class Updates:
         _refuse_stale(state, body)
         return plan
 
-    def _begin(self, body: UpdateBody, plan: PlanSummary, *, staged: bool) -> UpdateTransaction:
+    def _begin(self, body: UpdateBody, plan: PlanSummary, mode: ModeChoice) -> UpdateTransaction:
         if plan.plan_id in self._shared.names("used"):
             plan = msgspec.structs.replace(plan, connect_s=0.0, plan_s=0.0)
         self._shared.put("used", plan.plan_id, b"")
-        return UpdateTransaction.begin(self._control, self._shared, body, plan, staged=staged)
+        return UpdateTransaction.begin(self._control, self._shared, body, plan, mode)
 
     async def _carried(
         self, transaction: UpdateTransaction, step: Awaitable[UpdateReport]
@@ -260,11 +263,9 @@ class Updates:
             except ConflictError:
                 continue  # a commit, most likely
 
-    def _staged(self, body: UpdateBody, plan: PlanSummary) -> bool:
-        if body.mode == "auto":
-            largest = max(rank.bytes_needed for rank in plan.ranks)
-            return 0 < largest <= self._settings.staging_bytes
-        return body.mode == "staged"
+    async def _mode(self, body: UpdateBody) -> ModeChoice:
+        rooms = [] if body.mode == "in_place" else await self._workers.staging_room(body.plan_id)
+        return choose_mode(body.mode, rooms, self._settings.staging_bytes)
 
     def _plan(self, plan_id: str) -> PlanSummary:
         kept = (
@@ -282,8 +283,8 @@ def _nothing_prepared(request_id: str) -> UnknownIdError:
     )
 
 
-def _staged_in_two_phases(body: UpdateBody, plan: PlanSummary) -> bool:
-    """Whether the old weights serve until the commit."""
+def _mode_in_two_phases(body: UpdateBody, plan: PlanSummary) -> ModeChoice:
+    """Staged: the old weights serve until the commit; unless a push goes into live parameters."""
     if plan.direction == "push" and plan.direct_bytes:
         if body.mode == "staged":
             raise UnsupportedError(
@@ -291,13 +292,13 @@ def _staged_in_two_phases(body: UpdateBody, plan: PlanSummary) -> bool:
                 "weights cannot serve until the commit",
                 remedy="prepare with mode auto or in_place",
             )
-        return False
+        return ModeChoice(False, "a push into live parameters")
     if body.mode == "in_place" and plan.direction == "pull":
         raise UnsupportedError(
             "what is prepared waits in a receive buffer: that is mode staged",
             remedy="prepare with mode auto or staged, or POST /admin/v1/weights/update",
         )
-    return True
+    return ModeChoice(True, "what is prepared waits for its commit")
 
 
 def _refuse_verify(body: UpdateBody) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.staging import StagingRoom
 from engine_plugins.weights.worker_service import (
     AbortAnswer,
     ConnectAnswer,
@@ -53,6 +54,10 @@ class WorkerCalls:
     async def drop(self, plan_id: str) -> None:
         """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
         await self._control.call_workers("drop", encode_call(plan_id=plan_id))
+
+    async def staging_room(self, plan_id: str) -> list[StagingRoom]:
+        """What it would take every rank to stage the plan's next update."""
+        return await self.ask("staging_room", StagingRoom, plan_id=plan_id)
 
     async def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> list[StatusAnswer]:
         """Begin to pull on every rank, or make the memory ready that a push writes to."""

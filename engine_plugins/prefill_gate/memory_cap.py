@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import psutil
 
+from engine_plugins.cgroup_limit import tightest_cgroup
 from engine_plugins.errors import SettingsError
-from engine_plugins.prefill_gate.cgroup_limit import tightest_cgroup
 from engine_plugins.settings import PREFIX
 from engine_plugins.weights.peak_memory import resident_and_addresses
 

@@ -39,6 +39,8 @@ class PreparedFetch:
         transport: does the reads.
         staged: whether the arena holds every step at once.
         live: the parameters that direct steps land in; it stays the caller's to close.
+        met: whether each source has been read from since its manifest came. It is not again then:
+            a source that is stopped would hold the caller, who holds the engine; the pull finds it.
 
     Raises:
         UnsupportedError: the machine has not the memory to stage.
@@ -53,6 +55,7 @@ class PreparedFetch:
         *,
         staged: bool,
         live: LiveMemory | None = None,
+        met: bool = False,
     ) -> None:
         self.plan = plan
         self.staged = staged
@@ -70,7 +73,10 @@ class PreparedFetch:
         self._packed: list[list[list[PreparedTransfer]]] = []
         """By way of the scratch area: of every step, batch by batch."""
         for manifest in manifests:
-            meet(transport, manifest)
+            if met:
+                transport.add_peer(manifest.agent, manifest.agent_metadata)
+            else:
+                meet(transport, manifest)
         self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
         self._greetings = Greetings(manifests, transport) if plan.direct_bytes else None
         try:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import psutil
 import torch
 
 from engine_plugins.errors import TransportError, UnsupportedError
 from engine_plugins.weights.arena import Arena
+from engine_plugins.weights.free_memory import surely_free_bytes
 from engine_plugins.weights.live_memory import LiveMemory
 from engine_plugins.weights.plan import FetchPlan, PackedPiece, schedule
 from engine_plugins.weights.transport.base import Transport
@@ -105,11 +105,11 @@ class ReceiveBuffer:
 
 
 def _check_memory(wanted_bytes: int) -> None:
-    """Refuse to stage what this machine cannot hold: the kernel would end the engine for it."""
-    available = psutil.virtual_memory().available
-    if wanted_bytes > available:
+    """Refuse to stage what cannot be held here: the kernel would end the engine for it."""
+    free = surely_free_bytes()  # once more: others may have taken memory since the mode was chosen
+    if wanted_bytes > free:
         raise UnsupportedError(
             f"staging needs {wanted_bytes / 2**30:.1f} GiB of memory on this rank and "
-            f"{available / 2**30:.1f} are available; nothing was fetched",
+            f"{free / 2**30:.1f} are free; nothing was fetched",
             remedy="update with mode in_place",
         )

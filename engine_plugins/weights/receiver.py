@@ -29,6 +29,7 @@ from engine_plugins.weights.coverage import (
     engine_steps,
 )
 from engine_plugins.weights.engine_model import EngineModel
+from engine_plugins.weights.free_memory import surely_free_bytes
 from engine_plugins.weights.live_memory import LiveMemory
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.needed import needed_boxes
@@ -45,6 +46,7 @@ from engine_plugins.weights.prepared_fetch import PreparedFetch
 from engine_plugins.weights.prepared_push import PreparedPush
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.source_choice import Reader
+from engine_plugins.weights.staging import StagingRoom
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.link import measure_links
 from engine_plugins.weights.transport.meeting import require_same_wire
@@ -163,23 +165,43 @@ class WeightReceiver:
         if self._prepared is not None and self._prepared[0] == plan_id:
             self._release()
 
-    def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> PullStatus:
+    def staging_room(self, plan_id: str) -> StagingRoom:
+        """What it would take to stage this plan's next update."""
+        self._refuse_while_running()
+        plan = self._pull_plan(self._connection(plan_id), staged=True)
+        return StagingRoom(
+            tp_rank=self._tp_rank,
+            wanted_bytes=plan.total_bytes + plan.scratch_bytes,
+            held_bytes=self._held_bytes(),
+            free_bytes=surely_free_bytes(),
+        )
+
+    def start(
+        self,
+        plan_id: str,
+        *,
+        staged: bool,
+        timeout_s: float,
+        tell: Callable[[PullStatus], None] = lambda status: None,
+    ) -> PullStatus:
         """Begin to pull; of a push, make ready what the trainers write to.
 
         A pull leaves the engine's weights untouched until `advance`. A push into live parameters
         may write to them from here on: the engine must stand still.
+
+        Args:
+            plan_id: of a connection.
+            staged: whether nothing is installed before every byte is here.
+            timeout_s: seconds until the pull is given up.
+            tell: see `UpdateRun`.
         """
         self._refuse_while_running()
-        if plan_id not in self._connected:
-            raise UnknownIdError(
-                f"rank {self._tp_rank} holds no plan {plan_id}", remedy="connect again"
-            )
-        connected = self._connected[plan_id]
+        connected = self._connection(plan_id)
         if connected.direction == "pull":
             plan = self._pull_plan(connected, staged=staged)
             self._kept(plan_id, plan, staged=staged)
             memory = PeakMemory.start(already_held=self._held_bytes())
-            prepared = self._prepare(plan_id, connected, plan, staged=staged)
+            prepared = self._prepare(plan_id, connected, plan, staged=staged, met=True)
         else:
             memory = PeakMemory.start(already_held=self._held_bytes())
             prepared = self._push_of(plan_id)
@@ -189,6 +211,7 @@ class WeightReceiver:
             deadline=time.monotonic() + timeout_s,
             stall_timeout_s=self._stall_timeout_s,
             tp_rank=self._tp_rank,
+            tell=tell,
         )
         if connected.direction == "pull":
             self._run.go()
@@ -383,6 +406,13 @@ class WeightReceiver:
                 remedy="wait for it, or abort it",
             )
 
+    def _connection(self, plan_id: str) -> Connection:
+        if plan_id not in self._connected:
+            raise UnknownIdError(
+                f"rank {self._tp_rank} holds no plan {plan_id}", remedy="connect again"
+            )
+        return self._connected[plan_id]
+
     def _current(self) -> UpdateRun:
         if self._run is None:
             raise ConflictError(
@@ -391,7 +421,13 @@ class WeightReceiver:
         return self._run
 
     def _prepare(
-        self, plan_id: str, connected: Connection, plan: FetchPlan, *, staged: bool
+        self,
+        plan_id: str,
+        connected: Connection,
+        plan: FetchPlan,
+        *,
+        staged: bool,
+        met: bool = False,
     ) -> PreparedPlan:
         """The plan with its memory; kept from update to update while it fits."""
         kept = self._kept(plan_id, plan, staged=staged)
@@ -407,7 +443,12 @@ class WeightReceiver:
             made = PreparedPush(plan, connected.manifests, self._transport, live=live)
         else:
             made = PreparedFetch(
-                plan, connected.manifests, self._transport, staged=staged, live=live
+                plan,
+                connected.manifests,
+                self._transport,
+                staged=staged,
+                live=live,
+                met=met,
             )
         self._prepared = (plan_id, made)
         return made

@@ -106,6 +106,8 @@ class UpdateReport(msgspec.Struct, frozen=True, kw_only=True):
     plan_id: str
     outcome: Outcome
     mode: Literal["staged", "in_place"]
+    mode_reason: str = ""
+    """Why this mode: `as asked`, or the figures by which `auto` chose it."""
     bytes_moved: int
     bytes_needed: int
     direct_bytes: int = 0

@@ -17,6 +17,9 @@ from engine_plugins.weights.plan import FetchPlan, Step, Window
 
 __all__ = ["PreparedPlan", "PullStatus", "UpdateRun"]
 
+TELL_S = 0.05
+"""How often a pull tells how many bytes it has."""
+
 
 class PreparedPlan(Protocol):
     """A plan with its memory: one that pulls, or one that trainers write to."""
@@ -83,6 +86,8 @@ class UpdateRun:
         deadline: on the monotonic clock.
         stall_timeout_s: a pull that moves no byte for so long is given up.
         tp_rank: this rank, as errors will name it.
+        tell: told in the pull's thread where it stands: at every step, at its end, and now and
+            then in between.
 
     Attributes:
         installed: steps that are in the engine's model.
@@ -100,6 +105,7 @@ class UpdateRun:
         deadline: float,
         stall_timeout_s: float,
         tp_rank: int,
+        tell: Callable[[PullStatus], None],
     ) -> None:
         self.prepared = prepared
         self.memory = memory
@@ -112,6 +118,8 @@ class UpdateRun:
         self._deadline = deadline
         self._stall_timeout_s = stall_timeout_s
         self._tp_rank = tp_rank
+        self._tell = tell
+        self._told_at = 0.0
         self._ready = 0
         self._begun = False
         self._waits_to_begin = False
@@ -199,7 +207,7 @@ class UpdateRun:
         self.prepared.greet(  # while the old weights are whole
             stall_timeout_s=self._stall_timeout_s,
             deadline=self._deadline,
-            cancelled=lambda: self._stopped,
+            cancelled=self._is_stopped,
         )
         while self._ready < self.total:
             if not self._wait_for_room(self._ready):
@@ -209,17 +217,28 @@ class UpdateRun:
                 steps,
                 stall_timeout_s=self._stall_timeout_s,
                 deadline=self._deadline,
-                cancelled=lambda: self._stopped,
+                cancelled=self._is_stopped,
             )
             with self._news:
                 self._ready = steps.stop
                 self._news.notify_all()
+            self._tell(self.status())
+
+    def _is_stopped(self) -> bool:
+        """Asked all the time while bytes come in, so this is where their progress is told."""
+        now = time.monotonic()
+        if now - self._told_at >= TELL_S:
+            self._told_at = now
+            self._tell(self.status())
+        return self._stopped
 
     def _wait_for_room(self, index: int) -> bool:
         needed = self.prepared.windows[index].installed_before
         direct = self.prepared.plan.steps[index].direct
         with self._news:
             self._waits_to_begin = direct
+            if direct and not self._begun:
+                self._tell(self.status())
             self._news.wait_for(
                 lambda: self._stopped or (self.installed >= needed and (self._begun or not direct))
             )
@@ -232,3 +251,4 @@ class UpdateRun:
             self.lost_track_of_buffer = self.prepared.reads_may_be_active
             self.lost_track_of_live = self.prepared.landings_may_be_active
             self._news.notify_all()
+        self._tell(self.status())

@@ -7,8 +7,10 @@ in some engines, to be taken for those of the next call.
 
 from __future__ import annotations
 
+import functools
 import os
 import socket
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,22 +19,26 @@ import msgspec
 
 from engine_plugins import errors
 from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
+from engine_plugins.shared_page import SharedPage
 from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.destinations import Destination
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.report import RankPlan, RankReport
+from engine_plugins.weights.staging import StagingRoom
 from engine_plugins.weights.update_run import PullStatus
 
 __all__ = [
     "AbortAnswer",
     "ConnectAnswer",
     "Failure",
+    "PullNote",
     "StatusAnswer",
     "WorkerDescription",
     "WorkerService",
     "answer_call",
     "encode_call",
+    "pull_page",
     "raised",
     "read_answer",
     "refuse",
@@ -40,6 +46,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+_PAGE_BYTES = 64 << 10
+_MESSAGE_CHARACTERS = 3000
+"""Of an error: a status has to fit its page, of which half is one status, in any alphabet."""
 _ERRORS: dict[str, type[EnginePluginError]] = {
     name: getattr(errors, name)
     for name in errors.__all__
@@ -74,6 +83,16 @@ class ConnectAnswer(msgspec.Struct, frozen=True, kw_only=True):
     destination: Destination | None = None
 
 
+class PullNote(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a pull tells how far it is, without a call to its engine."""
+
+    page: str
+    """Path of a `SharedPage`, whose bytes are the newest `StatusAnswer`."""
+    number: int
+    """Which pull of its process: the page may still tell of an earlier one."""
+    pid: int
+
+
 class StatusAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """Where an update stands on one rank."""
 
@@ -85,6 +104,8 @@ class StatusAnswer(msgspec.Struct, frozen=True, kw_only=True):
     may_begin: bool
     """Whether nothing more can come without the engine standing still."""
     failure: Failure | None
+    note: PullNote | None
+    """`None` where there is no page, and the engine has to be asked."""
 
 
 class AbortAnswer(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +176,8 @@ class WorkerService:
     Args:
         receiver: does what the calls say.
         tp_rank: this rank, as errors will name it.
+        page: where pulls tell how far they are, see `pull_page`; None where no other process of the
+            server could read it.
         calls: further calls of an engine, by name; what they return must be plain data.
     """
 
@@ -163,15 +186,24 @@ class WorkerService:
         receiver: WeightReceiver,
         *,
         tp_rank: int,
+        page: Path | None,
         calls: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         self._receiver = receiver
         self._tp_rank = tp_rank
+        self._page_path = page
+        self._page: SharedPage | None = None
+        if page is not None:
+            SharedPage.create(page, nbytes=_PAGE_BYTES)
+            self._page = SharedPage(page)
+        self._telling = threading.Lock()
+        self._pull_number = 0
         self._calls: dict[str, Callable[..., Any]] = {
             "describe": self._describe,
             "connect": self._connect,
             "manifest": self._manifest,
             "drop": self._drop,
+            "staging_room": self._staging_room,
             "start": self._start,
             "poll": self._poll,
             "written": self._written,
@@ -210,8 +242,28 @@ class WorkerService:
     def _drop(self, plan_id: str) -> None:
         self._receiver.drop(plan_id)
 
+    def _staging_room(self, plan_id: str) -> StagingRoom:
+        return self._receiver.staging_room(plan_id)
+
     def _start(self, plan_id: str, staged: bool, timeout_s: float) -> StatusAnswer:
-        return self._answer(self._receiver.start(plan_id, staged=staged, timeout_s=timeout_s))
+        with self._telling:
+            self._pull_number += 1
+        tell = functools.partial(self._tell, self._pull_number)
+        return self._answer(
+            self._receiver.start(plan_id, staged=staged, timeout_s=timeout_s, tell=tell)
+        )
+
+    def _tell(self, number: int, status: PullStatus) -> None:
+        """Write where a pull stands to the page, unless it is one that a later pull outlived."""
+        if self._page is None:
+            return
+        answer = self._answer(status)
+        if answer.failure is not None:
+            answer = msgspec.structs.replace(answer, failure=_cut(answer.failure))
+        body = msgspec.msgpack.encode(answer)
+        with self._telling:
+            if number == self._pull_number:
+                self._page.write(body)
 
     def _poll(self) -> StatusAnswer:
         return self._answer(self._receiver.poll())
@@ -238,8 +290,28 @@ class WorkerService:
             bytes_total=status.bytes_total,
             may_begin=status.may_begin,
             failure=None if status.error is None else _failure(status.error),
+            note=self._note,
         )
+
+    @property
+    def _note(self) -> PullNote | None:
+        if self._page_path is None:
+            return None
+        return PullNote(page=str(self._page_path), number=self._pull_number, pid=os.getpid())
+
+
+def pull_page(runtime_dir: Path | None, tp_rank: int) -> Path | None:
+    """The page of a rank in its server's runtime directory, if it has one."""
+    return None if runtime_dir is None else runtime_dir / "ranks" / f"tp{tp_rank}.page"
 
 
 def _failure(error: EnginePluginError) -> Failure:
     return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)
+
+
+def _cut(failure: Failure) -> Failure:
+    return Failure(
+        kind=failure.kind,
+        message=failure.message[:_MESSAGE_CHARACTERS],
+        remedy=failure.remedy[:_MESSAGE_CHARACTERS],
+    )

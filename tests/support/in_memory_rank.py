@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import shutil
+import tempfile
 import time
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from engine_plugins.errors import EnginePluginError
@@ -44,9 +48,16 @@ class _BreakableReceiver(WeightReceiver):
         self._maybe_fail("connect")
         return super().connect(plan_id, manifests, direction=direction)
 
-    def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> PullStatus:
+    def start(
+        self,
+        plan_id: str,
+        *,
+        staged: bool,
+        timeout_s: float,
+        tell: Callable[[PullStatus], None] = lambda status: None,
+    ) -> PullStatus:
         self._maybe_fail("start")
-        return super().start(plan_id, staged=staged, timeout_s=timeout_s)
+        return super().start(plan_id, staged=staged, timeout_s=timeout_s, tell=tell)
 
     def advance(self, *, budget_s: float) -> PullStatus:
         self._maybe_fail("advance")
@@ -106,7 +117,14 @@ class InMemoryRank:
             sizes=lambda tag: 1 << 30,
             free=lambda device: self.free_bytes,
         )
-        self.service = WorkerService(self.receiver, tp_rank=tp_rank, calls=sleep.calls)
+        folder = Path(tempfile.mkdtemp(prefix="in-memory-rank-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.service = WorkerService(
+            self.receiver,
+            tp_rank=tp_rank,
+            page=folder / "pull.page",
+            calls=sleep.calls,
+        )
 
     def _transport(self) -> InMemoryTransport:
         self.transports.append(InMemoryTransport(f"engine-{next(_serial)}"))

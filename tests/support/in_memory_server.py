@@ -148,6 +148,7 @@ class ServedEngine(GeneratingEngine):
                     memory,
                     tp_size=tensor_parallel,
                     settings=Settings.load(),
+                    runtime_dir=shared.runtime_dir,
                     backend=HostMemory(tensors),
                     tensors=tensors,
                 )

@@ -80,7 +80,7 @@ def test_the_defaults_are_safe() -> None:
         Settings()
     )
     assert Settings().admin_token is None
-    assert Settings().staging_bytes == 0
+    assert Settings().staging_bytes is None
 
 
 def test_the_process_environment_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:

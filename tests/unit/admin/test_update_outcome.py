@@ -35,6 +35,7 @@ def record() -> UpdateRecord:
         asked=UpdateBody(plan_id="p", version=3, request_id="r").model_dump(),
         plan=plan,
         staged=False,
+        mode_reason="as asked",
         before=EngineState(since=0.0),
         began=now - 1,
         deadline=now + 1,

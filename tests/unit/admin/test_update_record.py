@@ -32,6 +32,7 @@ def record(shared: SharedState) -> UpdateRecord:
         asked=BODY.model_dump(),
         plan=PLAN,
         staged=True,
+        mode_reason="as asked",
         before=shared.read(),
         began=now,
         deadline=now + 5,

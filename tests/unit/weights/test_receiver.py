@@ -78,7 +78,7 @@ def test_staging_more_than_the_machine_holds_is_refused(
     connect(rank, trainer)
     little = psutil.virtual_memory()._replace(available=1000)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
-    with pytest.raises(UnsupportedError, match=r"staging needs .* 0\.0 are available"):
+    with pytest.raises(UnsupportedError, match=r"staging needs .* 0\.0 are free"):
         rank.receiver.start("plan", staged=True, timeout_s=10)
     rank.receiver.start("plan", staged=False, timeout_s=10)
     rank.install_all()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_plugins.prefill_gate.cgroup_limit import tightest_cgroup
+from engine_plugins.cgroup_limit import tightest_cgroup
 from tests.support.memory_cgroup import memory_cgroup
 
 OLD = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
