@@ -101,7 +101,8 @@ class SenderReport:
         )
         lines = [
             f"{url}: {report.bytes_moved / 1e6:.1f} MB in {report.seconds:.2f} s"
-            f"{self._wire(report)}, paused {report.paused_s:.2f} s{_ways_in(report)}"
+            f"{self._wire(report)}, {_mode(report)}, paused {report.paused_s:.2f} s"
+            f"{_ways_in(report)}"
             f"{self._fed(url)}"
             for url, report in self.engines.items()
         ]
@@ -150,6 +151,12 @@ class EnginesFailedError(UpdateFailedError):
         self.failures = dict(failures)
         self.reports = dict(reports)
         self.fed_by = _fed_by(reports, fed_by)
+
+
+def _mode(report: UpdateReport) -> str:
+    """What `auto` became, and why."""
+    name = report.mode.replace("_", " ")
+    return f"{name} ({report.mode_reason})" if report.mode_reason else name
 
 
 def _ways_in(report: UpdateReport) -> str:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
 import httpx
+import psutil
 import pytest
 import torch
 
@@ -94,16 +95,108 @@ async def test_an_update_is_whole_reported_and_published(
                 assert (told["version"], told["history"]) == (7, [report])
 
 
+# -- which mode -------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("staging_bytes", "mode"), [(0, "in_place"), (5000, "in_place"), (1 << 20, "staged")]
 )
 async def test_auto_stages_where_the_model_fits_the_memory_set_aside(
     make_server: MakeServer, trainer: SourceRank, staging_bytes: int, mode: str
 ) -> None:
-    """By default nothing is set aside, and updates go in place."""
+    """A bound of the operator's own stands for the quarter."""
     settings = Settings(admin_token=TOKEN, staging_bytes=staging_bytes)
     async with connected(make_server, trainer, settings=settings) as (server, plan_id):
         assert (await update(server, plan_id, 1)).json()["mode"] == mode
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
+    """Have the machine say that so much of its memory is available."""
+    figures = psutil.virtual_memory()._replace(available=nbytes)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: figures)
+
+
+@pytest.mark.parametrize(("tp_size", "mode"), [(1, "staged"), (2, "in_place")])
+async def test_auto_asks_whether_all_ranks_of_the_host_together_fit(
+    make_server: MakeServer,
+    trainer: SourceRank,
+    monkeypatch: pytest.MonkeyPatch,
+    tp_size: int,
+    mode: str,
+) -> None:
+    """In a quarter of what is free, with the figures in the report; no rank for itself alone."""
+    async with connected(make_server, trainer, tp_size=tp_size) as (server, plan_id):
+        one = server.engine.ranks[0].receiver.staging_room(plan_id).wanted_bytes
+        leave_free(monkeypatch, int(4 * 1.3 * one))
+        report = (await update(server, plan_id, 1)).json()
+        assert report["mode"] == mode
+        wanted, free = f"{tp_size * one / 1e6:.3g} MB", f"{4 * 1.3 * one / 1e6:.3g} MB"
+        if mode == "staged":
+            assert report["mode_reason"] == f"{wanted} of {free} free on the host"
+        else:
+            assert f"staging wants {wanted}, a quarter of what is free" in report["mode_reason"]
+
+
+async def test_what_an_update_has_staged_is_room_for_the_next_one(
+    make_server: MakeServer, trainer: SourceRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer is kept, so it is no longer free: that must not send every other one in place."""
+    async with connected(make_server, trainer) as (server, plan_id):
+        one = server.engine.ranks[0].receiver.staging_room(plan_id).wanted_bytes
+        leave_free(monkeypatch, 4 * one)
+        assert (await update(server, plan_id, 1)).json()["mode"] == "staged"
+        leave_free(monkeypatch, 3 * one)
+        assert (await update(server, plan_id, 2)).json()["mode"] == "staged"
+        leave_free(monkeypatch, 2 * one)
+        assert (await update(server, plan_id, 3)).json()["mode"] == "in_place"
+
+
+async def test_staging_more_than_the_host_holds_is_refused_before_it_begins(
+    make_server: MakeServer, trainer: SourceRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each rank would fit alone; together the kernel would end one of them."""
+    async with connected(make_server, trainer, tp_size=2) as (server, plan_id):
+        one = server.engine.ranks[0].receiver.staging_room(plan_id).wanted_bytes
+        leave_free(monkeypatch, int(1.5 * one))
+        refused = await update(server, plan_id, 1, mode="staged", request_id="r")
+        assert (refused.status_code, refused.json()["code"]) == (422, "unsupported")
+        assert "on 2 ranks together" in refused.json()["detail"]
+        assert "start" not in server.engine.calls
+        assert (await update(server, plan_id, 1, request_id="r")).json()["mode"] == "in_place"
+
+
+# -- what the engine is asked -----------------------------------------------------------------
+
+
+async def test_waiting_for_a_pull_asks_nothing_of_the_engine(
+    make_server: MakeServer, trainer: SourceRank
+) -> None:
+    """A call takes the place of a step. How far the ranks are is on their pages."""
+    async with connected(make_server, trainer, tp_size=2) as (server, plan_id):
+        trainer.transport.bytes_per_s = SLOW
+        before = len(server.engine.calls)
+        report = (await update(server, plan_id, 1)).json()
+        assert report["phases"]["pull_s"] > 0.2
+        calls = server.engine.calls[before:]
+        assert calls[: calls.index("pause keep")] == ["staging_room", "start"]
+
+
+async def test_a_source_that_stands_still_holds_no_call_to_the_engine(
+    make_server: MakeServer, trainer: SourceRank
+) -> None:
+    """It was met when the plan was made; the pull, which is a thread, finds that it gives nothing.
+
+    The engine generates meanwhile, where it would have stood still for seconds.
+    """
+    async with connected(make_server, trainer) as (server, plan_id):
+        trainer.transport.bytes_per_s = 0.0
+        request = server.engine.submit(1)
+        running = asyncio.create_task(update(server, plan_id, 1, timeout_s=1.0))
+        await server.until("updating", phase="pull")
+        tokens = len(request.tokens)
+        await asyncio.sleep(0.3)
+        assert len(request.tokens) > tokens + 10
+        assert (await running).json()["code"] == "transfer_timeout"
 
 
 async def test_the_next_versions_come_by_the_same_plan(

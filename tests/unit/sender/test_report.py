@@ -46,3 +46,17 @@ def test_it_says_which_way_the_bytes_of_this_update_went(ways: dict[str, int], s
     update = msgspec.structs.replace(UPDATE, **ways)
     report = SenderReport.of(3, {URL: update}, {}, 1.0, fed_by={})
     assert str(report).endswith(f"paused 0.10 s, {said}")
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason", "said"),
+    [
+        ("staged", "1.2 GB of 9 GB free on the host", "staged (1.2 GB of 9 GB free on the host)"),
+        ("in_place", "as asked", "in place (as asked)"),
+        ("in_place", "", "in place"),  # an older engine gives no reason
+    ],
+)
+def test_it_says_which_mode_was_chosen_and_why(mode: str, reason: str, said: str) -> None:
+    update = msgspec.structs.replace(UPDATE, mode=mode, mode_reason=reason)
+    report = SenderReport.of(3, {URL: update}, {}, 1.0, fed_by={})
+    assert f", {said}, paused" in str(report)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from engine_plugins.errors import (
     PeerLostError,
     UnknownIdError,
 )
+from engine_plugins.shared_page import SharedPage
 from engine_plugins.weights.manifest import encode_manifest
 from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.update_run import PullStatus
 from engine_plugins.weights.worker_service import (
     AbortAnswer,
     ConnectAnswer,
@@ -172,3 +175,71 @@ def test_a_failed_pull_travels_in_the_status(rank: InMemoryRank) -> None:
     error = raised(failure)
     assert isinstance(error, PeerLostError)
     assert error.message.startswith("rank 1: trainer-0")
+
+
+def test_a_pull_tells_on_its_page_how_far_it_is(rank: InMemoryRank) -> None:
+    """From its first bytes to its last ones, or to why it ended; each pull for itself."""
+    with offered_tensors(hf_tensors(seed=1)) as trainer:
+        manifests = [encode_manifest(trainer.manifest)]
+        ask(rank, "connect", ConnectAnswer, plan_id="p", manifests=manifests)
+        trainer.transport.bytes_per_s = 2e4
+        first = ask(rank, "start", StatusAnswer, plan_id="p", staged=True, timeout_s=10)
+        told = list(_told(first, until=lambda status: status.may_begin))
+        assert [each.bytes_done for each in told] == sorted(each.bytes_done for each in told)
+        assert len(told) >= 3
+        assert told[-1].bytes_done == trainer.source.nbytes
+        ask(rank, "abort", AbortAnswer)
+        trainer.transport.close()
+        second = ask(rank, "start", StatusAnswer, plan_id="p", staged=True, timeout_s=10)
+        last = list(_told(second, until=lambda status: status.failure is not None))[-1]
+    assert last.note.number == first.note.number + 1
+    assert last.failure.kind == "PeerLostError"
+
+
+def test_an_error_of_any_length_fits_the_page(rank: InMemoryRank) -> None:
+    """Cut there, if it must be: a pull must not fail of telling that it failed."""
+    begun = StatusAnswer(
+        tp_rank=1,
+        steps_installed=0,
+        steps_total=1,
+        bytes_done=0,
+        bytes_total=1,
+        may_begin=False,
+        failure=None,
+        note=rank.service._note,
+    )
+    error = EnginePluginError("\N{SNOWMAN}" * 100_000, remedy="\N{SNOWMAN}" * 100_000)
+    rank.service._tell(
+        0,
+        PullStatus(
+            steps_ready=0,
+            steps_installed=0,
+            steps_total=1,
+            bytes_done=0,
+            bytes_total=1,
+            may_begin=False,
+            wrote=False,
+            error=error,
+        ),
+    )
+    (told,) = _told(begun, until=lambda status: status.failure is not None)
+    assert error.message.startswith(told.failure.message)
+    assert len(told.failure.message) >= 1000
+
+
+def _told(
+    begun: StatusAnswer, *, until: Callable[[StatusAnswer], bool], within_s: float = 10.0
+) -> Iterator[StatusAnswer]:
+    """What a page says of a pull, each once."""
+    page, deadline, seen = SharedPage(Path(begun.note.page)), time.monotonic() + within_s, 0
+    while True:
+        assert time.monotonic() < deadline
+        if page.sequence == seen:
+            time.sleep(0.001)
+            continue
+        seen, body = page.read()
+        status = msgspec.msgpack.decode(body, type=StatusAnswer)
+        if status.note.number == begun.note.number:
+            yield status
+            if until(status):
+                return
