@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from engine_plugins.sleep.memory_ledger import MemoryLedger
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.sleep.rank_sleep import RankSleep
 from engine_plugins.sleep.storages import storages
+from engine_plugins.weights.kv_pages import clear_non_finite
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.source_choice import Reader
@@ -82,7 +84,16 @@ def make_rank_service(
         tp_rank=tp_rank,
         page=pull_page(runtime_dir, tp_rank),
         calls={**sleep.calls, **(calls or {})},
+        clear_kv=partial(_clear_kv, tensors, ledger),
     )
+
+
+def _clear_kv(tensors: TaggedTensors, ledger: MemoryLedger | None, kept: bool) -> None:
+    """See `clear_non_finite`. Memory that is released holds nothing, and cannot be read."""
+    gone = () if ledger is None else (*ledger.released, *ledger.broken)
+    if "kv_cache" not in gone and "kv_cache" in tensors:
+        written = clear_non_finite(tensors["kv_cache"](), kept=kept)
+        logger.debug("%d KV caches were zeroed", written)
 
 
 def _size(tensors: Callable[[], Iterable[torch.Tensor]] | None) -> int:

@@ -10,7 +10,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
@@ -21,7 +21,13 @@ from engine_plugins.admin_answers import PauseMode, UpdateRequest
 from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.engines import EngineLink, links_to
-from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology, ranks_of
+from engine_plugins.sender.megatron_job import (
+    MegatronRanks,
+    Place,
+    check_topology,
+    gathers_of,
+    ranks_of,
+)
 from engine_plugins.sender.options import SenderOptions, Ways
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.push import Push
@@ -33,12 +39,13 @@ from engine_plugins.sender.update_rounds import UpdateRounds
 from engine_plugins.weights.block_fp8 import BlockFp8
 from engine_plugins.weights.block_fp8_source import quantized_source
 from engine_plugins.weights.fsdp_source import fsdp_tensors
-from engine_plugins.weights.megatron_source import megatron_boxes
+from engine_plugins.weights.megatron_source import megatron_boxes_of
 from engine_plugins.weights.model_facts import model_facts
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.shared_blocks import SharedBlocks
 from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.tied_heads import checked_boxes, is_tied
 from engine_plugins.weights.torch_source import HfWeights, hf_boxes, looked_at_anew
 from engine_plugins.weights.transport.base import Transport
 
@@ -62,6 +69,8 @@ class WeightSender:
         model: facts that engines compare with their own config; see `model_facts`.
         places: gives the place of every rank of a larger job that this process plays; see
             `check_topology`.
+        gathers: gives, from the global ranks of all trainer processes, what to call before every
+            update so that this process's tensors are those of the last step.
         **options: see `SenderOptions`.
 
     Raises:
@@ -79,12 +88,14 @@ class WeightSender:
         engines: Engines,
         model: Mapping[str, str | int | bool] | None = None,
         places: Callable[[], Sequence[Place]] = tuple,
+        gathers: Callable[[Collection[int]], Sequence[Callable[[], None]]] | None = None,
         **options: Unpack[SenderOptions],
     ) -> None:
         self._access = EngineAccess.of(options)
         self._model = dict(model or {})
         self._progress = options.get("progress")
         self._ways = Ways.of(options)
+        self._gathers = gathers
         self._push: Push | None = None
         self._rounds: UpdateRounds | None = None
         form = options.get("quantization")
@@ -132,8 +143,9 @@ class WeightSender:
             **options: see `SenderOptions`.
         """
         look, family = looked_at_anew(weights), _model_type(config)
+        tied = is_tied(config, weights)
         return cls(
-            lambda: hf_boxes(look(), model_type=family),
+            lambda: checked_boxes(hf_boxes(look(), model_type=family), tied=tied),
             engines=engines,
             model=model_facts(config),
             **_of_config(options, config),
@@ -163,9 +175,9 @@ class WeightSender:
         Raises:
             UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
         """
-        family = _model_type(config)
+        family, tied = _model_type(config), is_tied(config, model)
         return cls(
-            lambda: hf_boxes(fsdp_tensors(model), model_type=family),
+            lambda: checked_boxes(hf_boxes(fsdp_tensors(model), model_type=family), tied=tied),
             engines=engines,
             model=model_facts(config),
             **_of_config(options, config),
@@ -182,16 +194,20 @@ class WeightSender:
     ) -> Self:
         """Send what this process holds of a Megatron model, in Megatron's own layout.
 
+        What an optimizer with `overlap_param_gather` left to the next forward pass is gathered
+        first, in every update. Of ranks built by hand this is the caller's to do.
+
         Args:
-            ranks: this process's share; its model chunks as modules; or several shares, for
-                a process that plays many ranks.
+            ranks: this process's share; its model chunks as modules, best as DDP wraps them; or
+                several shares, for a process that plays many ranks.
             config: the HF config that the engines serve, object or dict.
             engines: base urls, `http://host:8000`.
             **options: see `SenderOptions`.
         """
         return cls(
-            lambda: [box for rank in ranks_of(ranks) for box in megatron_boxes(rank, config)],
+            lambda: megatron_boxes_of(ranks_of(ranks), config),
             places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
+            gathers=lambda members: gathers_of(ranks, members),
             engines=engines,
             model=model_facts(config),
             **_of_config(options, config),
@@ -298,6 +314,7 @@ class WeightSender:
         if len(set(asked)) > 1:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
+        self._gather()
         self._quantize()
         self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(), None)
         result = self._open_rounds().run(request)
@@ -329,6 +346,19 @@ class WeightSender:
                 f"engines were given before: {known}", remedy="add only those that are new"
             )
         self._links |= {link.url: link for link in added}
+
+    def _gather(self) -> None:
+        """Gather what the optimizer left to the next forward pass.
+
+        Every rank looks before any gathers: one that refuses would leave the others waiting.
+        """
+        if self._gathers is None:
+            return
+        found: list[Callable[[], None]] = []
+        look = partial(self._gathers, self._ranks.members)
+        self._ranks.agree("looking at the parameters", lambda: found.extend(look()), None)
+        for place in range(max(self._ranks.agree("counting gathers", lambda: len(found), int))):
+            self._ranks.agree("gathering the parameters", found[place], None)
 
     def _quantize(self) -> None:
         """Agree on blocks that several ranks share; the refresh that follows fills the slots."""

@@ -21,17 +21,23 @@ from sglang.srt.managers.io_struct import (
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.errors import EngineCallError
 
-__all__ = ["SchedulerHooks", "mark_new_request"]
+__all__ = ["SchedulerHooks", "mark_from_the_start", "mark_new_request"]
 
-_GENERATION = "engine_plugins_kv_generation"
+_MARK = "engine_plugins_kv_mark"
 
 
 def mark_new_request(scheduler: Any, request: Any, **kwargs: Any) -> None:
-    """Before `Scheduler.handle_generate_request`: KV of other weights must not be found.
+    """Before `Scheduler.handle_generate_request`: KV of other weights must not be found."""
+    request.extra_key = marked(request.extra_key, getattr(scheduler, _MARK, None))
 
-    Before the first update there is no mark, and the request's key is its own.
+
+def mark_from_the_start(scheduler: Any, mark: str | None) -> None:
+    """Give new requests this mark until an update brings another.
+
+    All ranks are given the same: the page holds it before the first of them starts, and no update
+    can come before the last one answers.
     """
-    request.extra_key = marked(request.extra_key, getattr(scheduler, _GENERATION, None))
+    setattr(scheduler, _MARK, mark)
 
 
 class SchedulerHooks:
@@ -81,15 +87,15 @@ class SchedulerHooks:
         if not flushed:
             raise EngineCallError("SGLang could not flush its cache", remedy="see the server's log")
 
-    def _isolate_kv(self, generation: str | None) -> int:
+    def _isolate_kv(self, mark: str | None) -> int:
         """Give new requests, and those that hold no KV, the mark of the new weights.
 
         Those that hold KV keep it, under the old mark. Says how many changed.
         """
-        setattr(self._scheduler, _GENERATION, generation)
+        setattr(self._scheduler, _MARK, mark)
         without_kv = [request for request in self._waiting() if not request.kv.holds_kv]
         for request in without_kv:
-            request.extra_key = marked(request.extra_key, generation)
+            request.extra_key = marked(request.extra_key, mark)
         return len(without_kv)
 
     def _fail_requests(self, reason: str) -> int:

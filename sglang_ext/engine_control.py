@@ -99,8 +99,8 @@ class SglangEngineControl:
 
     async def isolate_kv(self) -> None:
         """Requests that hold no KV yet, and new ones, will not find any of older weights."""
-        generation = self._shared.read().kv_generation
-        await self._schedulers.ask("scheduler_isolate_kv", int, generation=generation)
+        mark = self._shared.read().kv_mark
+        await self._schedulers.ask("scheduler_isolate_kv", int, mark=mark)
 
     async def fail_requests(self) -> int:
         """End every held and queued request with an error.

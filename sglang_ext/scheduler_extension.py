@@ -15,14 +15,14 @@ from typing import Any
 import torch.distributed
 from sglang.utils import TypeBasedDispatcher
 
-from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.engine_release import GATE, UPDATES
 from engine_plugins.errors import EngineCallError, EnginePluginError
 from engine_plugins.prefill_gate.engine_gate import refused_calls
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, refuse
-from sglang_ext.core_hooks import SchedulerHooks
+from sglang_ext.core_hooks import SchedulerHooks, mark_from_the_start
 from sglang_ext.engine_memory import memory_backend, tagged_tensors
 from sglang_ext.hooks import missing
 from sglang_ext.memory_baseline import memory_of
@@ -100,6 +100,7 @@ class SchedulerExtension:
 def attach_to_scheduler(result: None, scheduler: Any) -> None:
     """After `Scheduler.init_request_dispatcher`: our message has a handler on this rank."""
     register_messages()
+    mark_from_the_start(scheduler, shared_state().read().kv_mark)
     extension = SchedulerExtension(scheduler, make_scheduler_gate(scheduler))
     scheduler._request_dispatcher += TypeBasedDispatcher([(EngineCall, extension.answer)])
     lost = [*missing(UPDATES), *(missing(GATE) if Settings.load().prefill_gate != "off" else [])]

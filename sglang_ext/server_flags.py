@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 FLAG = "--engine-plugins"
+_STORE = "a cache that may give back what older weights computed"
 _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "pp_size": (1, "pipeline parallelism"),
     "dp_size": (1, "data parallelism in one server; start one server per replica"),
@@ -51,6 +52,12 @@ _UNSUPPORTED: dict[str, tuple[object, str]] = {
     "encoder_only": (False, "an encoder-only server"),
     "use_ray": (False, "Ray"),
     "disaggregation_mode": ("null", "disaggregated prefill and decode"),
+    "language_only": (False, "taking embeddings from an encoder server, whose weights stay old,"),
+    # HiCache and its storage key KV by a request's extra_key, where our mark of the weights is.
+    "enable_lmcache": (False, _STORE),
+    "enable_flexkv": (False, _STORE),
+    "enable_mm_global_cache": (False, _STORE),
+    "radix_cache_backend": (None, _STORE),
 }
 """Settings of SGLang's with the one value that our hooks were probed with."""
 

@@ -43,17 +43,14 @@ def hook_engine_core() -> None:
 
 
 def _salt_new_requests(shared: SharedState) -> None:
-    """KV of other weights must not be found: the mark of the weights goes into the hash.
-
-    Before the first update there is no mark and hashes are vLLM's own.
-    """
+    """KV of other weights must not be found: the mark of the weights goes into the hash."""
     original = EngineCore.preprocess_add_request
 
     @functools.wraps(original)
     def preprocess_add_request(
         self: EngineCore, request: EngineCoreRequest, *args: Any, **kwargs: Any
     ) -> Any:
-        request.cache_salt = marked(request.cache_salt, shared.read().kv_generation)
+        request.cache_salt = marked(request.cache_salt, shared.read().kv_mark)
         return original(self, request, *args, **kwargs)
 
     EngineCore.preprocess_add_request = preprocess_add_request
@@ -69,11 +66,11 @@ def _isolate_waiting(self: EngineCore, shared: SharedState) -> int:
 
     They were hashed when they arrived. Those that hold KV keep it, under the old mark.
     """
-    generation = shared.read().kv_generation
+    mark = shared.read().kv_mark
     changed = 0
     for request in list(self.scheduler.requests.values()):
         if request.num_computed_tokens == 0 and not request.is_finished():
-            _rehash(request, marked(request.cache_salt, generation))
+            _rehash(request, marked(request.cache_salt, mark))
             changed += 1
     return changed
 

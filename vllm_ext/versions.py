@@ -87,8 +87,10 @@ _UPDATES = EngineNames(
             "GPUModelRunner.get_model(self)",
         ),
         "vllm.config": (
-            "VllmConfig: additional_config, compilation_config, model_config, parallel_config, "
-            "quant_config, speculative_config",
+            "VllmConfig: additional_config, compilation_config, ec_transfer_config, "
+            "kv_transfer_config, model_config, parallel_config, quant_config, speculative_config",
+            "ECTransferConfig: ec_connector",
+            "KVTransferConfig: kv_connector",
             "ModelConfig: dtype, enable_sleep_mode, hf_config, hf_text_config, model, "
             "served_model_name",
             "ParallelConfig: data_parallel_size, enable_eplb, nnodes, pipeline_parallel_size, "
@@ -192,8 +194,7 @@ _GATE = EngineNames(
         "vllm.v1.worker.worker_base": ("WorkerWrapperBase: worker",),
         "vllm.v1.worker.gpu_model_runner": ("GPUModelRunner: execute_model_state",),
         "vllm.config": (
-            "VllmConfig: attention_config, kv_transfer_config, lora_config, scheduler_config, "
-            "use_v2_model_runner",
+            "VllmConfig: attention_config, lora_config, scheduler_config, use_v2_model_runner",
             "AttentionConfig: backend",
             "LoRAConfig: max_lora_rank",
             "ModelConfig: enforce_eager, has_inner_state, max_model_len, runner_type",

@@ -12,15 +12,17 @@ __all__ = ["marked"]
 _BEGIN, _END = "\x00engine-plugins:", "\x00"
 
 
-def marked(key: str | None, generation: str | None) -> str | None:
-    """A request's cache key under a generation of weights, whatever mark it had before.
+def marked(key: str | None, mark: str | None) -> str | None:
+    """A request's cache key under the mark of the weights, whatever mark it had before.
 
-    Before the first update there is no generation, and the key is the request's own; a mark in it
-    is a client's then, for KV that later requests would find under new weights.
+    Args:
+        key: the request's own. A mark in it may be a client's, for KV that later requests would
+            find under new weights.
+        mark: `EngineState.kv_mark`; without one the key is the request's own.
     """
     own = key or ""
     while own.startswith(_BEGIN):  # a client's may hold another
         own = own.removeprefix(_BEGIN).partition(_END)[2]
-    if generation is None:
+    if mark is None:
         return own or None
-    return f"{_BEGIN}{generation}{_END}{own}"
+    return f"{_BEGIN}{mark}{_END}{own}"

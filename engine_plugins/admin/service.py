@@ -96,7 +96,7 @@ class AdminService:
         counts = await self._request_counts()
         info = self._control.info
         plain = msgspec.to_builtins(state)
-        del plain["kv_generation"], plain["holding"]
+        del plain["kv_life"], plain["kv_generation"], plain["holding"]
         return StateView(
             engine=EngineView(
                 kind=info.kind,

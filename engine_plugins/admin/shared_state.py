@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,7 +35,9 @@ def create_runtime_dir(path: Path) -> None:
     page = path / "state.page"
     if not page.exists():
         SharedPage.create(page, nbytes=PAGE_BYTES)
-        SharedState(path).change(lambda _: EngineState(since=time.time()))
+        SharedState(path).change(
+            lambda _: EngineState(since=time.time(), kv_life=secrets.token_hex(8))
+        )
 
 
 class SharedState:

@@ -103,10 +103,21 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     fence: Fence | None = None
     update: UpdateProgress | None = None
     sleep: Sleep | None = None
+    kv_life: str | None = None
+    """Names this life of the server, in no other life again."""
     kv_generation: str | None = None
-    """Mark of the weights that new KV is computed with; None until the first update."""
+    """Which weights of this life new KV is computed with; None until the first update."""
     holding: bool = False
     """New requests wait in the API processes while those in the engine drain."""
+
+    @property
+    def kv_mark(self) -> str | None:
+        """The mark of the weights that new KV is computed with.
+
+        A store of KV may outlive the server. The next one can be started with other weights, and
+        counts its updates from 1 again, so the mark names the life too, and from the start.
+        """
+        return ":".join(part for part in (self.kv_life, self.kv_generation) if part) or None
 
 
 def moved(state: EngineState, name: StateName, **changes: object) -> EngineState:

@@ -238,7 +238,7 @@ class UpdateTransaction:
             if all(status.steps_installed == status.steps_total for status in statuses):
                 break
             self._progress("install", statuses)
-        ranks = await self._workers.finish()
+        ranks = await self._workers.finish(keep_kv=self._body.in_flight_kv == "keep")
         await self._flush()
         await self._publish()
         return ranks

@@ -75,9 +75,14 @@ class WorkerCalls:
         """Install what is here on every rank."""
         return await self._statuses("advance", budget_s=budget_s)
 
-    async def finish(self) -> list[RankReport]:
-        """End the load on every rank."""
-        return await self.ask("finish", RankReport)
+    async def finish(self, *, keep_kv: bool) -> list[RankReport]:
+        """End the load on every rank.
+
+        Args:
+            keep_kv: whether requests go on with the KV that they have.
+        """
+        arguments = {"keep_kv": True} if keep_kv else {}
+        return await self.ask("finish", RankReport, **arguments)
 
     async def abort(self, *, writes_ended: bool | None = None) -> AbortAnswer:
         """Give up on every rank; what may have become of live weights on any of them.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import nn
 
 from engine_plugins.errors import SourceError
+from engine_plugins.weights.megatron_gather import parameter_gathers
 from engine_plugins.weights.megatron_rank import MegatronRank
 
-__all__ = ["MegatronRanks", "Place", "check_topology", "ranks_of"]
+__all__ = ["MegatronRanks", "Place", "check_topology", "gathers_of", "ranks_of"]
 
 MegatronRanks = MegatronRank | Sequence[MegatronRank] | Sequence[nn.Module]
 """One rank; several, of a process that plays them; or the model chunks of this process's rank."""
@@ -29,6 +30,12 @@ def ranks_of(given: MegatronRanks) -> list[MegatronRank]:
     chunks = [part for part in parts if isinstance(part, nn.Module)]
     ranks = [part for part in parts if isinstance(part, MegatronRank)]
     return [*ranks, MegatronRank.from_model(chunks)] if chunks else ranks
+
+
+def gathers_of(given: MegatronRanks, members: Collection[int]) -> list[Callable[[], None]]:
+    """What brings this process's parameters up to date; see `parameter_gathers`."""
+    chunks = [chunk.module for rank in ranks_of(given) for chunk in rank.chunks]
+    return parameter_gathers([chunk for chunk in chunks if chunk is not None], members)
 
 
 def check_topology(places: Sequence[Place]) -> None:

@@ -63,6 +63,11 @@ class TrainerRanks:
             )
 
     @property
+    def members(self) -> list[int]:
+        """Global ranks of the processes that update together."""
+        return list(self._members)
+
+    @property
     def leads(self) -> bool:
         """Whether this rank is the one that drives the engines."""
         return self.global_rank == self._members[0]

@@ -76,7 +76,7 @@ class Rows(Enum):
     PADDED = "padded"
     """One HF tensor, and padding after its last row."""
     GATED = "gated"
-    """Each rank holds its own `[gate; up]`."""
+    """Each rank holds its own `[gate; up]`, or blocks of its gate and up by turns."""
     QKV = "qkv"
     """`[q x (heads / groups), k, v]` per query group, or `[q.., z.., k, v]` with an output gate.
 
@@ -101,12 +101,15 @@ class Shard:
         data: view of the trainer's memory.
         index: the rank's place in the group that cuts this parameter.
         count: size of that group; 1 for what is replicated.
+        glu_interleave: rows of gate and of up that a share keeps by turns; None: all of its gate
+            before all of its up.
     """
 
     name: str
     data: torch.Tensor
     index: int
     count: int
+    glu_interleave: int | None = None
 
     def expect(self, shape: Shape) -> None:
         """Raise SourceError unless the share has the shape that the config gives it."""
@@ -236,10 +239,12 @@ def _plain_runs(_shard: Shard, wholes: Sequence[Shape], _heads: Heads | None) ->
 
 def _gated_runs(shard: Shard, wholes: Sequence[Shape], _heads: Heads | None) -> list[_Run]:
     gate, up = (_blocks(shard, whole[0], shard.count, "rows") for whole in wholes)
+    turns = _blocks(shard, gate, shard.glu_interleave, "gate rows") if shard.glu_interleave else 1
+    gate, up = gate // turns, _blocks(shard, up, turns, "up rows")
     return [
         run
-        for block in range(shard.count)
-        for run in (_Run(0, block * gate, gate), _Run(1, block * up, up))
+        for turn in range(shard.count * turns)
+        for run in (_Run(0, turn * gate, gate), _Run(1, turn * up, up))
     ]
 
 
@@ -279,7 +284,7 @@ def _blocks(shard: Shard, extent: int, size: int, what: str) -> int:
     """`extent` / `size`, which must be whole."""
     if extent % size:
         raise SourceError(
-            f"{shard.name}: {extent} {what} do not divide into {size} equal blocks",
+            f"{shard.name}: {extent} {what} do not divide by {size}",
             remedy="check the parallel sizes given and that the config is this model's",
         )
     return extent // size

@@ -75,7 +75,8 @@ class MegatronNames:
         tables = (*family.always, *optional)
         self._layer_rules = {name: rule for rules in tables for name, rule in rules.items()}
         self._model_rules = dict(MODEL)
-        if fields.get("tie_word_embeddings"):
+        self.tied = bool(fields.get("tie_word_embeddings"))
+        if self.tied:  # see `tied_heads`
             self._model_rules["output_layer.weight"] = IGNORED
 
     def find(self, native: str, rank: MegatronRank, global_layers: Sequence[int]) -> Rule:

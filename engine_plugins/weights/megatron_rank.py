@@ -13,6 +13,8 @@ from torch import nn
 
 from engine_plugins.errors import NotConfiguredError, SourceError
 from engine_plugins.weights.megatron_classes import class_name
+from engine_plugins.weights.megatron_config import check_options, glu_interleave
+from engine_plugins.weights.megatron_gather import check_gathering
 
 __all__ = ["MegatronChunk", "MegatronRank", "strip_wrappers"]
 
@@ -30,6 +32,11 @@ def strip_wrappers(name: str) -> str:
 class MegatronChunk:
     """One virtual-pipeline chunk of one rank.
 
+    Of a chunk built by hand nothing is known but its tensors. Whoever builds it sees to it that
+    before every update they hold what the last step made: with the distributed optimizer and
+    `overlap_param_gather` call `start_param_sync(force_sync=True)` of the DDP wrapper, on every
+    rank. And that no option of the model changes their layout, `glu_interleave` apart.
+
     Attributes:
         tensors: native local name (`decoder.layers.0.mlp.linear_fc1.weight`, `module.`
             prefixes allowed) -> the trainer's own tensor. `_extra_state` entries may be
@@ -38,11 +45,17 @@ class MegatronChunk:
             for a chunk without transformer layers. Multi-token prediction layers have none.
         classes: native local name -> name of the class of the module that holds the parameter,
             which says how it is cut. A parameter that is not there is cut as its name says.
+        glu_interleave: Megatron's `moe_mlp_glu_interleave_size`: grouped experts keep so many
+            rows of gate and of up by turns. None or 0: all of gate before all of up.
+        module: the module that the chunk was read from. Its parameters are gathered before every
+            update, and it says whether an output layer is a copy of the embedding.
     """
 
     tensors: Mapping[str, torch.Tensor]
     global_layers: Sequence[int]
     classes: Mapping[str, str] = field(default_factory=dict)
+    glu_interleave: int | None = None
+    module: nn.Module | None = None
 
     @classmethod
     def from_module(cls, module: nn.Module) -> MegatronChunk:
@@ -50,7 +63,11 @@ class MegatronChunk:
 
         Raises:
             SourceError: a decoder layer without `layer_number`, or layers not 0, 1, 2...
+            UnsupportedError: an option of the model or of its wrapper with which its parameters
+                cannot be read where they lie, or lie in an unknown order.
         """
+        check_options(module)
+        check_gathering(module)
         layers: dict[int, int] = {}
         for name, sub in module.named_modules():
             match = _LAYER_MODULE.fullmatch(strip_wrappers(name))
@@ -75,6 +92,8 @@ class MegatronChunk:
             tensors=tensors,
             global_layers=[layers[local] for local in range(len(layers))],
             classes={name: class_name(modules[name.rpartition(".")[0]]) for name in tensors},
+            glu_interleave=glu_interleave(module),
+            module=module,
         )
 
 
@@ -177,6 +196,7 @@ class MegatronRank:
             NotConfiguredError: tp_rank or tp_size is not given, and Megatron is not
                 installed or has not initialised its groups.
             SourceError: a chunk that cannot be read, or a place outside its group.
+            UnsupportedError: as for `MegatronChunk.from_module`.
         """
         chunks = [MegatronChunk.from_module(chunk) for chunk in model_chunks]
         given = {

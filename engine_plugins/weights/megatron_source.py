@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,6 +33,7 @@ from engine_plugins.weights.megatron_names import (
 from engine_plugins.weights.megatron_rank import MegatronChunk, MegatronRank, strip_wrappers
 from engine_plugins.weights.megatron_rules import Rule
 from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.tied_heads import check_megatron_heads
 from engine_plugins.weights.torch_source import plain_view
 
 __all__ = [
@@ -41,10 +42,13 @@ __all__ = [
     "MegatronChunk",
     "MegatronRank",
     "megatron_boxes",
+    "megatron_boxes_of",
     "megatron_roles",
 ]
 
 _LAYER_PREFIX = re.compile(r"decoder\.layers\.(\d+)\.")
+_GROUPED = re.compile(r"\.mlp\.experts\.linear_fc1\.\w+\d+$")
+"""Sequential experts, dense layers and shared experts do not look at the option."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +58,7 @@ class _Parameter:
     native: str
     tensor: torch.Tensor
     rule: Rule
+    glu_interleave: int | None
 
 
 def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
@@ -72,13 +77,16 @@ def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
     Raises:
         UnsupportedError: a model family, tensor class or dtype that cannot be published.
         SourceError: an unknown parameter or module class, a shape that contradicts the config
-            or the coordinates, layers or experts that do not fit the model, or two parameters
-            for one box. The text names the rank and the parameter.
+            or the coordinates, layers or experts that do not fit the model, two parameters
+            for one box, or an output layer of its own in a tied model. The text names the rank
+            and the parameter.
     """
     names = MegatronNames(config)
     boxes: list[SourceBox] = []
     owners: dict[tuple[str, tuple[int, ...]], str] = {}
     with _naming(rank):
+        if names.tied:
+            check_megatron_heads([rank])
         for parameter in _parameters(rank, names):
             for box in _parameter_boxes(rank, names, parameter):
                 place = (box.name, box.start)
@@ -90,6 +98,13 @@ def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
                 owners[place] = parameter.native
                 boxes.append(box)
     return boxes
+
+
+def megatron_boxes_of(ranks: Sequence[MegatronRank], config: HfConfig) -> list[SourceBox]:
+    """The boxes of several ranks that one process plays; see `megatron_boxes`."""
+    if len(ranks) > 1 and MegatronNames(config).tied:
+        check_megatron_heads(ranks)
+    return [box for rank in ranks for box in megatron_boxes(rank, config)]
 
 
 def megatron_roles(rank: MegatronRank, config: HfConfig) -> Counter[Role]:
@@ -123,7 +138,10 @@ def _parameters(rank: MegatronRank, names: MegatronNames) -> Iterator[_Parameter
             for native, part in split_legacy_experts(given, tensor, rank, names):
                 rule = names.find(native, rank, chunk.global_layers)
                 yield _Parameter(
-                    native=native, tensor=part, rule=classified(native, rule, rank, kind)
+                    native=native,
+                    tensor=part,
+                    rule=classified(native, rule, rank, kind),
+                    glu_interleave=chunk.glu_interleave if _GROUPED.search(given) else None,
                 )
 
 
@@ -135,7 +153,13 @@ def _parameter_boxes(
         return
     view = plain_view(parameter.native, parameter.tensor)
     index, count = _place(rank, rule.role)
-    shard = Shard(name=parameter.native, data=view, index=index, count=count)
+    shard = Shard(
+        name=parameter.native,
+        data=view,
+        index=index,
+        count=count,
+        glu_interleave=parameter.glu_interleave,
+    )
     shapes = names.shapes(rule)
     if rule.rows is Rows.QKV:
         shapes = with_output_gate(shard, shapes)

@@ -179,6 +179,8 @@ class WorkerService:
         page: where pulls tell how far they are, see `pull_page`; None where no other process of the
             server could read it.
         calls: further calls of an engine, by name; what they return must be plain data.
+        clear_kv: clears this rank's KV pages of what an engine's flush leaves there; told whether
+            requests go on with what the pages hold.
     """
 
     def __init__(
@@ -188,7 +190,9 @@ class WorkerService:
         tp_rank: int,
         page: Path | None,
         calls: Mapping[str, Callable[..., Any]] | None = None,
+        clear_kv: Callable[[bool], None] | None = None,
     ) -> None:
+        self._clear_kv = clear_kv
         self._receiver = receiver
         self._tp_rank = tp_rank
         self._page_path = page
@@ -271,8 +275,11 @@ class WorkerService:
     def _advance(self, budget_s: float) -> StatusAnswer:
         return self._answer(self._receiver.advance(budget_s=budget_s))
 
-    def _finish(self) -> RankReport:
-        return self._receiver.finish()
+    def _finish(self, keep_kv: bool = False) -> RankReport:
+        report = self._receiver.finish()
+        if self._clear_kv is not None:
+            self._clear_kv(keep_kv)
+        return report
 
     def _written(self) -> StatusAnswer:
         return self._answer(self._receiver.written())

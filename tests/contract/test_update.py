@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
+import torch
 
 from engine_plugins.trainer_sender import WeightSender
 from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, NEW, OLD, on
@@ -81,6 +83,26 @@ def test_one_trainer_process_per_megatron_rank(served: Served, tmp_path: Path) -
     assert said[0] == said[1]
     assert json.loads(said[0])["version"] == version
     assert NEW.wrong_answers(served.server.greedy) == []
+
+
+@on(DENSE)
+@pytest.mark.parametrize("kv", ["recompute", "keep"])
+def test_good_weights_after_a_nan_answer_right_at_once(
+    served: Served, kv: Literal["recompute", "keep"]
+) -> None:
+    """KV pages that weights with a NaN have filled are used again, and read whole."""
+    served.restore(OLD)
+    blown_up = {name: torch.full_like(each, torch.nan) for name, each in OLD.tensors().items()}
+    with (
+        _sender(served, NEW) as good,
+        WeightSender.from_hf(
+            blown_up, engines=served.server.url, token=TOKEN, config=OLD.config()
+        ) as bad,
+    ):
+        bad.update(served.next_version())
+        assert len(OLD.wrong_answers(served.server.greedy)) == len(OLD.prompts())
+        good.update(served.next_version(), in_flight_kv=kv)
+        assert NEW.wrong_answers(served.server.greedy) == []
 
 
 @on(*ALL_MODELS)

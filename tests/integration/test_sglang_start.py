@@ -107,6 +107,11 @@ def test_a_cap_above_the_machine_ends_the_start_with_one_line() -> None:
             {"checkpoint_engine_wait_weights_before_ready": True},
             "a server that waits for its first weights by SGLang's own routes",
         ),
+        ({"enable_lmcache": True}, "--enable-lmcache True: a cache that may give back"),
+        ({"enable_flexkv": True}, "--enable-flexkv True: a cache that may give back"),
+        ({"enable_mm_global_cache": True}, "--enable-mm-global-cache True: a cache that may"),
+        ({"radix_cache_backend": "mine"}, "--radix-cache-backend mine: a cache that may give"),
+        ({"language_only": True}, "--language-only True: taking embeddings from an encoder"),
         ({"grpc_port": 50051}, "--grpc-port 50051: the gRPC server is not supported yet"),
     ],
 )

@@ -10,10 +10,13 @@ import torch
 
 from engine_plugins.errors import SourceError
 from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.megatron_rank import MegatronRank
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, served
-from tests.support.megatron_hf import hf_tensors, moe_config
+from tests.support.megatron_hf import dense_config, hf_tensors, moe_config
 from tests.support.megatron_shards import megatron_ranks
+from tests.support.overlapping_megatron import DistributedDataParallel
+from tests.unit.weights.test_megatron_rank import gpt_model
 
 
 @pytest.fixture
@@ -61,3 +64,69 @@ def test_a_rank_of_another_job_is_named(transport: InMemoryTransport) -> None:
         WeightSender.from_megatron(
             wrong, config, engines="http://127.0.0.1:1", token=TOKEN, transport=transport
         )
+
+
+@pytest.mark.parametrize("unwrapped", [False, True])
+def test_what_the_next_forward_pass_would_gather_is_sent_new(
+    transport: InMemoryTransport, unwrapped: bool
+) -> None:
+    """With `overlap_param_gather` half of each parameter is that of the step before."""
+    config = dense_config("llama")
+    hf = hf_tensors(config)
+    (rank,) = megatron_ranks(hf, config)
+    tensors = {name: tensor.clone() for name, tensor in rank.chunks[0].tensors.items()}
+    wrapper = DistributedDataParallel(gpt_model(tensors, list(rank.chunks[0].global_layers)))
+    chunk = wrapper.module if unwrapped else wrapper
+    with (
+        served(FakeEngine()) as engine,
+        WeightSender.from_megatron(
+            MegatronRank.from_model([chunk], tp_rank=0, tp_size=1),
+            config,
+            engines=engine.url,
+            token=TOKEN,
+            transport=transport,
+        ) as sender,
+    ):
+        for version in (1, 2):
+            wrapper.step()
+            sender.update(version)
+            for name, tensor in hf.items():
+                assert torch.equal(engine.weights[name], 2**version * tensor), name
+
+
+def test_interleaved_experts_are_sent_as_they_are_meant(transport: InMemoryTransport) -> None:
+    """`moe_mlp_glu_interleave_size`: gate and up by turns, in grouped experts alone."""
+    config = moe_config("glm4_moe")
+    hf = hf_tensors(config)
+    ranks = [
+        replace(
+            rank,
+            chunks=[
+                replace(
+                    chunk,
+                    glu_interleave=2,
+                    tensors={
+                        name: _by_turns(tensor) if ".experts.linear_fc1" in name else tensor
+                        for name, tensor in chunk.tensors.items()
+                    },
+                )
+                for chunk in rank.chunks
+            ],
+        )
+        for rank in megatron_ranks(hf, config, tp_size=2, ep_size=2, etp_size=2)
+    ]
+    with (
+        served(FakeEngine()) as engine,
+        WeightSender.from_megatron(
+            ranks, config, engines=engine.url, token=TOKEN, transport=transport
+        ) as sender,
+    ):
+        sender.update(1)
+        for name, tensor in hf.items():
+            assert torch.equal(engine.weights[name], tensor), name
+
+
+def _by_turns(fc1: torch.Tensor) -> torch.Tensor:
+    """Two rows of the gate, two of up, and so on."""
+    gate, up = (half.unflatten(0, (-1, 2)) for half in fc1.chunk(2))
+    return torch.stack([gate, up], 1).flatten(0, 2)

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import msgspec
+
 from engine_plugins.admin.kv_mark import marked
+from engine_plugins.admin.shared_state import SharedState, create_runtime_dir
 
 
-def test_before_the_first_update_a_key_is_the_requests_own() -> None:
-    """Caches behave as the engine's own until there is something to keep apart."""
+def test_no_mark_repeats_in_another_life_of_the_server(tmp_path: Path) -> None:
+    """A store of KV may outlive a server that was started with other weights, and updated alike."""
+    seen: list[str | None] = []
+    for life in ("first", "second"):
+        create_runtime_dir(tmp_path / life)
+        shared, other = SharedState(tmp_path / life), SharedState(tmp_path / life)
+        seen.append(shared.read().kv_mark)
+        shared.change(lambda state: msgspec.structs.replace(state, kv_generation="weights-1.1"))
+        seen.append(shared.read().kv_mark)
+        assert other.read().kv_mark == seen[-1]  # in every process of the server
+        create_runtime_dir(tmp_path / life)  # laid out again by a process that finds it
+        assert shared.read().kv_mark == seen[-1]
+    assert None not in seen
+    assert len(set(seen)) == 4
+
+
+def test_without_a_mark_a_key_is_the_requests_own() -> None:
     assert marked(None, None) is None
     assert marked("tenant", None) == "tenant"
 

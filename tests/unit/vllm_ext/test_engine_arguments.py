@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm.config import ECTransferConfig, KVTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
@@ -19,7 +20,7 @@ from engine_plugins.errors import SettingsError, UnsupportedError
 from tests.support.megatron_hf import dense_config
 from tests.support.vllm_server import EXTENSION
 from tests.unit.vllm_ext.test_kv_scales import SERVED
-from vllm_ext.engine_arguments import hook_engine_arguments
+from vllm_ext.engine_arguments import _refuse_stores, hook_engine_arguments
 
 SLEEP, RAY_COPIES = "ENGINE_PLUGINS_SLEEP", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
@@ -144,8 +145,62 @@ def test_the_api_server_in_rust_is_refused_where_workers_are_ours(
     if not ours:
         made.create_engine_config()
         return
-    with pytest.raises(UnsupportedError, match="VLLM_USE_RUST_FRONTEND"):
+    with pytest.raises(UnsupportedError, match="VLLM_USE_RUST_FRONTEND") as caught:
         made.create_engine_config()
+    assert "\nengine-plugins: unset it" in "".join(traceback.format_exception(caught.value))
+
+
+def _connector(name: str, **more: object) -> dict[str, object]:
+    return {"kv_connector": name, "kv_role": "kv_both", **more}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("kv_transfer_config", _connector("ExampleConnector"), "ExampleConnector"),
+        ("kv_transfer_config", _connector("OffloadingConnector"), "OffloadingConnector"),
+        (
+            "kv_transfer_config",
+            _connector(
+                "MultiConnector",
+                kv_connector_extra_config={"connectors": [_connector("ExampleConnector")]},
+            ),
+            "MultiConnector",
+        ),
+        (
+            "kv_transfer_config",
+            _connector("Mine", kv_connector_module_path="tests.support.no_such"),
+            "Mine",
+        ),
+        (
+            "ec_transfer_config",
+            {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"},
+            "ECExampleConnector",
+        ),
+    ],
+)
+def test_what_is_kept_outside_the_engine_is_refused(
+    arguments: dict[str, Any], option: str, value: dict[str, object], named: str
+) -> None:
+    """It would come back after an update, computed with other weights."""
+    config = AsyncEngineArgs(**arguments).create_engine_config()
+    kind = KVTransferConfig if option == "kv_transfer_config" else ECTransferConfig
+    setattr(config, option, kind(**value))
+    with pytest.raises(UnsupportedError, match=f"--{option.replace('_', '-')}: {named} keeps"):
+        _refuse_stores(config)
+
+
+def test_a_store_ends_the_start_where_workers_are_ours(arguments: dict[str, Any]) -> None:
+    """With what to do in the traceback; other servers may have one."""
+    arguments["kv_transfer_config"] = KVTransferConfig(
+        kv_connector="ExampleConnector", kv_role="kv_both"
+    )
+    plain = AsyncEngineArgs(**arguments).create_engine_config()
+    assert plain.kv_transfer_config is not None
+    made = AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION)
+    with pytest.raises(UnsupportedError, match="ExampleConnector keeps") as caught:
+        made.create_engine_config()
+    assert "\nengine-plugins: serve without it" in "".join(traceback.format_exception(caught.value))
 
 
 KERNELS = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
