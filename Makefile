@@ -9,7 +9,7 @@ MUTMUT_SEES_VLLM := .venv/mutants/lib/python3.11/site-packages/vllm.pth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos mutants next-release fmt setup setup-vllm \
+.PHONY: help demo test check lint bench chaos families mutants next-release fmt setup setup-vllm \
   setup-sglang setup-megatron no-such-engine clean
 
 help: ## show this list
@@ -35,6 +35,9 @@ bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, M
 
 chaos: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
 	$(VLLM_PYTHON) -m tests.support.chaos_run $(ARGS)
+
+families: setup ## update 70 tiny models on each engine and hold them against fresh loads (ARGS="--engine vllm --part 1/2")
+	$(VLLM_PYTHON) -m tests.families.run $(ARGS)
 
 next-release: setup-vllm ## what the next vLLM release changes of all that we rely on, read in its wheel
 	$(VLLM_PYTHON) -m pytest tests/unit/vllm_ext/test_next_release.py -m wheel -s $(ARGS)

@@ -167,17 +167,15 @@ def _updater(config: ModelConfig, model: nn.Module) -> WeightUpdater:
 
 
 def _arguments(model: Path, *, dtype: str = "float32", **more: Any) -> ServerArgs:
-    return ServerArgs(
-        model_path=str(model),
-        device="cpu",
-        attention_backend="torch_native",
-        dtype=dtype,
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        skip_server_warmup=True,
-        max_total_tokens=128,
-        **more,
-    )
+    settings: dict[str, Any] = {
+        "device": "cpu",
+        "attention_backend": "torch_native",
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "skip_server_warmup": True,
+        "max_total_tokens": 128,
+    }
+    return ServerArgs(model_path=str(model), dtype=dtype, **{**settings, **more})
 
 
 def _speculation(model: Path, draft: Path | None) -> dict[str, Any]:

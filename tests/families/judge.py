@@ -1,0 +1,190 @@
+"""One model of one engine, in a process of its own: three updates, each held against a fresh load.
+
+`python -m tests.families.judge ENGINE FAMILY DTYPE FILE` writes what it found as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from engine_plugins.errors import EnginePluginError
+from engine_plugins.weights.receiver import WeightReceiver
+from engine_plugins.weights.torch_source import hf_boxes
+from tests.families.catalogue import Family, family_named
+from tests.families.engines import LOADED_RANKS, LoadedSglang, LoadedVllm
+from tests.families.maker import checkpoint, random_model, save
+from tests.families.tensors import differences, tensors_of
+from tests.support.loader_maps import PlayedEngine, played_engine, receiving
+from tests.support.source_ranks import SourceRank, offered_boxes
+
+__all__ = ["EQUAL", "FAILED", "NOT_HERE", "REFUSED", "WRONG", "Verdict", "judge"]
+
+EQUAL, REFUSED, WRONG, FAILED = "equal", "refused", "wrong", "failed"
+NOT_HERE = "not here"
+"""The engine itself does not load the checkpoint on this machine: nothing was judged."""
+
+VERSIONS = (1, 2, 0)
+"""Weights of the three updates; the engine was started with 0."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(kw_only=True)
+class Verdict:
+    """What became of one model.
+
+    Attributes:
+        result: `EQUAL`, `REFUSED`, `WRONG`, `FAILED` or `NOT_HERE`.
+        why: the refusal or the error in its own words, or the tensors that differ.
+        tensors: how many were compared after each update.
+        bytes_moved: of the last update.
+        direct_bytes: of these, bytes that landed in live parameters.
+        undetermined: tensors in which two fresh loads differ: no checkpoint fills them.
+        trace: of an unexpected error.
+    """
+
+    result: str
+    why: str = ""
+    tensors: int = 0
+    bytes_moved: int = 0
+    direct_bytes: int = 0
+    undetermined: list[str] = field(default_factory=list)
+    trace: str = ""
+
+
+class _Ended(Exception):
+    """A verdict before the last update."""
+
+    def __init__(self, result: str, why: str) -> None:
+        super().__init__(result, why)
+        self.result, self.why = result, why
+
+
+def judge(engine: PlayedEngine, family: Family, dtype: str, folder: Path) -> Verdict:
+    """Update one model three times, and compare it each time with a fresh load."""
+    verdict = Verdict(result=EQUAL)
+    try:
+        folders = _checkpoints(family, dtype, folder)
+        fresh = _fresh_loads(engine, family, dtype, folders)
+    except Exception as error:
+        return Verdict(result=NOT_HERE, why=_words(error), trace=traceback.format_exc())
+    undetermined = differences(fresh.pop(), fresh[0])
+    verdict.undetermined = undetermined
+    wanted = [{k: v for k, v in each.items() if k not in undetermined} for each in fresh]
+    verdict.tensors = len(wanted[0])
+    try:
+        _update_thrice(engine, family, dtype, folders, wanted, verdict)
+    except _Ended as ended:
+        verdict.result, verdict.why = ended.result, ended.why
+        verdict.trace = traceback.format_exc()
+    return verdict
+
+
+def _checkpoints(family: Family, dtype: str, folder: Path) -> list[Path]:
+    kind = getattr(torch, dtype)
+    models = (random_model(family, seed=seed, dtype=kind) for seed in range(len(VERSIONS)))
+    return [save(model, family, folder / f"v{seed}") for seed, model in enumerate(models)]
+
+
+@contextmanager
+def _loaded(
+    engine: PlayedEngine, family: Family, dtype: str, folder: Path
+) -> Iterator[LoadedVllm | LoadedSglang]:
+    arguments = family.arguments.get(engine.kind, {})
+    with engine.rank(folder, tp_size=1, tp_rank=0, dtype=dtype, **arguments) as rank:
+        yield LOADED_RANKS[engine.kind](rank)
+
+
+def _all_of(loaded: LoadedVllm | LoadedSglang) -> Tensors:
+    return {**tensors_of(loaded.model), **loaded.computed()}
+
+
+def _fresh_loads(
+    engine: PlayedEngine, family: Family, dtype: str, folders: Sequence[Path]
+) -> list[Tensors]:
+    """What the engine holds after a load of each checkpoint; of the first one, again at the end."""
+    found = []
+    for folder in (*folders, folders[0]):
+        with _loaded(engine, family, dtype, folder) as loaded:
+            found.append(_all_of(loaded))
+    return found
+
+
+def _update_thrice(
+    engine: PlayedEngine,
+    family: Family,
+    dtype: str,
+    folders: Sequence[Path],
+    wanted: Sequence[Tensors],
+    verdict: Verdict,
+) -> None:
+    memory = checkpoint(folders[0])
+    with (
+        _loaded(engine, family, dtype, folders[0]) as loaded,
+        offered_boxes(hf_boxes(memory)) as trainers,
+        receiving(loaded.installer()) as receiver,
+    ):
+        for number, version in enumerate(VERSIONS, 1):
+            for name, tensor in checkpoint(folders[version]).items():
+                memory[name].copy_(tensor)
+            _connect(receiver, trainers)
+            _install(receiver, verdict, number)
+            wrong = differences(_all_of(loaded), wanted[version])
+            if wrong:
+                shown = ", ".join(wrong[:4])
+                raise _Ended(WRONG, f"update {number}: {len(wrong)} tensors differ: {shown}")
+
+
+def _connect(receiver: WeightReceiver, trainers: Sequence[SourceRank]) -> None:
+    """Make the plan, and refuse as the service does."""
+    for trainer in trainers:
+        trainer.source.refresh()
+    try:
+        unused = receiver.connect("plan", [trainer.manifest for trainer in trainers]).unused
+    except EnginePluginError as error:
+        raise _Ended(REFUSED, f"{error} [{error.remedy}]") from error
+    except Exception as error:
+        raise _Ended(FAILED, f"connect: {_words(error)}") from error
+    if unused:
+        shown = ", ".join(sorted(unused)[:4])
+        raise _Ended(REFUSED, f"{len(unused)} tensors reach no parameter: {shown}")
+
+
+def _install(receiver: WeightReceiver, verdict: Verdict, number: int) -> None:
+    try:
+        status = receiver.start("plan", staged=False, timeout_s=60.0)
+        while status.steps_installed < status.steps_total:
+            status = receiver.advance(budget_s=1.0)
+        report = receiver.finish()
+        receiver.drop("plan")
+    except Exception as error:
+        raise _Ended(FAILED, f"update {number}: {_words(error)}") from error
+    verdict.bytes_moved, verdict.direct_bytes = report.bytes_moved, report.direct_bytes
+
+
+def _words(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def main() -> None:
+    """Judge one model, and write the verdict."""
+    kind, name, dtype, file = sys.argv[1:]
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, played_engine() as engine:
+        assert engine.kind == kind
+        verdict = judge(engine, family_named(name), dtype, Path(folder))
+    Path(file).write_text(json.dumps(asdict(verdict)))
+
+
+if __name__ == "__main__":
+    main()

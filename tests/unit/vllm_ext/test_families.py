@@ -1,0 +1,22 @@
+"""A part of `make families`: updates leave vLLM's models as a fresh load would, to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.families.catalogue import Case, family_named
+from tests.families.judge import EQUAL
+from tests.families.runner import judged
+
+
+@pytest.mark.parametrize(
+    ("family", "way"),
+    [("qwen3-moe", "float32"), ("qwen2-tied", "float32")],
+)
+def test_updates_equal_a_fresh_load(family: str, way: str, tmp_path: Path) -> None:
+    verdict = judged("vllm", Case(family=family_named(family), way=way), tmp_path)
+    assert verdict.result == EQUAL, verdict
+    assert verdict.tensors > 30
+    assert verdict.direct_bytes > 0, "no module landed directly: the riskier way was not taken"
