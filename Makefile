@@ -9,7 +9,7 @@ MUTMUT_SEES_VLLM := .venv/mutants/lib/python3.11/site-packages/vllm.pth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos mutants next-release fmt setup setup-vllm \
+.PHONY: help demo test check lint bench chaos-gate chaos-update mutants next-release fmt setup setup-vllm \
   setup-sglang setup-megatron no-such-engine clean
 
 help: ## show this list
@@ -33,8 +33,11 @@ lint: setup-vllm ## ruff, mypy and the import contracts
 bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, Megatron to HF, memory
 	$(VLLM_PYTHON) tests/benchmarks/run.py $(ARGS)
 
-chaos: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
+chaos-gate: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
 	$(VLLM_PYTHON) -m tests.support.chaos_run $(ARGS)
+
+chaos-update: setup ## weight updates under load and faults, every token judged (ARGS="--part 1/4")
+	$(VLLM_PYTHON) -m tests.chaos_update $(ARGS)
 
 next-release: setup-vllm ## what the next vLLM release changes of all that we rely on, read in its wheel
 	$(VLLM_PYTHON) -m pytest tests/unit/vllm_ext/test_next_release.py -m wheel -s $(ARGS)
