@@ -49,7 +49,7 @@ def main() -> None:
                 report.keep(kept, number, result)
                 print(report.line(number, result), flush=True)
                 if not result.holds or chosen.verbose:
-                    print("    " + "\n    ".join(result.notes), flush=True)
+                    print("    " + "\n    ".join([*result.notes, str(result.laps_s)]), flush=True)
         finally:
             fleet.close()
     results = report.kept(kept)

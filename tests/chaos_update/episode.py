@@ -47,6 +47,7 @@ class Result:
         lying: of these, what the weights of its label do not say.
         end: `repaired`, `fenced` for good, `dead` or `unrepaired`.
         took_s: all of it, but for the start of a server.
+        laps_s: its parts.
         notes: what the trainer was told, and what was wrong.
     """
 
@@ -58,6 +59,7 @@ class Result:
     lying: int = 0
     end: str = ""
     took_s: float = 0.0
+    laps_s: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -74,25 +76,46 @@ class Result:
 def run_case(case: Case, fleet: Fleet, folder: Path) -> Result:
     """Run a case on its server, which is ended where it may be of no more use."""
     target = fleet.target(case.server)
-    result, began = Result(case=case), time.monotonic()
+    result, clock = Result(case=case), _Clock()
     answers: list[Answer] = []
     with ExitStack() as stack:
         stack.enter_context(under_load(target.server, answers))
         scene = _scene(case, target, fleet.models, folder, stack)
+        clock.lap("trainers")
         while not result.reached and result.tries < TRIES:
             result.tries += 1
             result.reached = _idle(scene, result) if case.phase == "idle" else _hit(scene, result)
             if scene.trainer.process.poll() is not None:
                 break
+        clock.lap("fault")
         _settle(target)
         _probe(target, answers, result)
+        clock.lap("probes")
         result.end = _repair(target, fleet.models, folder, answers, result)
+        clock.lap("repair")
+    clock.lap("clients")
     result.notes += scene.answers_of_routes
     _judge(target, answers, result)
+    clock.lap("judge")
     if result.end != "repaired" or case.kills:
         fleet.close()
-    result.took_s = time.monotonic() - began
+    result.laps_s = clock.laps_s
+    result.took_s = round(sum(clock.laps_s.values()), 1)
     return result
+
+
+class _Clock:
+    """What takes how long."""
+
+    def __init__(self) -> None:
+        self.laps_s: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def lap(self, name: str) -> None:
+        """A part has ended."""
+        now = time.monotonic()
+        self.laps_s[name] = round(now - self._began, 1)
+        self._began = now
 
 
 def _scene(case: Case, target: Target, models: Models, folder: Path, stack: ExitStack) -> Scene:

@@ -105,7 +105,7 @@ def _network(scene: Scene, trouble: Trouble) -> Callable[[], None]:
     scene.proxy.strike(trouble)
 
     def mend() -> None:
-        if trouble != "gone":
+        if trouble in ("reset", "hold"):
             time.sleep(OUTAGE_S)
             scene.proxy.heal()
 

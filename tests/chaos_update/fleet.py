@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -21,6 +22,7 @@ __all__ = ["Fleet", "Target"]
 
 STALL_TIMEOUT_S = 4
 _SGLANG = ROOT / ".venv" / "sglang" / "bin" / "python"
+"""Where SGLang's servers run, unless this process could import SGLang itself."""
 _WIRE = {"tcp": {"UCX_TLS": "tcp"}, "cma": dict[str, str]()}
 
 
@@ -72,11 +74,10 @@ class Fleet:
     Args:
         models: what servers start with, the first of them.
         folder: for the servers' own files.
-        preload: whether vLLM's processes begin with their imports made.
     """
 
-    def __init__(self, models: Models, folder: Path, *, preload: bool = True) -> None:
-        self.models, self._folder, self._preload = models, folder, preload
+    def __init__(self, models: Models, folder: Path) -> None:
+        self.models, self._folder = models, folder
         self._oracles: dict[str, Oracle] = {}
         self._stack = ExitStack()
         self._target: Target | None = None
@@ -111,6 +112,7 @@ class Fleet:
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
             "PYTHONPATH": python_path(*((SGLANG_SHIMS,) if kind.engine == "sglang" else ())),
         }
+        here = find_spec(kind.engine) is not None
         model, ranks, apis = self.models.folder(0), kind.tensor_parallel, kind.api_servers
         if kind.engine == "vllm":
             return vllm_server(
@@ -120,7 +122,7 @@ class Fleet:
                 api_servers=apis,
                 arguments=["--enable-scale-out", "--dtype", kind.dtype],
                 environment=environment,
-                preload=self._preload,
+                preload=here,
             )
         return sglang_server(
             model,
@@ -129,5 +131,6 @@ class Fleet:
             api_servers=apis,
             arguments=["--engine-plugins-enable", "--dtype", kind.dtype],
             environment=environment,
-            python=_SGLANG,
+            python=None if here else _SGLANG,
+            preload=here,
         )

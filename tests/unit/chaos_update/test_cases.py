@@ -41,7 +41,7 @@ def test_servers_are_few() -> None:
     """Each is started for half a minute."""
     assert len(servers()) <= 8
     places = [case.server for case in FOUND]
-    assert len(list(itertools.groupby(places))) == len(set(places)), "cases of a server are together"
+    assert len(list(itertools.groupby(places))) == len(set(places)), "each is started once"
 
 
 def test_parts_are_all_of_it() -> None:
