@@ -9,7 +9,8 @@ MUTMUT_SEES_VLLM := .venv/mutants/lib/python3.11/site-packages/vllm.pth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos families mutants next-release fmt setup setup-vllm \
+.PHONY: help demo test check lint bench chaos-gate chaos-update families mutants next-release \
+  fmt setup setup-vllm \
   setup-sglang setup-megatron no-such-engine clean
 
 help: ## show this list
@@ -33,8 +34,11 @@ lint: setup-vllm ## ruff, mypy and the import contracts
 bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, Megatron to HF, memory
 	$(VLLM_PYTHON) tests/benchmarks/run.py $(ARGS)
 
-chaos: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
+chaos-gate: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
 	$(VLLM_PYTHON) -m tests.support.chaos_run $(ARGS)
+
+chaos-update: setup ## weight updates under load and faults, every token judged (ARGS="--part 1/4")
+	$(VLLM_PYTHON) -m tests.chaos_update $(ARGS)
 
 families: setup ## update 70 tiny models on each engine and hold them against fresh loads (ARGS="--engine vllm --part 1/2")
 	$(VLLM_PYTHON) -m tests.families.run $(ARGS)

@@ -114,7 +114,7 @@ def test_a_hostile_mixture_ends_nothing_and_small_requests_are_answered(
 ) -> None:
     """Nothing dies, nothing breaks off, and nothing is refused that would have fitted.
 
-    A few dozen requests; `make chaos` sends thousands.
+    A few dozen requests; `make chaos-gate` sends thousands.
     """
     siege.unlimit_addresses()
     time.sleep(3 * LOOK_S)  # then it sees the limit that comes, and not the one that there was

@@ -1,4 +1,4 @@
-"""`make chaos`: thousands of hostile requests against an engine that may not grow.
+"""`make chaos-gate`: thousands of hostile requests against an engine that may not grow.
 
 Prints what became of each kind, and ends with 1 if anything of what must hold did not.
 """
