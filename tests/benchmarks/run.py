@@ -21,7 +21,9 @@ from tests.benchmarks.gate_cost import gate_cost
 from tests.benchmarks.gate_error import gate_error
 from tests.benchmarks.gate_steps import gate_steps
 from tests.benchmarks.gate_throughput import gate_throughput
+from tests.benchmarks.held_pull import held_pull
 from tests.benchmarks.memory_probe import memory_probe
+from tests.benchmarks.pause_beside_copy import pause_beside_copy
 from tests.benchmarks.peaks import peaks
 from tests.benchmarks.plan_scale import plan_scale
 from tests.benchmarks.push_beside_pull import push_beside_pull
@@ -54,6 +56,8 @@ def main() -> None:
             "plan",
             "phases",
             "peaks",
+            "held-pull",
+            "pause",
             "gate-steps",
             "gate-error",
             "gate-throughput",
@@ -95,6 +99,10 @@ def main() -> None:
             console.print(update_phases(Path(folder), pairs=pairs))
         if chosen.only in (None, "peaks"):
             console.print(peaks(Path(folder), SGLANG_PYTHON))
+        if chosen.only in (None, "held-pull"):
+            console.print(held_pull(Path(folder), SGLANG_PYTHON, pairs=pairs))
+        if chosen.only in (None, "pause"):
+            console.print(pause_beside_copy(Path(folder), SGLANG_PYTHON, pairs=pairs))
         if chosen.only in (None, "gate-steps"):
             console.print(gate_steps(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "gate-error"):

@@ -90,7 +90,7 @@ def _streamed_error(server: EngineServer) -> str | None:
     return events[-1].error
 
 
-@pytest.mark.parametrize("mode", ["in_place", "staged"])
+@pytest.mark.parametrize("mode", ["in_place", "auto"])
 def test_a_trainer_that_dies_before_anything_is_installed(
     served: Served, trainer: TrainerProcess, background: ThreadPoolExecutor, mode: str
 ) -> None:
@@ -135,7 +135,7 @@ def test_a_trainer_that_dies_half_way_fences_the_engine(
     held.wait_for(5)
     held_whole = background.submit(server.complete, PROMPT, 400)
     hold = steps.hold(rank=0, module=HALF_WAY)
-    update = background.submit(served.update, plan, version)
+    update = background.submit(served.update, plan, version, mode="in_place")
     _installing(server)
     queued = background.submit(server.complete, PROMPT)
     queued_stream = background.submit(_streamed_error, server)
@@ -171,7 +171,7 @@ def test_a_trainer_that_stops_half_way_fences_the_engine(
     version = served.next_version()
     hold = steps.hold(rank=1, module=HALF_WAY)
     began = time.monotonic()
-    update = background.submit(served.update, plan, version, timeout_s=3.0)
+    update = background.submit(served.update, plan, version, timeout_s=3.0, mode="in_place")
     _installing(server)
     trainer.signal(signal.SIGSTOP)
     hold.unlink()

@@ -12,6 +12,7 @@ from engine_plugins import WeightSender
 from engine_plugins.sender.report import SenderReport
 from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.staging import Mode
 from tests.support.configurations import SIZED, on
 from tests.support.engine_server import TOKEN
 from tests.support.hf_reference import greedy
@@ -31,7 +32,7 @@ def test_peak_and_buffers_stay_within_their_bounds(served: Served) -> None:
     with _training(served, "pull") as (model, sender):
         whole = sum(parameter.nbytes for parameter in model.parameters())
         for version in (1, 2, 3):
-            report = _step(served, model, sender, version)
+            report = _step(served, model, sender, version, mode="in_place")
             (plan,), (update,) = report.plans.values(), report.engines.values()
             _says_which_way_bytes_went(report, update)
             largest = plan.ranks[0].largest_step_bytes
@@ -76,12 +77,12 @@ def _training(
 
 
 def _step(
-    served: Served, model: PreTrainedModel, sender: WeightSender, version: int
+    served: Served, model: PreTrainedModel, sender: WeightSender, version: int, mode: Mode = "auto"
 ) -> SenderReport:
     """Change every weight and send it; the server then answers as the model does."""
     for parameter in model.parameters():
         parameter.data.mul_(0.97)
-    report = sender.update(version)
+    report = sender.update(version, mode=mode)
     assert served.server.greedy(PROMPT, 8) == greedy(model, PROMPT, 8)
     return report
 

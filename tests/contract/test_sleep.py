@@ -199,7 +199,7 @@ def test_an_update_of_weights_that_sleep_kept(awake: Served) -> None:
     awake.install(OLD)
     sleep(server)
     wake(server, ["weights"])
-    report = awake.install(NEW)
+    report = awake.install(NEW, mode="in_place")
     wake(server)
     assert NEW.wrong_answers(server.greedy) == []
     direct = sum(rank["direct_bytes"] for rank in report["ranks"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -129,6 +130,17 @@ def test_the_report_says_what_was_moved(served: Served, mode: str) -> None:
     assert report["gbps"] > 0
     assert 0 < report["paused_s"] <= report["seconds"]
     assert served.server.admin.get("/weights").json()["history"][0] == report
+
+
+@on(DENSE_TP2)
+def test_by_default_an_update_is_staged_where_the_host_has_the_memory(served: Served) -> None:
+    """All ranks alike, and the report says by which figures, to people too."""
+    with _sender(served, _model(served, 1)) as sender:
+        report = sender.update(served.next_version())
+    (update,) = report.engines.values()
+    assert (update.mode, update.direct_bytes) == ("staged", 0)
+    assert re.fullmatch(r"[\d.]+ MB of [\d.]+ GB free on the host", update.mode_reason)
+    assert f"staged ({update.mode_reason})" in str(report)
 
 
 @on(DENSE)

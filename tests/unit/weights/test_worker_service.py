@@ -29,6 +29,7 @@ from engine_plugins.weights.update_run import PullStatus
 from engine_plugins.weights.worker_service import (
     AbortAnswer,
     ConnectAnswer,
+    Failure,
     StatusAnswer,
     WorkerDescription,
     encode_call,
@@ -192,7 +193,9 @@ def test_a_pull_tells_on_its_page_how_far_it_is(rank: InMemoryRank) -> None:
         trainer.transport.close()
         second = ask(rank, "start", StatusAnswer, plan_id="p", staged=True, timeout_s=10)
         last = list(_told(second, until=lambda status: status.failure is not None))[-1]
+    assert last.note is not None
     assert last.note.number == first.note.number + 1
+    assert isinstance(last.failure, Failure)
     assert last.failure.kind == "PeerLostError"
 
 
@@ -223,6 +226,7 @@ def test_an_error_of_any_length_fits_the_page(rank: InMemoryRank) -> None:
         ),
     )
     (told,) = _told(begun, until=lambda status: status.failure is not None)
+    assert told.failure is not None
     assert error.message.startswith(told.failure.message)
     assert len(told.failure.message) >= 1000
 
@@ -231,6 +235,7 @@ def _told(
     begun: StatusAnswer, *, until: Callable[[StatusAnswer], bool], within_s: float = 10.0
 ) -> Iterator[StatusAnswer]:
     """What a page says of a pull, each once."""
+    assert begun.note is not None
     page, deadline, seen = SharedPage(Path(begun.note.page)), time.monotonic() + within_s, 0
     while True:
         assert time.monotonic() < deadline
@@ -239,7 +244,7 @@ def _told(
             continue
         seen, body = page.read()
         status = msgspec.msgpack.decode(body, type=StatusAnswer)
-        if status.note.number == begun.note.number:
+        if status.note is not None and status.note.number == begun.note.number:
             yield status
             if until(status):
                 return
