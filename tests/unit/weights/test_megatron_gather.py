@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +15,9 @@ from torch import nn
 from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.weights.megatron_gather import check_gathering, parameter_gathers
 from tests.support.overlapping_megatron import DistributedDataParallel
+
+ROOT = Path(__file__).parents[3]
+MEGATRON = ROOT / ".venv" / "megatron" / "bin" / "python"
 
 
 class Float16Module(nn.Module):
@@ -92,3 +99,30 @@ def test_offloaded_parameters_are_not_gathered_into() -> None:
     with pytest.raises(SourceError, match=r"module\.weight: its memory is offloaded"):
         parameter_gathers([wrapper], [0])
     assert wrapper.gathers == []
+
+
+@pytest.mark.skipif(not MEGATRON.exists(), reason="Megatron is not here: make setup-megatron")
+def test_real_megatron_ranks_are_alike_once_gathered(tmp_path: Path) -> None:
+    """Two gloo ranks of megatron-core 0.16.1 and its distributed optimizer, after one step."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    ranks = [
+        subprocess.Popen(
+            [
+                MEGATRON,
+                "-m",
+                "tests.support.overlapping_megatron_rank",
+                str(rank),
+                tmp_path / "meet",
+            ],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for rank in ranks:
+        said, _ = rank.communicate(timeout=120)
+        told = json.loads(said.splitlines()[-1])
+        assert told["stale"] > 0, "Megatron gathered by itself: the test shows nothing"
+        assert (told["left"], told["goes_on"]) == (0, True)
