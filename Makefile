@@ -36,7 +36,7 @@ bench: setup setup-megatron ## benchmark tables: the wire, an update by phase, M
 chaos: setup ## thousands of hostile requests against engines that may not grow (ARGS="--requests 100")
 	$(VLLM_PYTHON) -m tests.support.chaos_run $(ARGS)
 
-families: setup ## update 70 tiny models on each engine and hold them against fresh loads (ARGS="--engine vllm --part 1/2")
+families: setup ## tiny models of 70 families, updated on each engine and held against fresh loads (ARGS="--engine vllm --part 1/2")
 	$(VLLM_PYTHON) -m tests.families.run $(ARGS)
 
 next-release: setup-vllm ## what the next vLLM release changes of all that we rely on, read in its wheel

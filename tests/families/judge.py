@@ -19,8 +19,9 @@ import torch
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.torch_source import hf_boxes
-from tests.families.catalogue import Family, family_named
+from tests.families.catalogue import family_named
 from tests.families.engines import LOADED_RANKS, LoadedSglang, LoadedVllm
+from tests.families.family import Family
 from tests.families.maker import checkpoint, random_model, save
 from tests.families.tensors import differences, tensors_of
 from tests.support.loader_maps import PlayedEngine, played_engine, receiving

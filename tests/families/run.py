@@ -17,7 +17,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.families.catalogue import ENGINES, LIVE, Case, cases_of
+from tests.families.catalogue import cases_of
+from tests.families.family import ENGINES, LIVE, Case
 from tests.families.judge import FAILED, WRONG, Verdict
 from tests.families.runner import judged
 from tests.families.table import document

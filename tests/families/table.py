@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
-from tests.families.catalogue import LIVE, Case, Family, cases_of
+from tests.families.catalogue import cases_of
+from tests.families.family import LIVE, Case, Family
 from tests.families.judge import EQUAL, NOT_HERE, Verdict
 
 __all__ = ["Verdicts", "document"]
@@ -60,7 +61,7 @@ def _page(kind: str, verdicts: Verdicts) -> Iterator[str]:
     yield ""
     yield f"| model | of the kind | {' | '.join(_WAYS)} |"
     yield f"|---{'|---' * (1 + len(_WAYS))}|"
-    for family in dict.fromkeys(case.family for case in cases):
+    for family in (case.family for case in cases if case.way == _WAYS[0]):
         cells = [_cell(family, way, cases, verdicts, notes) for way in _WAYS]
         yield f"| {family.name} | {family.kind} | {' | '.join(cells)} |"
     yield ""
