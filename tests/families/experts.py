@@ -54,7 +54,7 @@ EXPERTS_MODELS = (
         kind="MoE, fused checkpoint",
         options={**LOCAL_EXPERTS, **SLIDING},
         bf16=True,
-        live=ENGINES,
+        live=VLLM,
         arguments=TRITON,
     ),
     Family(name="glm4-moe", config="Glm4MoeConfig", kind="MoE", options=ROUTED, bf16=True),

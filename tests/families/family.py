@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["BASE", "ENGINES", "LIVE", "Case", "Family"]
+__all__ = ["AFTER_ZEROS", "BASE", "BF16", "ENGINES", "FLOAT32", "LIVE", "WAYS", "Case", "Family"]
 
 Options = Mapping[str, Any]
 
@@ -59,17 +59,25 @@ class Family:
     live: tuple[str, ...] = ()
 
 
+FLOAT32, BF16 = "float32", "bfloat16"
+AFTER_ZEROS = "after zeros"
+"""The way of a case in float32 whose first update carries zeros: they prove no layout."""
+LIVE = "live"
+"""The way of a case whose model is served by a real server, in float32."""
+WAYS = (FLOAT32, BF16, AFTER_ZEROS, LIVE)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One cell of the table: a model in a dtype, or `LIVE`."""
+    """One cell of the table: a model, and the way in which it is judged."""
 
     family: Family
-    way: str = "float32"
+    way: str = FLOAT32
 
     @property
     def name(self) -> str:
-        return f"{self.family.name}-{self.way}"
+        return f"{self.family.name}-{self.way}".replace(" ", "-")
 
-
-LIVE = "live"
-"""The way of a case whose model is served by a real server, in float32."""
+    @property
+    def dtype(self) -> str:
+        return BF16 if self.way == BF16 else FLOAT32
