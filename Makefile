@@ -40,7 +40,7 @@ chaos-gate: setup ## thousands of hostile requests against engines that may not 
 chaos-update: setup ## weight updates under load and faults, every token judged (ARGS="--part 1/4")
 	$(VLLM_PYTHON) -m tests.chaos_update $(ARGS)
 
-families: setup ## update 70 tiny models on each engine and hold them against fresh loads (ARGS="--engine vllm --part 1/2")
+families: setup ## tiny models of 70 families, updated on each engine and held against fresh loads (ARGS="--engine vllm --part 1/2")
 	$(VLLM_PYTHON) -m tests.families.run $(ARGS)
 
 next-release: setup-vllm ## what the next vLLM release changes of all that we rely on, read in its wheel

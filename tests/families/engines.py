@@ -69,6 +69,10 @@ class LoadedSglang:
         device = import_module("sglang.srt.configs.device_config")
         self._rank = rank
         settings = load.LoadConfig(load_format="safetensors")
+        adjusting = import_module("sglang.srt.configs.update_config")
+        adjusting.adjust_config_with_unaligned_cpu_tp(
+            rank.config, settings, 1
+        )  # as its runner does
         self.model: nn.Module = loading.get_model_loader(settings, rank.config).load_model(
             model_config=rank.config, device_config=device.DeviceConfig("cpu")
         )

@@ -1,6 +1,6 @@
 """One model of one engine, in a process of its own: three updates, each held against a fresh load.
 
-`python -m tests.families.judge ENGINE FAMILY DTYPE FILE` writes what it found as JSON.
+`python -m tests.families.judge ENGINE FAMILY WAY FILE` writes what it found as JSON.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import torch
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.torch_source import hf_boxes
-from tests.families.catalogue import Family, family_named
+from tests.families.catalogue import family_named
 from tests.families.engines import LOADED_RANKS, LoadedSglang, LoadedVllm
+from tests.families.family import AFTER_ZEROS, Case
 from tests.families.maker import checkpoint, random_model, save
 from tests.families.tensors import differences, tensors_of
 from tests.support.loader_maps import PlayedEngine, played_engine, receiving
@@ -69,12 +70,12 @@ class _Ended(Exception):
         self.result, self.why = result, why
 
 
-def judge(engine: PlayedEngine, family: Family, dtype: str, folder: Path) -> Verdict:
+def judge(engine: PlayedEngine, case: Case, folder: Path) -> Verdict:
     """Update one model three times, and compare it each time with a fresh load."""
     verdict = Verdict(result=EQUAL)
     try:
-        folders = _checkpoints(family, dtype, folder)
-        fresh = _fresh_loads(engine, family, dtype, folders)
+        folders = _checkpoints(case, folder)
+        fresh = _fresh_loads(engine, case, folders)
     except Exception as error:
         return Verdict(result=NOT_HERE, why=_words(error), trace=traceback.format_exc())
     undetermined = differences(fresh.pop(), fresh[0])
@@ -82,25 +83,23 @@ def judge(engine: PlayedEngine, family: Family, dtype: str, folder: Path) -> Ver
     wanted = [{k: v for k, v in each.items() if k not in undetermined} for each in fresh]
     verdict.tensors = len(wanted[0])
     try:
-        _update_thrice(engine, family, dtype, folders, wanted, verdict)
+        _update_thrice(engine, case, folders, wanted, verdict)
     except _Ended as ended:
         verdict.result, verdict.why = ended.result, ended.why
         verdict.trace = traceback.format_exc()
     return verdict
 
 
-def _checkpoints(family: Family, dtype: str, folder: Path) -> list[Path]:
-    kind = getattr(torch, dtype)
-    models = (random_model(family, seed=seed, dtype=kind) for seed in range(len(VERSIONS)))
-    return [save(model, family, folder / f"v{seed}") for seed, model in enumerate(models)]
+def _checkpoints(case: Case, folder: Path) -> list[Path]:
+    dtype = getattr(torch, case.dtype)
+    models = (random_model(case.family, seed=seed, dtype=dtype) for seed in range(len(VERSIONS)))
+    return [save(model, case.family, folder / f"v{seed}") for seed, model in enumerate(models)]
 
 
 @contextmanager
-def _loaded(
-    engine: PlayedEngine, family: Family, dtype: str, folder: Path
-) -> Iterator[LoadedVllm | LoadedSglang]:
-    arguments = family.arguments.get(engine.kind, {})
-    with engine.rank(folder, tp_size=1, tp_rank=0, dtype=dtype, **arguments) as rank:
+def _loaded(engine: PlayedEngine, case: Case, folder: Path) -> Iterator[LoadedVllm | LoadedSglang]:
+    arguments = case.family.arguments.get(engine.kind, {})
+    with engine.rank(folder, tp_size=1, tp_rank=0, dtype=case.dtype, **arguments) as rank:
         yield LOADED_RANKS[engine.kind](rank)
 
 
@@ -108,31 +107,33 @@ def _all_of(loaded: LoadedVllm | LoadedSglang) -> Tensors:
     return {**tensors_of(loaded.model), **loaded.computed()}
 
 
-def _fresh_loads(
-    engine: PlayedEngine, family: Family, dtype: str, folders: Sequence[Path]
-) -> list[Tensors]:
+def _fresh_loads(engine: PlayedEngine, case: Case, folders: Sequence[Path]) -> list[Tensors]:
     """What the engine holds after a load of each checkpoint; of the first one, again at the end."""
     found = []
     for folder in (*folders, folders[0]):
-        with _loaded(engine, family, dtype, folder) as loaded:
+        with _loaded(engine, case, folder) as loaded:
             found.append(_all_of(loaded))
     return found
 
 
 def _update_thrice(
     engine: PlayedEngine,
-    family: Family,
-    dtype: str,
+    case: Case,
     folders: Sequence[Path],
     wanted: Sequence[Tensors],
     verdict: Verdict,
 ) -> None:
     memory = checkpoint(folders[0])
     with (
-        _loaded(engine, family, dtype, folders[0]) as loaded,
+        _loaded(engine, case, folders[0]) as loaded,
         offered_boxes(hf_boxes(memory)) as trainers,
         receiving(loaded.installer()) as receiver,
     ):
+        if case.way == AFTER_ZEROS:
+            for tensor in memory.values():
+                tensor.zero_()
+            _connect(receiver, trainers)
+            _install(receiver, verdict, 0)
         for number, version in enumerate(VERSIONS, 1):
             for name, tensor in checkpoint(folders[version]).items():
                 memory[name].copy_(tensor)
@@ -178,11 +179,11 @@ def _words(error: Exception) -> str:
 
 def main() -> None:
     """Judge one model, and write the verdict."""
-    kind, name, dtype, file = sys.argv[1:]
+    kind, name, way, file = sys.argv[1:]
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, played_engine() as engine:
         assert engine.kind == kind
-        verdict = judge(engine, family_named(name), dtype, Path(folder))
+        verdict = judge(engine, Case(family=family_named(name), way=way), Path(folder))
     Path(file).write_text(json.dumps(asdict(verdict)))
 
 

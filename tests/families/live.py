@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from engine_plugins.trainer_sender import WeightSender
-from tests.families.catalogue import Family
+from tests.families.family import Family
 from tests.families.judge import EQUAL, FAILED, NOT_HERE, REFUSED, VERSIONS, WRONG, Verdict
 from tests.families.maker import random_model, save
 from tests.support.engine_server import TOKEN, EngineServer

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from tests.families.catalogue import BASE, Family
+from tests.families.family import BASE, Family
 
 __all__ = ["checkpoint", "random_model", "save"]
 

@@ -17,7 +17,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.families.catalogue import ENGINES, LIVE, Case, cases_of
+from tests.families.catalogue import cases_of
+from tests.families.family import ENGINES, LIVE, WAYS, Case
 from tests.families.judge import FAILED, WRONG, Verdict
 from tests.families.runner import judged
 from tests.families.table import document
@@ -46,7 +47,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--engine", action="append", choices=ENGINES, help="by default both")
     parser.add_argument("--part", default="1/1", help="as 1/2: the first of two halves")
     parser.add_argument("--only", default="", help="names of models, with commas")
-    parser.add_argument("--way", action="append", choices=("float32", "bfloat16", LIVE))
+    parser.add_argument("--way", action="append", choices=WAYS)
     parser.add_argument("--page", action="store_true", help="write docs/families.md at the end")
     return parser.parse_args()
 

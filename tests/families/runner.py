@@ -12,7 +12,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from tests.families.catalogue import Case
+from tests.families.family import Case
 from tests.families.judge import FAILED, Verdict
 from tests.support.preloaded import Nursery, PreloadedProcess, preloaded
 from tests.support.sglang_server import ON_CPU

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.families.catalogue import Case, family_named
+from tests.families.catalogue import family_named
+from tests.families.family import Case
 from tests.families.judge import EQUAL
 from tests.families.runner import judged
 
