@@ -91,10 +91,18 @@ class Case(ServerKind):
         """Whether it kills a process of the server's."""
         return self.fault in KILLS
 
+    @property
+    def may_end_server(self) -> bool:
+        """Whether the server may be of no use afterwards."""
+        return self.kills or self.fault == "trainer_hung"
+
 
 Row = TypeVar("Row", bound="ServerKind")
 
-_COST: dict[str, dict[object, int]] = {"tensor_parallel": {2: 3}, "fault": dict.fromkeys(KILLS, 6)}
+_COST: dict[str, dict[object, int]] = {
+    "tensor_parallel": {2: 3},
+    "fault": dict.fromkeys((*KILLS, "trainer_hung"), 6),
+}
 """What is slow here is taken only where it covers what nothing else does."""
 
 
@@ -110,7 +118,7 @@ def servers() -> list[ServerKind]:
 
 
 def cases() -> list[Case]:
-    """All cases, those of one server together, those that kill it last."""
+    """All cases, those of one server together, those that may end it last."""
     every = [
         Case(**asdict(server), mode=mode, commit=commit, phase=phase, fault=fault)
         for server in servers()
@@ -123,7 +131,7 @@ def cases() -> list[Case]:
     worst = [case for case in every if _known_to_mix(case)]
     chosen = _covering(every, worst)
     first = {server: place for place, server in enumerate(servers())}
-    return sorted(chosen, key=lambda case: (first[case.server], case.kills))
+    return sorted(chosen, key=lambda case: (first[case.server], case.may_end_server))
 
 
 def part_of(found: Sequence[Case], part: int, parts: int) -> list[tuple[int, Case]]:

@@ -89,7 +89,7 @@ def under_load(server: EngineServer, answers: list[Answer]) -> Iterator[None]:
             answer = ask(server, prompt, tokens, stream=stream)
             answers.append(answer)
             # A server that refuses or is gone is asked again, but not in a tight loop.
-            ended.wait(0.2 if answer.broken else 0.01)
+            ended.wait(0.2 if answer.broken else 0.05)
 
     loads = ((SHORT, 8, False), (SHORT[::-1], 40, True), (LONG, 12, True))
     threads = [threading.Thread(target=client, args=load, daemon=True) for load in loads]

@@ -51,31 +51,29 @@ def judged(answer: Answer, weights_of: Mapping[str, int], explained: Explained) 
         `right`; `lying` if whole weights explain it, but not those that the label names; `wrong`
         if none do, as with a mixture.
     """
-    by_weights = {
-        weights: explained(weights, answer.prompt, answer.tokens)
-        for weights in set(weights_of.values())
-    }
-    if not all(any(told[at] for told in by_weights.values()) for at in range(len(answer.tokens))):
+    if answer.spans is not None and _true(answer, answer.spans, weights_of, explained):
+        return "right"
+    by_weights = [
+        explained(weights, answer.prompt, answer.tokens) for weights in set(weights_of.values())
+    ]
+    if not all(any(said) for said in zip(*by_weights, strict=True)):
         return "wrong"
-    if answer.spans is None:
-        return "right"
-    if _at_labels(answer, answer.spans, weights_of, by_weights):
-        return "right"
-    return "lying"
+    return "right" if answer.spans is None else "lying"
 
 
-def _at_labels(
+def _true(
     answer: Answer,
     spans: tuple[Span, ...],
     weights_of: Mapping[str, int],
-    by_weights: Mapping[int, tuple[bool, ...]],
+    explained: Explained,
 ) -> bool:
     """Whether spans cover all tokens, one after the other, and each tells the truth."""
     at = 0
     for span in spans:
         if span.start != at or span.label not in weights_of:
             return False
-        if not all(by_weights[weights_of[span.label]][span.start : span.end]):
+        said = explained(weights_of[span.label], answer.prompt, answer.tokens)
+        if not all(said[span.start : span.end]):
             return False
         at = span.end
     return at == len(answer.tokens)
