@@ -174,6 +174,7 @@ class WorkerService:
             "drop": self._drop,
             "start": self._start,
             "poll": self._poll,
+            "confirm": self._confirm,
             "written": self._written,
             "advance": self._advance,
             "finish": self._finish,
@@ -204,14 +205,20 @@ class WorkerService:
             destination=result.destination,
         )
 
-    def _manifest(self, model: dict[str, str | int | bool]) -> bytes:
-        return self._receiver.manifest(model)
+    def _manifest(self, model: dict[str, str | int | bool], word: int) -> bytes:
+        return self._receiver.manifest(model, word)
 
     def _drop(self, plan_id: str) -> None:
         self._receiver.drop(plan_id)
 
-    def _start(self, plan_id: str, staged: bool, timeout_s: float) -> StatusAnswer:
-        return self._answer(self._receiver.start(plan_id, staged=staged, timeout_s=timeout_s))
+    def _start(
+        self, plan_id: str, staged: bool, timeout_s: float, word: int | None = None
+    ) -> StatusAnswer:
+        status = self._receiver.start(plan_id, staged=staged, timeout_s=timeout_s, word=word)
+        return self._answer(status)
+
+    def _confirm(self) -> StatusAnswer:
+        return self._answer(self._receiver.confirm())
 
     def _poll(self) -> StatusAnswer:
         return self._answer(self._receiver.poll())

@@ -44,9 +44,11 @@ class _BreakableReceiver(WeightReceiver):
         self._maybe_fail("connect")
         return super().connect(plan_id, manifests, direction=direction)
 
-    def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> PullStatus:
+    def start(
+        self, plan_id: str, *, staged: bool, timeout_s: float, word: int | None = None
+    ) -> PullStatus:
         self._maybe_fail("start")
-        return super().start(plan_id, staged=staged, timeout_s=timeout_s)
+        return super().start(plan_id, staged=staged, timeout_s=timeout_s, word=word)
 
     def advance(self, *, budget_s: float) -> PullStatus:
         self._maybe_fail("advance")
