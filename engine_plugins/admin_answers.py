@@ -36,6 +36,7 @@ class InstalledWeights(msgspec.Struct, frozen=True, kw_only=True):
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a running update is."""
 
+    request_id: str = ""
     phase: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
@@ -63,6 +64,8 @@ class EngineOffer(msgspec.Struct, frozen=True, kw_only=True):
     """Of the update that installed them."""
     manifests: list[bytes]
     """One for each rank, as msgpack; base64 in JSON."""
+    source_word: int | None = None
+    """What their version words hold until the engine takes other weights."""
 
 
 class Weights(msgspec.Struct, frozen=True, kw_only=True):
@@ -87,3 +90,4 @@ class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True):
     resume: bool | None = None
     timeout_s: float = 300.0
     force: bool = False
+    source_word: int | None = None

@@ -42,6 +42,8 @@ __all__ = ["AdminClient"]
 TOKEN = "ENGINE_PLUGINS_ADMIN_TOKEN"
 TOKEN_FILE = "ENGINE_PLUGINS_ADMIN_TOKEN_FILE"
 PREFIX = "/admin/v1"
+PROBLEM = "urn:engine-plugins:"
+"""How the type of an engine's own problem documents begins."""
 GZIP_ABOVE_BYTES = 64 * 1024
 RELEASE_S = 300.0
 """For weights that go to host memory or disk, or come back, and for memory to come to rest."""
@@ -283,12 +285,14 @@ class AdminClient:
                 f"{self.url} did not answer {method} {PREFIX}{path} within {wait_s:g} s "
                 f"({type(error).__name__})",
                 remedy="look at the engine's log; GET /admin/v1/weights says what it holds",
+                nobody_listens=isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout),
             ) from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             raise tls_error(self.url, error) or EngineUnreachableError(
                 f"{self.url} cannot be reached for {method} {PREFIX}{path}: {error}",
                 remedy="check that the engine runs and that the url is its API server's"
                 + tls_hint(self.url, error),
+                nobody_listens=isinstance(error, httpx.ConnectError),
             ) from error
         return self._read(response, answer)
 
@@ -305,6 +309,7 @@ class AdminClient:
                 state="",
                 detail=f"the answer to {response.request.url.path} is not as agreed: {error}",
                 remedy="use the same release of engine-plugins in trainer and engine",
+                by_engine=False,
             ) from error
 
     def _bearer(self, scope: str) -> str:
@@ -331,6 +336,7 @@ class _Flushed(msgspec.Struct):
 
 
 class _Problem(msgspec.Struct):
+    type: str = ""
     title: str = ""
     detail: str = ""
     code: str = "admin_answer"
@@ -354,6 +360,7 @@ def _problem(url: str, response: httpx.Response) -> AdminAnswerError:
         state=problem.state or "",
         detail=problem.detail or problem.title or "no detail",
         remedy=remedy,
+        by_engine=problem.type.startswith(PROBLEM),
     )
 
 

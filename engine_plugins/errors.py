@@ -30,12 +30,14 @@ __all__ = [
     "SettingsError",
     "SleepRefusedError",
     "SourceError",
+    "SourceRevokedError",
     "StaleVersionError",
     "TransferTimeoutError",
     "TransportError",
     "UnknownIdError",
     "UnsupportedError",
     "UpdateAbortedError",
+    "UpdateEndUnknownError",
     "UpdateFailedError",
     "WeightMismatchError",
 ]
@@ -178,10 +180,25 @@ class PeerLostError(TransportError):
     code = "peer_lost"
 
 
+class SourceRevokedError(TransportError):
+    """A source took its offer back while it was read: what was read may be a mixture."""
+
+    code = "source_revoked"
+
+
 class TransferTimeoutError(TransportError):
-    """A transfer passed its deadline; its buffer must not be used again."""
+    """Transfers passed their deadline, or nothing moved for too long.
+
+    Attributes:
+        stuck: some are still under way and may move bytes at any time: their buffers must not be
+            used again.
+    """
 
     code = "transfer_timeout"
+
+    def __init__(self, message: str, *, remedy: str = "", stuck: bool = False) -> None:
+        super().__init__(message, remedy=remedy)
+        self.stuck = stuck
 
 
 class UpdateFailedError(EnginePluginError):
@@ -190,10 +207,24 @@ class UpdateFailedError(EnginePluginError):
     code = "update_failed"
 
 
+class UpdateEndUnknownError(UpdateFailedError):
+    """What became of an update cannot be found out, so the trainer's memory was taken back."""
+
+    code = "update_end_unknown"
+
+
 class EngineUnreachableError(EnginePluginError):
-    """An engine's admin routes gave no answer: nothing listens, or it did not answer in time."""
+    """An engine's admin routes gave no answer: nothing listens, or it did not answer in time.
+
+    Attributes:
+        nobody_listens: no connection was made, so nothing was sent.
+    """
 
     code = "engine_unreachable"
+
+    def __init__(self, message: str, *, remedy: str = "", nobody_listens: bool = False) -> None:
+        super().__init__(message, remedy=remedy)
+        self.nobody_listens = nobody_listens
 
 
 class EngineTlsError(EngineUnreachableError):
@@ -215,12 +246,22 @@ class AdminAnswerError(EnginePluginError):
         state: the engine's state (`serving`, `fenced`), or empty.
         detail: what the engine saw.
         remedy: what the engine advises.
+        by_engine: whether the engine itself said it; a gateway's error page says nothing of what
+            the engine does.
     """
 
     code = "admin_answer"
 
     def __init__(
-        self, *, url: str, status: int, code: str, state: str, detail: str, remedy: str
+        self,
+        *,
+        url: str,
+        status: int,
+        code: str,
+        state: str,
+        detail: str,
+        remedy: str,
+        by_engine: bool = True,
     ) -> None:
         at = f"{status} {code}" + (f", {state}" if state else "")
         super().__init__(f"{url} answered {at}: {detail}", remedy=remedy)
@@ -229,6 +270,7 @@ class AdminAnswerError(EnginePluginError):
         self.code = code
         self.state = state
         self.detail = detail
+        self.by_engine = by_engine
 
 
 class SleepRefusedError(EnginePluginError):

@@ -6,19 +6,18 @@ engines to fetch it. It gathers nothing: each process offers its own shards in p
 
 from __future__ import annotations
 
-import os
 import secrets
-import socket
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
 
+import msgspec
 from torch import nn
 
 from engine_plugins.admin_answers import PauseMode, UpdateRequest
-from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.errors import SettingsError, SourceError, UpdateEndUnknownError
 from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.engines import EngineLink, links_to
 from engine_plugins.sender.megatron_job import (
@@ -28,26 +27,24 @@ from engine_plugins.sender.megatron_job import (
     gathers_of,
     ranks_of,
 )
+from engine_plugins.sender.offer import TrainerOffer
 from engine_plugins.sender.options import SenderOptions, Ways
 from engine_plugins.sender.progress import progress_of
-from engine_plugins.sender.push import Push
 from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
-from engine_plugins.sender.rounds import checked_version
+from engine_plugins.sender.rounds import Round, checked_version
 from engine_plugins.sender.update_rounds import UpdateRounds
 from engine_plugins.weights.block_fp8 import BlockFp8
 from engine_plugins.weights.block_fp8_source import quantized_source
 from engine_plugins.weights.fsdp_source import fsdp_tensors
 from engine_plugins.weights.megatron_source import megatron_boxes_of
 from engine_plugins.weights.model_facts import model_facts
-from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.shared_blocks import SharedBlocks
-from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.tied_heads import checked_boxes, is_tied
 from engine_plugins.weights.torch_source import HfWeights, hf_boxes, looked_at_anew
-from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.version_word import new_word
 
 __all__ = ["WeightSender"]
 
@@ -59,7 +56,8 @@ class WeightSender:
 
     With torch.distributed initialised, creating it, `update` and `close` are collective: every
     rank calls them, and every rank returns the same report or raises the same error. The memory
-    stays registered, and is read by engines only while `update` runs.
+    stays registered, and is read by engines only while `update` runs: where it cannot be known
+    whether an engine still reads, the memory is taken back, and what is read then is refused.
 
     Use `from_hf`, `from_fsdp` or `from_megatron`; the constructor takes any source of boxes.
 
@@ -96,27 +94,23 @@ class WeightSender:
         self._progress = options.get("progress")
         self._ways = Ways.of(options)
         self._gathers = gathers
-        self._push: Push | None = None
         self._rounds: UpdateRounds | None = None
         form = options.get("quantization")
         self._quantizer = None if form is None else quantized_source(boxes, form)
-        self._owned_transport: Transport | None = None
-        self._source: WeightSource | None = None
         self._links: dict[str, EngineLink] = {}
         self._ranks = TrainerRanks(options.get("process_group"))
+        self._offer = TrainerOffer(
+            boxes if self._quantizer is None else self._quantizer.boxes,
+            self._ranks,
+            model=self._model,
+            transport=options.get("transport"),
+            pushes=self._ways.direction == "push",
+            let_go=(lambda: None) if self._quantizer is None else self._quantizer.release,
+        )
         try:
             told = self._ranks.agree("reading the ranks", lambda: list(places()), list[Place])
             check_topology([place for told_by_one in told for place in told_by_one])
-            self._ranks.agree(
-                "registering the weights",
-                partial(
-                    self._open,
-                    boxes if self._quantizer is None else self._quantizer.boxes,
-                    engines,
-                    options.get("transport"),
-                ),
-                None,
-            )
+            self._ranks.agree("registering the weights", partial(self._open, engines), None)
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
             raise
@@ -229,8 +223,9 @@ class WeightSender:
     ) -> SenderReport:
         """Install the weights as they are now on every engine, as `version`.
 
-        Collective. Returns once every engine has answered; the tensors may be written again
-        then. Engines that restarted since the last update are told everything anew.
+        Collective. Returns or raises once no engine reads any more, or once the memory was taken
+        back (also by Ctrl-C); the tensors may be written again then. Engines that restarted since
+        the last update are told everything anew.
 
         Args:
             version: the training step, not below 0, the same on every rank, and newer than
@@ -248,7 +243,8 @@ class WeightSender:
 
         Raises:
             EnginesFailedError: some engines failed; it says what each holds now, and has the
-                reports of those that did not.
+                reports of those that did not. Of those with code `update_end_unknown` nothing is
+                known, and the memory was taken back; the next update offers it anew.
             SourceError: a tensor that can no longer be offered.
             SettingsError: a version or timeout that cannot be, or ranks that name different
                 versions.
@@ -281,20 +277,24 @@ class WeightSender:
         """
         self._ranks.agree("adding engines", partial(self._add_engines, engines), None)
 
+    def release(self) -> None:
+        """Let go of the memory between updates: of registrations, storages and our own slots.
+
+        Call it before parameters are offloaded, freed in place or unmapped; the next update
+        registers them anew. Each rank for itself; no update may be under way.
+        """
+        self._offer.release()
+
     def close(self) -> None:
         """Take the memory back from the wire. Repeating it does nothing.
 
-        Engines keep the weights that they have; their plans from this sender are void.
+        Engines keep the weights that they have; their plans from this sender are void. What an
+        engine reads at this moment it refuses.
         """
-        if self._push is not None:
-            self._push.close()
-        if self._source is not None:
-            self._source.close()
-        if self._owned_transport is not None:
-            self._owned_transport.close()
+        self._offer.close()
         for link in self._links.values():
             link.client.close()
-        self._rounds = self._source = self._owned_transport = None
+        self._rounds = None
         self._ranks.close()
 
     def __enter__(self) -> Self:
@@ -310,14 +310,17 @@ class WeightSender:
 
     def _update(self, request: UpdateRequest) -> SenderReport:
         # Also the barrier: nothing is copied or read while a rank still computes its step.
-        asked = self._ranks.agree("starting the update", partial(checked_version, request), int)
+        told = self._ranks.agree(
+            "starting the update", lambda: (checked_version(request), new_word()), tuple[int, int]
+        )
+        asked, word = [version for version, _ in told], told[0][1]
         if len(set(asked)) > 1:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
         self._gather()
         self._quantize()
-        self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(), None)
-        result = self._open_rounds().run(request)
+        self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(word), None)
+        result = self._run(msgspec.structs.replace(request, source_word=word))
         if result.failures:
             raise EnginesFailedError(
                 version=request.version,
@@ -333,8 +336,34 @@ class WeightSender:
             result.plans,
             seconds,
             fed_by=result.fed_by,
-            push=None if self._push is None else PushReport.of(self._push.costs),
+            push=None if self._offer.push is None else PushReport.of(self._offer.push.costs),
         )
+
+    def _run(self, request: UpdateRequest) -> Round:
+        """Have the engines take the weights; afterwards no engine reads what it may install."""
+        try:
+            result = self._open_rounds().run(request)
+        except BaseException:  # Ctrl-C too: engines may be reading
+            self._revoke()
+            raise
+        unknown = UpdateEndUnknownError.code
+        if any(failure.code == unknown for failure in result.failures.values()):
+            self._revoke()
+        else:
+            self._offer.withdraw()
+            self._release_if_asked()
+        return result
+
+    def _release_if_asked(self) -> None:
+        if self._ways.register == "every_update":
+            self._offer.release()
+
+    def _revoke(self) -> None:
+        """Take the memory back, and let no thread that still speaks with an engine go on."""
+        self._offer.close()
+        for url, link in list(self._links.items()):
+            link.client.close()
+            self._links[url] = EngineLink(self._access.client(url))
 
     def _add_engines(self, engines: Engines) -> None:
         added = links_to(engines, self._access)
@@ -367,33 +396,17 @@ class WeightSender:
             told = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
             self._quantizer.settle(blocks for each in told for blocks in each)
 
-    def _open(
-        self,
-        boxes: Callable[[], Sequence[SourceBox]],
-        engines: Engines,
-        transport: Transport | None,
-    ) -> None:
+    def _open(self, engines: Engines) -> None:
         self._links = {link.url: link for link in links_to(engines, self._access)}
         self._ways.check()
-        if transport is None:
-            transport = self._owned_transport = _nixl()
-        if self._ways.direction == "push":
-            self._push = Push(self._ranks, transport)
-        place = f"trainer rank {self._ranks.global_rank} of {self._ranks.count}"
-        self._source = WeightSource(
-            boxes,
-            transport,
-            source=f"{place} ({socket.gethostname()}, pid {os.getpid()})",
-            global_rank=self._ranks.global_rank,
-            model=self._model,
-        )
+        self._offer.open()
+        self._release_if_asked()
         self._rounds = UpdateRounds(
             self._ranks,
             self._links,
             self._ways,
-            self._source,
+            self._offer,
             model=self._model,
-            push=self._push,
             shown=partial(progress_of, access=self._access, shown=self._progress),
         )
 
@@ -408,15 +421,6 @@ def _of_config(options: SenderOptions, config: object) -> SenderOptions:
     if options.get("quantization") != "fp8":
         return options
     return {**options, "quantization": BlockFp8.of_config(config)}
-
-
-def _nixl() -> Transport:
-    """A NIXL agent whose name no other process has: a restarted trainer is another peer."""
-    from engine_plugins.weights.transport.nixl import NixlTransport
-
-    prepare_network(current_gpu())
-    host = socket.gethostname()
-    return NixlTransport(f"trainer-{host}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _model_type(config: object) -> str | None:

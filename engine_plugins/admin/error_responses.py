@@ -28,6 +28,7 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.SettingsError: 503,
     errors.NotConfiguredError: 503,
     errors.PeerLostError: 503,
+    errors.SourceRevokedError: 503,
     errors.MemoryPressureError: 503,
     errors.PauseTimeoutError: 504,
     errors.TransferTimeoutError: 504,

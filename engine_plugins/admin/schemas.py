@@ -98,6 +98,13 @@ class UpdateBody(_Body):
         description="of prepare: until the commit, which then has as much again",
     )
     force: bool = Field(default=False, description="install a version that is not newer")
+    source_word: int | None = Field(
+        default=None,
+        ge=1,
+        lt=1 << 53,
+        description="what the version words of all sources hold for this update; null: what they "
+        "hold when it begins. One that differs then or later means that the offer was taken back",
+    )
 
 
 class CommitBody(_Body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import secrets
 import time
@@ -36,7 +37,14 @@ from engine_plugins.admin.schemas import (
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.sleeping import Sleeping, memory_answer, residual_memory
 from engine_plugins.admin.sources import Sources
-from engine_plugins.admin.state import EngineState, Pause, moved, require, require_weights_mapped
+from engine_plugins.admin.state import (
+    EngineState,
+    Pause,
+    WeightsInstalled,
+    moved,
+    require,
+    require_weights_mapped,
+)
 from engine_plugins.admin.updates import Updates
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.admin_answers import EngineOffer
@@ -259,9 +267,13 @@ class AdminService:
                     "known once an update has installed others",
                     remedy="update this engine first",
                 )
-            manifests = await self._workers.manifests(self._control.info.model_facts)
+            word = _word_of(state.weights)
+            manifests = await self._workers.manifests(self._control.info.model_facts, word)
         return EngineOffer(
-            version=version, request_id=state.weights.request_id, manifests=manifests
+            version=version,
+            request_id=state.weights.request_id,
+            manifests=manifests,
+            source_word=word,
         )
 
     async def update(self, body: UpdateBody) -> UpdateReport:
@@ -358,6 +370,12 @@ def _summary(
         ranks=ranks,
         destinations=[each.destination for each in answers if each.destination is not None],
     )
+
+
+def _word_of(weights: WeightsInstalled) -> int:
+    """The version word of installed weights: the same for whoever asks, another for others."""
+    said = f"{weights.version} {weights.request_id} {weights.installed_at}"
+    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:6], "little") + 1
 
 
 def _refuse_unused(answers: list[ConnectAnswer]) -> None:

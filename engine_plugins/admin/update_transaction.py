@@ -35,6 +35,7 @@ from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import EnginePluginError, TransferTimeoutError, UpdateAbortedError
 from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
 from engine_plugins.weights.staging import ModeChoice
+from engine_plugins.weights.transport.transfers import DRAIN_S
 from engine_plugins.weights.worker_service import StatusAnswer
 
 __all__ = ["UpdateTransaction"]
@@ -45,8 +46,8 @@ POLL_S = 0.02
 ADVANCE_S = 0.25
 """The longest that one call keeps an engine's core from answering others."""
 
-GRACE_S = 0.5
-"""After the deadline a rank may still say for itself which peer kept it waiting, and for what."""
+GRACE_S = DRAIN_S + 1.0
+"""After the deadline a rank still lets its reads end, and says which peer kept it waiting."""
 
 
 class UpdateTransaction:
@@ -144,6 +145,9 @@ class UpdateTransaction:
             if self._plan.direction == "push":
                 self._show("written", None)
                 await self._until_ready("written", await self._workers.written())
+            else:
+                # A commit may come late, from a caller that has given up: nothing is touched yet.
+                await self._workers.confirm()
             await self._pause()
             ranks = await self._install()
         return self._installed(ranks)
@@ -216,7 +220,10 @@ class UpdateTransaction:
 
     async def _start(self) -> list[StatusAnswer]:
         return await self._workers.start(
-            self._plan.plan_id, staged=self._record.staged, timeout_s=self._body.timeout_s
+            self._plan.plan_id,
+            staged=self._record.staged,
+            timeout_s=self._body.timeout_s,
+            word=self._body.source_word,
         )
 
     async def _pause(self) -> None:

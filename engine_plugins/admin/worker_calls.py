@@ -47,9 +47,9 @@ class WorkerCalls:
         offers = list(map(str, manifests)) if here else await asyncio.to_thread(_read, manifests)
         return await self.ask("connect", ConnectAnswer, plan_id=plan_id, manifests=offers, **push)
 
-    async def manifests(self, model: Mapping[str, str | int | bool]) -> list[bytes]:
-        """What every rank offers to other engines, as msgpack."""
-        return await self.ask("manifest", bytes, model=dict(model))
+    async def manifests(self, model: Mapping[str, str | int | bool], word: int) -> list[bytes]:
+        """What every rank offers to other engines, as msgpack, under a version word."""
+        return await self.ask("manifest", bytes, model=dict(model), word=word)
 
     async def drop(self, plan_id: str) -> None:
         """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
@@ -59,9 +59,17 @@ class WorkerCalls:
         """What it would take every rank to stage the plan's next update."""
         return await self.ask("staging_room", StagingRoom, plan_id=plan_id)
 
-    async def start(self, plan_id: str, *, staged: bool, timeout_s: float) -> list[StatusAnswer]:
+    async def start(
+        self, plan_id: str, *, staged: bool, timeout_s: float, word: int | None
+    ) -> list[StatusAnswer]:
         """Begin to pull on every rank, or make the memory ready that a push writes to."""
-        return await self._statuses("start", plan_id=plan_id, staged=staged, timeout_s=timeout_s)
+        return await self._statuses(
+            "start", plan_id=plan_id, staged=staged, timeout_s=timeout_s, word=word
+        )
+
+    async def confirm(self) -> list[StatusAnswer]:
+        """See on every rank that what was read has not been taken back."""
+        return await self._statuses("confirm")
 
     async def poll(self) -> list[StatusAnswer]:
         """Where every rank stands. Raises the first rank's failure."""

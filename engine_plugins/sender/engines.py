@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -15,22 +14,18 @@ from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import (
     AdminAnswerError,
     EnginePluginError,
-    EngineUnreachableError,
     SettingsError,
     UnknownIdError,
     UpdateFailedError,
 )
 from engine_plugins.sender.access import EngineAccess
+from engine_plugins.sender.known_end import answer_or_end
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
 __all__ = ["EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
 
 Result = TypeVar("Result")
-
-GRACE_S = 60.0
-"""What an engine may take beyond the deadline of an update to put itself in order."""
-POLL_S = 0.2
 
 
 class EngineLink:
@@ -78,10 +73,11 @@ class EngineLink:
         """Connect if the sources are new to the engine, then update.
 
         Raises:
+            UpdateEndUnknownError: what became of it cannot be found out.
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
         self._connect(source_ids, model, "pull")
-        return self._carried(request, self._ask)
+        return self._carried(request, self.client.update)
 
     def prepare(
         self,
@@ -96,7 +92,7 @@ class EngineLink:
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
         self._connect(source_ids, model, direction)
-        return self._carried(request, self._ask_to_prepare)
+        return self._carried(request, self.client.prepare)
 
     def commit(self, request: UpdateRequest) -> UpdateReport:
         """Have the engine install what it prepared.
@@ -121,11 +117,14 @@ class EngineLink:
     def _carried(
         self, request: UpdateRequest, ask: Callable[[UpdateRequest], UpdateReport]
     ) -> UpdateReport:
-        """One call about an update from the plan; a plan that failed once is made anew."""
+        """One call about an update from the plan; a plan that failed once is made anew.
+
+        Returns only when the engine has finished, or it cannot be found out whether it has.
+        """
         if self.plan is not None:
             request = msgspec.structs.replace(request, plan_id=self.plan.plan_id)
         try:
-            report = ask(request)
+            report = answer_or_end(self.client, request, ask)
         except EnginePluginError:
             self.plan = None  # that costs little
             raise
@@ -134,46 +133,8 @@ class EngineLink:
             raise _reported(report)
         return report
 
-    def _ask(self, request: UpdateRequest) -> UpdateReport:
-        """Update, and find out what became of it if the connection broke.
-
-        The engine goes on without its caller, and reads memory that the trainer would write
-        next: so this returns only when the engine has finished, or cannot be asked.
-        """
-        try:
-            return self.client.update(request)
-        except EngineUnreachableError:
-            self._wait_for_end(request)
-            history = self.client.weights().history
-            ours = [report for report in history if report.request_id == request.request_id]
-            if not ours:
-                raise
-            return ours[0]
-
-    def _ask_to_prepare(self, request: UpdateRequest) -> UpdateReport:
-        """Prepare; if the connection broke, ask for the answer, which is given again."""
-        try:
-            return self.client.prepare(request)
-        except EngineUnreachableError:
-            self._wait_for_end(request)
-            return self.client.prepare(request)
-
     def _ask_to_commit(self, request: UpdateRequest) -> UpdateReport:
-        """Commit; if the connection broke, ask for the answer, which is given again."""
-        try:
-            return self.client.commit(request.request_id, timeout_s=request.timeout_s)
-        except EngineUnreachableError:
-            self._wait_for_end(request)
-            return self.client.commit(request.request_id, timeout_s=request.timeout_s)
-
-    def _wait_for_end(self, request: UpdateRequest) -> None:
-        """Wait until the engine is in the middle of nothing, or has had more than its time."""
-        give_up = time.monotonic() + request.timeout_s + GRACE_S
-        while time.monotonic() < give_up:
-            state = self.client.state()
-            if state.state != "updating" or (state.update and state.update.phase == "prepared"):
-                return
-            time.sleep(POLL_S)
+        return self.client.commit(request.request_id, timeout_s=request.timeout_s)
 
 
 def links_to(engines: str | Sequence[str], access: EngineAccess) -> list[EngineLink]:

@@ -1,7 +1,8 @@
 """The two ends of a feed between engines: one offers what it holds, the other reads it.
 
 What is read lies in the parameters that the feeder serves with. That they were not written
-meanwhile is asked of it afterwards; until it has said so, the reader stays paused.
+meanwhile its version word says to the reader, and the feeder is asked afterwards whether it still
+holds what it offered; until it has said so, the reader stays paused.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from engine_plugins.errors import (
     PeerError,
     PeerLostError,
     PlanError,
+    SourceRevokedError,
     TransferTimeoutError,
     TransportError,
     WeightMismatchError,
@@ -36,6 +38,7 @@ _FEEDERS_FAULT = frozenset(
         PeerError,
         PeerLostError,
         PlanError,
+        SourceRevokedError,
         TransferTimeoutError,
         TransportError,
         WeightMismatchError,
@@ -138,7 +141,7 @@ class Reader:
         """
         again = self._serves_after is not None
         resume = self._serves_after if again else self._request.resume
-        return self._update(source_ids, resume=resume)
+        return self._update(source_ids, resume=resume, word=self._request.source_word)
 
     def read(self, feeder: Feeder) -> UpdateReport:
         """Update from another engine.
@@ -167,15 +170,21 @@ class Reader:
         return report
 
     def _read(self, offer: EngineOffer) -> UpdateReport:
+        def update() -> UpdateReport:
+            ids = self.link.publish_peer(offer.manifests)
+            return self._update(ids, resume=False, word=offer.source_word)
+
         try:
-            return self._update(self.link.publish_peer(offer.manifests), resume=False)
+            return update()
         except EnginePluginError as error:
             if not forgot_us(error):
                 raise
         self.link.forget()  # it restarted
-        return self._update(self.link.publish_peer(offer.manifests), resume=False)
+        return update()
 
-    def _update(self, source_ids: Sequence[str], *, resume: bool | None) -> UpdateReport:
+    def _update(
+        self, source_ids: Sequence[str], *, resume: bool | None, word: int | None
+    ) -> UpdateReport:
         """A further attempt is a request of its own: the engine keeps its answer to each."""
         self._attempts += 1
         suffix = f".{self._attempts}" if self._attempts > 1 else ""
@@ -184,6 +193,7 @@ class Reader:
             request_id=self._request.request_id + suffix,
             resume=resume,
             force=self._request.force or self._installed,
+            source_word=word,
         )
         return self.link.update(source_ids, self._model, request)
 

@@ -39,6 +39,10 @@ class SenderOptions(TypedDict, total=False):
     direction: Direction
     """`pull` (the default) has the engines read the trainer's memory, `push` has every rank write
     into the engines'. A push is always in two phases."""
+    register: Literal["once", "every_update"]
+    """`once` (the default) keeps the memory registered, and held, between updates, until `release`.
+    `every_update` registers it for each update and lets go of it afterwards: for trainers that free
+    or unmap it in between and cannot call `release`. It costs a registration and a plan each."""
     quantization: Literal["fp8"] | BlockFp8 | None
     """Send matrices as an engine of the model's block-FP8 checkpoint holds them, quantized anew for
     every update into slots of this process's: `fp8` as the config's `quantization_config` says (the
@@ -54,6 +58,7 @@ class Ways(NamedTuple):
     direction: Direction
     two_phase: bool
     fan_out: int | None
+    register: Literal["once", "every_update"]
 
     @classmethod
     def of(cls, options: SenderOptions) -> Self:
@@ -64,14 +69,20 @@ class Ways(NamedTuple):
             direction=direction,
             two_phase=direction == "push" if two_phase is None else two_phase,
             fan_out=options.get("fan_out"),
+            register=options.get("register", "once"),
         )
 
     def check(self) -> None:
         """Refuse what cannot be.
 
         Raises:
-            SettingsError: a fan_out below 1, or together with two phases; a push in one phase.
+            SettingsError: a fan_out below 1, or together with two phases; a push in one phase; a
+                `register` that is none.
         """
+        if self.register not in ("once", "every_update"):
+            raise SettingsError(
+                f"register is {self.register!r}, and must be 'once' or 'every_update'"
+            )
         if self.fan_out is not None and self.fan_out < 1:
             raise SettingsError(
                 f"fan_out is {self.fan_out}: then no engine would feed another",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 
-import numpy as np
-
 from engine_plugins.errors import TransportError
 from engine_plugins.sender.small_writes import SmallWrites
 from engine_plugins.weights.transport.base import (
@@ -15,11 +13,9 @@ from engine_plugins.weights.transport.base import (
     Transport,
 )
 from engine_plugins.weights.transport.regions import HOST
+from engine_plugins.weights.transport.transfers import transfers_of
 
 __all__ = ["PeerWrites"]
-
-MOST_RANGES = 128
-"""Of one write. With the writes that are under way at once it bounds what waits in the wire."""
 
 
 class PeerWrites:
@@ -56,7 +52,7 @@ class PeerWrites:
             self.gathered += small.gathered
             rows = small.rows
         self.ranges += len(rows)
-        for part in np.array_split(rows, -(-len(rows) // MOST_RANGES)):
+        for part in transfers_of(rows):
             write = self._transport.prepare_write(
                 self._agent, part, local_device=local_device, remote_device=remote_device
             )

@@ -66,7 +66,7 @@ class Push:
         Raises:
             PeerError: an engine's description or memory is refused.
             PeerLostError: an engine rank died.
-            TransferTimeoutError: the deadline passed; writes may still be under way.
+            TransferTimeoutError: the deadline passed; writes are still under way if it is `stuck`.
         """
         self.ended, self.costs = True, []
         try:
@@ -129,19 +129,19 @@ class Push:
 
     def _write(self, deadline: float) -> None:
         peers = [peer for target in self._targets.values() for peer in target.peers]
-        failure: Exception | None = None
+        failure: BaseException | None = None
         self.ended = False
         cost = WriteCost()
         try:
             cost = _written(peers, deadline)
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        except BaseException as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
             left = [peer.progress() for peer in peers if peer.unfinished]
             if isinstance(error, EnginePluginError):
                 error.message += f"; not written in full: {'; '.join(left[:8])}"
-        stopped = failure is None or (
-            isinstance(failure, EnginePluginError) and not isinstance(failure, TransferTimeoutError)
-        )
+        stopped = not (isinstance(failure, TransferTimeoutError) and failure.stuck)
+        if not stopped and failure is not None and _is_interrupt(failure.__cause__):
+            failure = failure.__cause__
         self.ended = all(self._ranks.agree("ending the writes", lambda: stopped, bool))
 
         def outcome() -> WriteCost:
@@ -155,6 +155,10 @@ class Push:
         target = self._targets.pop(url, None)
         for peer in target.peers if target is not None else ():
             peer.release(ended=self.ended)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    return error is not None and not isinstance(error, Exception)
 
 
 def _written(peers: Sequence[PeerWrites], deadline: float) -> WriteCost:

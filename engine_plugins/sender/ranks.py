@@ -7,6 +7,7 @@ tell each other is msgpack, not pickle.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
@@ -86,6 +87,7 @@ class TrainerRanks:
         Raises:
             EnginePluginError: the step failed somewhere. Every rank raises the same class and
                 text, which names the first rank that failed.
+            KeyboardInterrupt: where it came; the other ranks are told.
         """
         if self._group is None:
             return [step()]
@@ -96,6 +98,10 @@ class TrainerRanks:
         except Exception as error:  # whatever it is, the other ranks wait to hear of it
             cause = error
             mine = _Outcome(None, _tell(error))
+        except BaseException as error:  # Ctrl-C too: they would wait for long
+            with suppress(UpdateFailedError):
+                self._gather(msgspec.msgpack.encode(_Outcome(None, _tell(error))))
+            raise
         answers = self._gather(msgspec.msgpack.encode(mine))
         told = _Outcome[kind]
         outcomes: list[_Outcome[Value]] = [
@@ -151,7 +157,7 @@ class TrainerRanks:
         ) from cause
 
 
-def _tell(error: Exception) -> _Failure:
+def _tell(error: BaseException) -> _Failure:
     """Say an error so that another process can raise its like."""
     if isinstance(error, EnginePluginError):
         plain = type(error).__name__ in errors.__all__ and not isinstance(error, AdminAnswerError)

@@ -12,14 +12,13 @@ from functools import partial
 
 from engine_plugins.admin_answers import UpdateRequest
 from engine_plugins.sender.engines import EngineLink
+from engine_plugins.sender.offer import TrainerOffer
 from engine_plugins.sender.options import Ways
-from engine_plugins.sender.push import Push
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.rounds import Offer, Round, drive, offer_to
 from engine_plugins.sender.tree_update import TreeUpdate
 from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
 from engine_plugins.weights.report import UpdateReport
-from engine_plugins.weights.source import WeightSource
 
 __all__ = ["UpdateRounds"]
 
@@ -31,9 +30,8 @@ class UpdateRounds:
         ranks: of the trainer.
         links: the engines by url; more may be added later.
         ways: how the engines come by a version.
-        source: what this rank offers.
+        offer: what this rank offers.
         model: facts of the trainer's HF config.
-        push: this rank's part in a push; `None` for a pull.
         shown: a block that shows how far engines are, by their urls and a version.
     """
 
@@ -42,23 +40,24 @@ class UpdateRounds:
         ranks: TrainerRanks,
         links: Mapping[str, EngineLink],
         ways: Ways,
-        source: WeightSource,
+        offer: TrainerOffer,
         *,
         model: Mapping[str, str | int | bool],
-        push: Push | None,
         shown: Callable[[Sequence[str], int], AbstractContextManager[None]],
     ) -> None:
         self._ranks, self._links, self._ways = ranks, links, ways
-        self._source, self._model = source, model
-        self._push, self._shown = push, shown
+        self._mine, self._model, self._shown = offer, model, shown
 
-    def refresh(self) -> None:
+    def refresh(self, word: int) -> None:
         """Offer the weights as they are now; if memory moved, engines are told where it is.
+
+        Args:
+            word: the version word of this update, the same on every rank.
 
         Raises:
             SourceError: a tensor that can no longer be offered.
         """
-        if self._source.refresh():
+        if self._mine.refresh(word):
             for link in self._links.values():
                 link.forget()
 
@@ -95,17 +94,22 @@ class UpdateRounds:
             if prepared.failures:
                 step = partial(aborted, self._links, prepared, request)
                 return self._ranks.lead("aborting the update", step, Round)
-            if self._push is not None:
-                pushing = self._push
+            pushing = self._mine.push
+            if pushing is not None:
                 pushing.run(self._links, deadline=deadline)
         except BaseException as error:  # an interrupt too: no engine must wait for a commit
+            self._mine.withdraw()
             if self._ranks.leads:
                 because = f"the trainer's ranks failed: {type(error).__name__}: {error}"
                 ended = pushing is None or pushing.ended
                 abort_all(self._links.values(), request, because=because, writes_ended=ended)
             raise
-        step = partial(commit_all, self._links, prepared, request)
-        return self._ranks.lead("committing the update", step, Round)
+
+        def commit() -> Round:
+            with self._mine.withdrawn_on_error():
+                return commit_all(self._links, prepared, request)
+
+        return self._ranks.lead("committing the update", commit, Round)
 
     def _down_a_tree(self, arity: int, request: UpdateRequest) -> Round:
         """Offer to one engine, which feeds the others; to more only where that does not do."""
@@ -124,7 +128,7 @@ class UpdateRounds:
         return self._ranks.agree("offering the weights", partial(self._offer, links), Offer)
 
     def _offer(self, links: Sequence[EngineLink]) -> Offer:
-        source = self._source
+        source = self._mine.source
         if not source.manifest.tensors.names:
             return Offer()  # a rank may hold nothing: it has nothing to say
         return offer_to(links, lambda: source.manifest_bytes, trainer_rank=self._ranks.global_rank)
@@ -137,11 +141,12 @@ class UpdateRounds:
                 return link.prepare(source_ids, self._model, request, self._ways.direction)
             return link.update(source_ids, self._model, request)
 
-        with self._shown([link.url for link in links], request.version):
+        shown = self._shown([link.url for link in links], request.version)
+        with self._mine.withdrawn_on_error(), shown:
             return drive(links, offers, step)
 
     def _drive_tree(
         self, update: TreeUpdate, roots: Sequence[str], offers: Sequence[Offer], version: int
     ) -> Round:
-        with self._shown(list(self._links), version):
+        with self._mine.withdrawn_on_error(), self._shown(list(self._links), version):
             return update.round(roots, offers)

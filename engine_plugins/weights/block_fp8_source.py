@@ -87,6 +87,11 @@ class BlockFp8Source:
         pairs = zip(taken, self._slots, strict=True)
         return [offered for box, slots in pairs for offered in slots or [box]]
 
+    def release(self) -> None:
+        """Let go of the slots, and of whatever was measured; the next `boxes` makes them anew."""
+        self._taken = self._maxima = None
+        self._layout, self._slots = [], []
+
     def _cut_pieces(self, boxes: Iterable[SourceBox]) -> Iterator[tuple[SourceBox, Piece]]:
         for box in boxes:
             if self._is_quantized(box):

@@ -36,7 +36,7 @@ __all__ = [
     "packed",
 ]
 
-FORMAT: Literal[2] = 2
+FORMAT: Literal[3] = 3
 MSGPACK = "application/msgpack"
 JSON = "application/json"
 MAX_JSON_BYTES = 4 * 1024**2
@@ -45,6 +45,7 @@ MAX_JSON_BYTES = 4 * 1024**2
 Axes = Annotated[int, msgspec.Meta(ge=1, le=MAX_RANK)]
 Facts = Annotated[dict[str, str | int | bool], msgspec.Meta(max_length=64)]
 
+Address = Annotated[int, msgspec.Meta(ge=1, lt=2**63 - 8)]
 GlobalRank = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
@@ -101,7 +102,7 @@ class OfferedBox(NamedTuple):
 class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One trainer process's offer of weights."""
 
-    format: Literal[2]
+    format: Literal[3]
     source: str
     """Who speaks, for people: `trainer rank 3 of 8 (host-a, pid 4711)`."""
     transport: Literal["nixl", "in_memory"]
@@ -111,6 +112,9 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     agent_metadata_sha256: str
     model: Facts
     """Facts of the HF config that both sides can compare; may be empty."""
+    version_word: Address
+    """Address of 8 registered bytes of host memory: a little-endian number above 0, which the
+    source changes before it writes to memory that an engine may still read."""
     axes: Axes
     """Numbers in a row of every table: the most axes that a tensor has, at least 1."""
     tensors: TensorColumns

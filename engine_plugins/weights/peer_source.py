@@ -76,11 +76,14 @@ class PeerSource:
             raise
         self._manifest = self._source.manifest_bytes
 
-    def manifest_bytes(self) -> bytes:
+    def manifest_bytes(self, word: int) -> bytes:
         """The manifest as msgpack; the same as before while nothing has moved.
 
         Parameters whose last axis is not the HF tensor's are offered as copies, which are brought
         up to date here; the work queued on the GPU is waited for.
+
+        Args:
+            word: the version word of what is offered, until `revoke`.
 
         Raises:
             ConflictError: as for the class.
@@ -93,7 +96,12 @@ class PeerSource:
             self._manifest = self._source.manifest_bytes
         for device in {box.data.device for box in boxes if box.data.is_cuda}:
             torch.cuda.synchronize(device)
+        self._source.offer(word)
         return self._manifest
+
+    def revoke(self) -> None:
+        """Let no peer take what it reads for whole: the parameters will be written to."""
+        self._source.revoke()
 
     def close(self) -> None:
         """Take the registrations back and end the agent. Repeating it does nothing."""

@@ -14,18 +14,17 @@ from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.plan import FetchPlan, PackedPiece, Step, Window
 from engine_plugins.weights.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer, Transport
-from engine_plugins.weights.transport.meeting import Greetings, meet
+from engine_plugins.weights.transport.meeting import meet
 from engine_plugins.weights.transport.regions import HOST
-from engine_plugins.weights.transport.transfers import run_transfers
+from engine_plugins.weights.transport.transfers import run_transfers, transfers_of
+from engine_plugins.weights.version_word import WordReader
 
 __all__ = ["PreparedFetch"]
 
 BATCH_BYTES = 256 << 20
 """The most that is fetched in one go; a step that is larger goes alone."""
-MOST_DESCRIPTORS = 128
-"""Of one transfer: NIXL looks at all that are under way each time it is asked."""
-SLOWEST_BYTES_PER_S = 100e6
-"""A fetch may take the stall time and, on top, as long as it takes at this rate."""
+LEAST_FOR_WORDS_S = 1.0
+"""What the version words may take after the last byte, however near the deadline is then."""
 
 
 class PreparedFetch:
@@ -59,7 +58,7 @@ class PreparedFetch:
     ) -> None:
         self.plan = plan
         self.staged = staged
-        self.usable = True
+        self._fit = True
         self.touched = False
         """Whether bytes have been fetched into the arena, which makes it resident."""
         self.reads_may_be_active = False
@@ -78,8 +77,9 @@ class PreparedFetch:
             else:
                 meet(transport, manifest)
         self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
-        self._greetings = Greetings(manifests, transport) if plan.direct_bytes else None
+        self._words: WordReader | None = None
         try:
+            self._words = WordReader([manifests[each] for each in _sources_of(plan)], transport)
             for steps in self._always_together():
                 self._reads[steps.start] = self._joined(steps)
             for step in plan.steps:
@@ -87,6 +87,11 @@ class PreparedFetch:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be run again."""
+        return self._fit and self._words is not None and self._words.usable
 
     @property
     def arena_bytes(self) -> int:
@@ -102,19 +107,55 @@ class PreparedFetch:
         """Start counting bytes and wire seconds anew."""
         self.bytes_done = 0
         self.wire_s = 0.0
+        self._word: int | None = None
+        self._words_begun = False
 
     def greet(
-        self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
+        self,
+        word: int | None,
+        *,
+        stall_timeout_s: float,
+        deadline: float,
+        cancelled: Callable[[], bool],
     ) -> None:
-        """Read a few bytes of every source, so that one that is gone is found here.
+        """Read the version words before live parameters are written, or with the first bytes.
+
+        So a source that is gone is found while the old weights are whole.
+
+        Args:
+            word: what the words must be; None takes them as they are now.
+            stall_timeout_s: how long a source may say nothing.
+            deadline: on the monotonic clock.
+            cancelled: ends it early.
 
         Raises:
+            SourceRevokedError: the offer of these weights was taken back.
             TransportError: a source gives nothing.
         """
-        if self._greetings is not None:
-            reads = self._greetings.reads
-            self._run(range(1), reads, stall_timeout_s, deadline, cancelled)
-            self.reset_counters()
+        self._word = word
+        if self.plan.direct_bytes:
+            self._run(range(1), [], stall_timeout_s, deadline, cancelled)
+            self.wire_s = 0.0
+
+    def check(
+        self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
+    ) -> None:
+        """See that no source took its offer back until the last byte was here.
+
+        Raises:
+            SourceRevokedError: one did: what is here may be a mixture.
+            TransportError: one cannot be asked any more.
+        """
+        left = max(deadline - time.monotonic(), LEAST_FOR_WORDS_S)
+        self._word_reader.check(limit_s=min(stall_timeout_s, left), cancelled=cancelled)
+
+    def confirm(self) -> None:
+        """The same just before the version is published, of sources that still answer.
+
+        Raises:
+            SourceRevokedError: one took its offer back.
+        """
+        self._word_reader.confirm()
 
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
         """Views of a fetched step's whole tensors, by HF name; not of a direct step."""
@@ -155,8 +196,8 @@ class PreparedFetch:
         reads = [read for index in steps for read in self._reads.get(index, ())]
         try:
             self._run(steps, reads, stall_timeout_s, deadline, cancelled)
-        except TransferTimeoutError:
-            self.landings_may_be_active = self.plan.steps[steps.start].direct
+        except TransferTimeoutError as error:
+            self.landings_may_be_active = error.stuck and self.plan.steps[steps.start].direct
             raise
         for index in steps:
             batches = zip(self.plan.steps[index].packed, self._packed[index], strict=True)
@@ -169,15 +210,20 @@ class PreparedFetch:
         """Release the reads, then the arena."""
         self._release_reads()
         self._buffer.close()
-        if self._greetings is not None:
-            self._greetings.close()
+        if self._words is not None:
+            self._words.close()
 
     def quarantine(self) -> None:
         """Give up the arena without freeing it: a read that timed out may still write to it."""
-        self.usable = False
+        self._fit = False
         self._buffer.quarantine()
-        if self._greetings is not None:
-            self._greetings.quarantine()
+        self._word_reader.quarantine()
+
+    @property
+    def _word_reader(self) -> WordReader:
+        if self._words is None:
+            raise TransportError("this plan was never prepared in full", remedy="prepare it anew")
+        return self._words
 
     def _run(
         self,
@@ -187,21 +233,27 @@ class PreparedFetch:
         deadline: float,
         cancelled: Callable[[], bool],
     ) -> None:
-        if not reads:
+        words = [] if self._words_begun else self._word_reader.reads
+        if not reads and not words:
             return
         self.touched = True
         began, before = time.perf_counter(), self.bytes_done
+        word_bytes = sum(word.nbytes for word in words)
 
         def count(done: int, _total: int) -> None:
-            self.bytes_done = before + done
+            self.bytes_done = before + max(done - word_bytes, 0)
 
-        patience = stall_timeout_s + sum(read.nbytes for read in reads) / SLOWEST_BYTES_PER_S
-        limit = min(patience, max(deadline - time.monotonic(), 0.001))
         try:
-            run_transfers(reads, deadline_s=limit, on_progress=count, cancelled=cancelled)
+            run_transfers(
+                [*words, *reads],
+                deadline_s=max(deadline - time.monotonic(), 0.001),
+                stall_timeout_s=stall_timeout_s,
+                on_progress=count,
+                cancelled=cancelled,
+            )
         except TransportError as error:
-            self.usable = False
-            self.reads_may_be_active = isinstance(error, TransferTimeoutError)
+            self._fit = False
+            self.reads_may_be_active = isinstance(error, TransferTimeoutError) and error.stuck
             names = [tensor.name for index in steps for tensor in self.plan.steps[index].tensors]
             error.message += (
                 f"; it was giving {', '.join(names[:3])}"
@@ -210,6 +262,9 @@ class PreparedFetch:
             )
             raise
         self.wire_s += time.perf_counter() - began
+        if words:
+            self._words_begun = True
+            self._word_reader.begin(self._word)
 
     def _always_together(self) -> Iterator[range]:
         """Steps whose reads can be joined: those that never wait for one another's install."""
@@ -232,7 +287,7 @@ class PreparedFetch:
         return [
             self._read(source, part, local_device=device, remote_device=remote_device)
             for (source, remote_device, device), rows in tables.items()
-            for part in _parts(np.concatenate(rows))
+            for part in transfers_of(np.concatenate(rows))
         ]
 
     def _packed_reads(self, batch: Sequence[PackedPiece]) -> list[PreparedTransfer]:
@@ -245,10 +300,9 @@ class PreparedFetch:
             )
             by_peer.setdefault((piece.source, piece.remote_device), []).append(row)
         return [
-            self._read(
-                source, np.array(rows, np.uint64), local_device=HOST, remote_device=remote_device
-            )
+            self._read(source, part, local_device=HOST, remote_device=remote_device)
             for (source, remote_device), rows in by_peer.items()
+            for part in transfers_of(np.array(rows, np.uint64))
         ]
 
     def _read(
@@ -274,5 +328,8 @@ def _room(step: Step) -> int:
     return step.bytes_needed if step.direct else step.nbytes
 
 
-def _parts(table: Descriptors) -> list[Descriptors]:
-    return np.array_split(table, -(-len(table) // MOST_DESCRIPTORS))
+def _sources_of(plan: FetchPlan) -> list[int]:
+    """The sources that a plan reads from, by their numbers in it."""
+    straight = {read.source for step in plan.steps for read in step.reads}
+    packed = {p.source for step in plan.steps for batch in step.packed for p in batch}
+    return sorted(straight | packed)

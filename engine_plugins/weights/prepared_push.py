@@ -90,9 +90,22 @@ class PreparedPush:
         self.wire_s = 0.0
 
     def greet(
-        self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
+        self,
+        word: int | None,
+        *,
+        stall_timeout_s: float,
+        deadline: float,
+        cancelled: Callable[[], bool],
     ) -> None:
         """Nothing to ask: the sources come to us."""
+
+    def check(
+        self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
+    ) -> None:
+        """Nor here: whoever says that all is written has waited for the last write."""
+
+    def confirm(self) -> None:
+        """Nor here."""
 
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
         """Views of a written step's whole tensors, by HF name; not of a direct step."""

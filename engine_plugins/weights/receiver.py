@@ -143,11 +143,12 @@ class WeightReceiver:
             ),
         )
 
-    def manifest(self, model: Mapping[str, str | int | bool]) -> bytes:
+    def manifest(self, model: Mapping[str, str | int | bool], word: int) -> bytes:
         """What this rank's live parameters hold, as a source for other engines.
 
         Args:
             model: facts of the engine's HF config.
+            word: the version word, until these parameters are written to.
 
         Raises:
             ConflictError: in the middle of an update, or see `peer_boxes`.
@@ -156,7 +157,7 @@ class WeightReceiver:
             self._peers = PeerSource(
                 self._peer_boxes, self._make_transport(), tp_rank=self._tp_rank, model=model
             )
-        return self._peers.manifest_bytes()
+        return self._peers.manifest_bytes(word)
 
     def drop(self, plan_id: str) -> None:
         """Forget a plan and its receive buffer."""
@@ -182,6 +183,7 @@ class WeightReceiver:
         *,
         staged: bool,
         timeout_s: float,
+        word: int | None = None,
         tell: Callable[[PullStatus], None] = lambda status: None,
     ) -> PullStatus:
         """Begin to pull; of a push, make ready what the trainers write to.
@@ -193,6 +195,7 @@ class WeightReceiver:
             plan_id: of a connection.
             staged: whether nothing is installed before every byte is here.
             timeout_s: seconds until the pull is given up.
+            word: what the sources' version words must be; None takes what they are now.
             tell: see `UpdateRun`.
         """
         self._refuse_while_running()
@@ -212,11 +215,12 @@ class WeightReceiver:
             stall_timeout_s=self._stall_timeout_s,
             tp_rank=self._tp_rank,
             tell=tell,
+            word=word,
         )
         if connected.direction == "pull":
             self._run.go()
         elif prepared.plan.direct_bytes:
-            self._run.begin(self._installer.begin)
+            self._run.begin(self._begin)
         return self._run.status()
 
     def written(self) -> PullStatus:
@@ -227,6 +231,16 @@ class WeightReceiver:
                 f"rank {self._tp_rank} pulls, nobody writes to it", remedy="commit the update"
             )
         run.go()
+        return run.status()
+
+    def confirm(self) -> PullStatus:
+        """See that no source has taken back what is here, before any of it is installed.
+
+        Raises:
+            SourceRevokedError: one has.
+        """
+        run = self._current()
+        run.prepared.confirm()
         return run.status()
 
     def poll(self) -> PullStatus:
@@ -241,7 +255,7 @@ class WeightReceiver:
         """
         run = self._current()
         until = time.monotonic() + budget_s
-        run.begin(self._installer.begin)
+        run.begin(self._begin)
         while run.installed < run.total and time.monotonic() < until:
             ready = run.next_ready(until)
             if ready is None:
@@ -255,6 +269,7 @@ class WeightReceiver:
 
         Raises:
             ConflictError: some are not; ending here would serve a mixture.
+            SourceRevokedError: a source has taken its offer back.
         """
         run = self._current()
         if run.installed < run.total:
@@ -262,6 +277,7 @@ class WeightReceiver:
                 f"rank {self._tp_rank} has {run.installed} of {run.total} modules installed",
                 remedy="advance until all are installed, or abort",
             )
+        run.prepared.confirm()
         with run.timed_install():
             self._installer.finish()
         self._run = None
@@ -325,6 +341,12 @@ class WeightReceiver:
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+    def _begin(self) -> None:
+        """From here on live parameters may be written: peers that read them must see that."""
+        if self._peers is not None:
+            self._peers.revoke()
+        self._installer.begin()
 
     def _install(self, prepared: PreparedPlan, step: Step, index: int) -> None:
         """Bring one step, which is here in full, into the model."""

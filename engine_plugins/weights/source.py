@@ -42,6 +42,7 @@ from engine_plugins.weights.source_memory import (
     warn_of_expandable_segments,
 )
 from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.version_word import CLOSED, VersionWord, new_word
 
 __all__ = ["WeightSource"]
 
@@ -64,7 +65,10 @@ class _Placed:
     def layout(self) -> tuple[object, ...]:
         """Everything a manifest says of this box; it moved when this differs."""
         box, memory = self.box, self.memory
-        place = (*storage_key(memory), memory.untyped_storage().nbytes(), memory.data_ptr())
+        storage = memory.untyped_storage()
+        # Which storage it is, too: another one may lie where one was freed whose registration
+        # still stands. One that was emptied and filled again looks the same: `release` is for it.
+        place = (*storage_key(memory), storage._cdata, storage.nbytes(), memory.data_ptr())
         return (box.name, box.global_shape, box.start, memory.dtype, strides_bytes(memory), place)
 
 
@@ -76,7 +80,8 @@ class WeightSource:
     CUDA the storages of one allocator segment are one region, what lies between them included,
     because registration costs by the region.
     A box whose last axis is not contiguous is offered as a contiguous copy, which `refresh`
-    brings up to date; every other box is the trainer's live memory.
+    brings up to date; every other box is the trainer's live memory. Beside them a version word is
+    registered (`version_word.py`).
 
     Args:
         boxes: what to offer, or a function that says so anew. With a function, `refresh`
@@ -108,11 +113,14 @@ class WeightSource:
         self._global_rank = global_rank
         self._model = dict(model or {})
         self._placed: list[_Placed] = []
-        self._regions: dict[tuple[int, int, int], Region] = {}
+        self._regions: dict[_RegionKey, Region] = {}
+        self._word: VersionWord | None = None
         self._layout: list[tuple[object, ...]] | None = None
         self._manifest: SourceManifest | None = None
         self._closed = False
         try:
+            self._word = VersionWord(transport)
+            self._word.set(new_word())
             self.refresh()
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
@@ -156,7 +164,7 @@ class WeightSource:
             SourceError: closed, or as for the constructor.
             TransportError: registration failed; the next refresh tries again.
         """
-        if self._closed:
+        if self._closed or self._word is None:
             raise SourceError("this source is closed", remedy="build a new source")
         placed = self._place(self._describe())
         layout = [entry.layout() for entry in placed]
@@ -174,13 +182,33 @@ class WeightSource:
             torch.cuda.synchronize(device)
         self._placed = placed
         if moved:
-            self._manifest = self._build()
+            self._manifest = self._build(self._word)
             self._layout = layout
         return moved
 
-    def close(self) -> None:
-        """Take every registration back and let go of the tensors. Repeating it does nothing."""
-        self._closed = True
+    def offer(self, word: int) -> None:
+        """Let engines read that were told this number, and no others: see `VersionWord`.
+
+        Raises:
+            SourceError: closed.
+        """
+        if self._word is None:
+            raise SourceError("this source is closed", remedy="build a new source")
+        self._word.set(word)
+
+    def revoke(self) -> None:
+        """Let no engine take what it reads for whole, from now on, until the next `offer`.
+
+        Comes before the first write to memory that may still be read. Never raises.
+        """
+        if self._word is not None:
+            self._word.set(CLOSED)
+
+    def release(self) -> None:
+        """Take the registrations back and let go of the memory, copies too.
+
+        The next refresh registers anew. No engine may be reading.
+        """
         for key, region in list(self._regions.items()):
             try:
                 self._transport.deregister(region.address)
@@ -189,6 +217,24 @@ class WeightSource:
             del self._regions[key]
         self._placed = []
         self._layout = self._manifest = None
+
+    def close(self, *, agent_closed: bool = False) -> None:
+        """Take every registration back and let go of the tensors. Repeating it does nothing.
+
+        Args:
+            agent_closed: the transport has been closed, and every registration with it.
+        """
+        self._closed = True
+        self.revoke()
+        if agent_closed:
+            self._regions.clear()
+        self.release()
+        word, self._word = self._word, None
+        if word is not None:
+            try:
+                word.close(agent_closed=agent_closed)
+            except TransportError:
+                logger.warning("a version word stays registered", exc_info=True)
         self._describe = list
 
     def __enter__(self) -> Self:
@@ -219,7 +265,7 @@ class WeightSource:
 
     def _register(self, regions: Sequence[Region]) -> None:
         """Register exactly `regions`."""
-        wanted = {(region.device, region.address, region.nbytes): region for region in regions}
+        wanted = {_region_key(region): region for region in regions}
         for key in [key for key in self._regions if key not in wanted]:
             self._transport.deregister(self._regions[key].address)
             del self._regions[key]
@@ -229,7 +275,7 @@ class WeightSource:
                 self._transport.register(region.address, region.nbytes, region.device)
             self._regions[key] = region
 
-    def _build(self) -> SourceManifest:
+    def _build(self, word: VersionWord) -> SourceManifest:
         metadata = self._transport.metadata()
         regions = sorted(self._regions.values(), key=lambda region: region.order)
         tensors = _logical_tensors([entry.box for entry in self._placed])
@@ -242,6 +288,7 @@ class WeightSource:
             agent_metadata=metadata,
             agent_metadata_sha256=hashlib.sha256(metadata).hexdigest(),
             model=self._model,
+            version_word=word.address,
             axes=axes,
             tensors=TensorColumns(
                 names=list(tensors),
@@ -262,6 +309,15 @@ class WeightSource:
         if entries:
             check_manifest(manifest, max_entries=entries)
         return manifest
+
+
+_RegionKey = tuple[int, int, int, frozenset[int]]
+
+
+def _region_key(region: Region) -> _RegionKey:
+    """What must be the same for a registration to stand: the range, and the storages in it."""
+    storages = frozenset(storage._cdata for storage in region.storages.values())
+    return (region.device, region.address, region.nbytes, storages)
 
 
 def _fits(copy: torch.Tensor, data: torch.Tensor) -> bool:

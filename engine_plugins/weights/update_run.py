@@ -7,15 +7,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.peak_memory import PeakMemory
 from engine_plugins.weights.plan import FetchPlan, Step, Window
+from engine_plugins.weights.transport.transfers import DRAIN_S
 
-__all__ = ["PreparedPlan", "PullStatus", "UpdateRun"]
+__all__ = ["STOP_S", "PreparedPlan", "PullStatus", "UpdateRun"]
+
+STOP_S = DRAIN_S + 2.0
+"""How long a pull may take to end once it is told to: what is under way, and a little more."""
 
 TELL_S = 0.05
 """How often a pull tells how many bytes it has."""
@@ -27,8 +31,6 @@ class PreparedPlan(Protocol):
     plan: FetchPlan
     staged: bool
     """Whether nothing that is installed makes room for what comes later."""
-    usable: bool
-    """Whether it may be run again."""
     touched: bool
     """Whether bytes have come into the arena, which makes it resident."""
     reads_may_be_active: bool
@@ -40,13 +42,27 @@ class PreparedPlan(Protocol):
     wire_s: float
 
     @property
+    def usable(self) -> bool:
+        """Whether it may be run again."""
+        ...
+
+    @property
     def arena_bytes(self) -> int: ...
     @property
     def windows(self) -> Sequence[Window]: ...
     def reset_counters(self) -> None: ...
     def greet(
+        self,
+        word: int | None,
+        *,
+        stall_timeout_s: float,
+        deadline: float,
+        cancelled: Callable[[], bool],
+    ) -> None: ...
+    def check(
         self, *, stall_timeout_s: float, deadline: float, cancelled: Callable[[], bool]
     ) -> None: ...
+    def confirm(self) -> None: ...
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]: ...
     def steps_with_room(self, index: int, installed: int) -> range: ...
     def run_steps(
@@ -77,6 +93,12 @@ class PullStatus:
     error: EnginePluginError | None
 
 
+class _Limits(TypedDict):
+    stall_timeout_s: float
+    deadline: float
+    cancelled: Callable[[], bool]
+
+
 class UpdateRun:
     """The pull thread of one update.
 
@@ -88,6 +110,7 @@ class UpdateRun:
         tp_rank: this rank, as errors will name it.
         tell: told in the pull's thread where it stands: at every step, at its end, and now and
             then in between.
+        word: what the sources' version words must be; None takes what they are at the start.
 
     Attributes:
         installed: steps that are in the engine's model.
@@ -106,6 +129,7 @@ class UpdateRun:
         stall_timeout_s: float,
         tp_rank: int,
         tell: Callable[[PullStatus], None],
+        word: int | None = None,
     ) -> None:
         self.prepared = prepared
         self.memory = memory
@@ -120,6 +144,7 @@ class UpdateRun:
         self._tp_rank = tp_rank
         self._tell = tell
         self._told_at = 0.0
+        self._word = word
         self._ready = 0
         self._begun = False
         self._waits_to_begin = False
@@ -187,12 +212,12 @@ class UpdateRun:
             self._news.notify_all()
 
     def stop(self) -> bool:
-        """Ask the pull to end; False when it has not within two seconds."""
+        """Ask the pull to end; False when it has not within `STOP_S`."""
         with self._news:
             self._stopped = True
             self._news.notify_all()
         if self._thread.ident is not None:
-            self._thread.join(2.0)
+            self._thread.join(STOP_S)
         return not self._thread.is_alive()
 
     def _pull(self) -> None:
@@ -204,21 +229,20 @@ class UpdateRun:
             self._fail(EnginePluginError(f"{type(error).__name__}: {error}"))
 
     def _pull_steps(self) -> None:
-        self.prepared.greet(  # while the old weights are whole
-            stall_timeout_s=self._stall_timeout_s,
-            deadline=self._deadline,
-            cancelled=self._is_stopped,
-        )
+        limits: _Limits = {
+            "stall_timeout_s": self._stall_timeout_s,
+            "deadline": self._deadline,
+            "cancelled": self._is_stopped,
+        }
+        self.prepared.greet(self._word, **limits)  # while the old weights are whole
         while self._ready < self.total:
             if not self._wait_for_room(self._ready):
                 return
             steps = self.prepared.steps_with_room(self._ready, self.installed)
-            self.prepared.run_steps(
-                steps,
-                stall_timeout_s=self._stall_timeout_s,
-                deadline=self._deadline,
-                cancelled=self._is_stopped,
-            )
+            self.prepared.run_steps(steps, **limits)
+            if steps.stop == self.total:
+                # Before the last step may be installed: of a staged update none is until then.
+                self.prepared.check(**limits)
             with self._news:
                 self._ready = steps.stop
                 self._news.notify_all()

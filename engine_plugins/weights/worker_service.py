@@ -210,6 +210,7 @@ class WorkerService:
             "staging_room": self._staging_room,
             "start": self._start,
             "poll": self._poll,
+            "confirm": self._confirm,
             "written": self._written,
             "advance": self._advance,
             "finish": self._finish,
@@ -240,8 +241,8 @@ class WorkerService:
             destination=result.destination,
         )
 
-    def _manifest(self, model: dict[str, str | int | bool]) -> bytes:
-        return self._receiver.manifest(model)
+    def _manifest(self, model: dict[str, str | int | bool], word: int) -> bytes:
+        return self._receiver.manifest(model, word)
 
     def _drop(self, plan_id: str) -> None:
         self._receiver.drop(plan_id)
@@ -249,13 +250,16 @@ class WorkerService:
     def _staging_room(self, plan_id: str) -> StagingRoom:
         return self._receiver.staging_room(plan_id)
 
-    def _start(self, plan_id: str, staged: bool, timeout_s: float) -> StatusAnswer:
+    def _start(
+        self, plan_id: str, staged: bool, timeout_s: float, word: int | None = None
+    ) -> StatusAnswer:
         with self._telling:
             self._pull_number += 1
         tell = functools.partial(self._tell, self._pull_number)
-        return self._answer(
-            self._receiver.start(plan_id, staged=staged, timeout_s=timeout_s, tell=tell)
+        status = self._receiver.start(
+            plan_id, staged=staged, timeout_s=timeout_s, word=word, tell=tell
         )
+        return self._answer(status)
 
     def _tell(self, number: int, status: PullStatus) -> None:
         """Write where a pull stands to the page, unless it is one that a later pull outlived."""
@@ -268,6 +272,9 @@ class WorkerService:
         with self._telling:
             if number == self._pull_number:
                 self._page.write(body)
+
+    def _confirm(self) -> StatusAnswer:
+        return self._answer(self._receiver.confirm())
 
     def _poll(self) -> StatusAnswer:
         return self._answer(self._receiver.poll())

@@ -29,6 +29,7 @@ from engine_plugins.weights.report import Outcome, Phases, PlanSummary, UpdateRe
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.version_word import new_word
 from tests.support.certificates import Identity
 from tests.support.pull import pull
 from tests.support.push_target import PushTarget
@@ -177,7 +178,10 @@ class FakeEngine:
         if self.offered is None:
             boxes = hf_boxes(self.weights)
             self.offered = WeightSource(boxes, InMemoryTransport(f"fake-{uuid.uuid4().hex[:8]}"))
+        word = new_word()
+        self.offered.offer(word)
         offer = EngineOffer(
+            source_word=word,
             version=self.version,
             request_id=self.request_id,
             manifests=[self.offered.manifest_bytes],

@@ -54,10 +54,11 @@ class _BreakableReceiver(WeightReceiver):
         *,
         staged: bool,
         timeout_s: float,
+        word: int | None = None,
         tell: Callable[[PullStatus], None] = lambda status: None,
     ) -> PullStatus:
         self._maybe_fail("start")
-        return super().start(plan_id, staged=staged, timeout_s=timeout_s, tell=tell)
+        return super().start(plan_id, staged=staged, timeout_s=timeout_s, word=word, tell=tell)
 
     def advance(self, *, budget_s: float) -> PullStatus:
         self._maybe_fail("advance")

@@ -84,6 +84,7 @@ class SimulatedJob:
             agent_metadata=metadata,
             agent_metadata_sha256=hashlib.sha256(metadata).hexdigest(),
             model={},
+            version_word=self._address,
             axes=_AXES,
             tensors=TensorColumns(
                 names=self._names[rows].tolist(),

@@ -118,11 +118,11 @@ def measure_link(transport: Transport, manifest: SourceManifest) -> LinkReport:
             )
             size *= 2
         fastest = _fastest(reads)
-    except TransferTimeoutError:
-        arena.quarantine()
-        raise
-    except BaseException:
-        arena.close()
+    except BaseException as error:
+        if isinstance(error, TransferTimeoutError) and error.stuck:
+            arena.quarantine()
+        else:
+            arena.close()
         raise
     for read in reads:
         read.release()

@@ -8,7 +8,6 @@ peer that is stopped is found here, by name, and not in the middle of an update.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -21,7 +20,7 @@ from engine_plugins.weights.transport.base import PreparedTransfer, Transport
 from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
 
-__all__ = ["Greeting", "Greetings", "meet", "meet_agent", "require_same_wire"]
+__all__ = ["Greeting", "meet", "meet_agent", "require_same_wire"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,38 +88,6 @@ class Greeting:
         )
 
 
-class Greetings:
-    """Reads of a few bytes of every source that was met, prepared to be asked again and again.
-
-    Args:
-        manifests: of the sources.
-        transport: does the reads.
-    """
-
-    def __init__(self, manifests: Sequence[SourceManifest], transport: Transport) -> None:
-        self._buffer = Arena(GREETING_BYTES * max(len(manifests), 1), transport)
-        self.reads: list[PreparedTransfer] = []
-        try:
-            for number, manifest in enumerate(manifests):
-                greeting = Greeting.of(manifest)
-                if greeting is not None:
-                    into = self._buffer.address + number * GREETING_BYTES
-                    self.reads.append(greeting.prepared(transport, manifest.agent, into))
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Release the reads and their buffer."""
-        for read in self.reads:
-            read.release()
-        self._buffer.close()
-
-    def quarantine(self) -> None:
-        """Give up the buffer without freeing it: a read that timed out may still write to it."""
-        self._buffer.quarantine()
-
-
 def meet_agent(
     transport: Transport, agent: str, metadata: bytes, *, greeting: Greeting | None, who: str
 ) -> None:
@@ -158,7 +125,7 @@ def _answers(transport: Transport, agent: str, greeting: Greeting, patience_s: f
     buffer = Arena(GREETING_BYTES, transport)
     try:
         read = greeting.prepared(transport, agent, buffer.address)
-        run_transfers([read], deadline_s=patience_s)
+        run_transfers([read], deadline_s=patience_s, drain_s=0.0)
     except TransferTimeoutError:
         buffer.quarantine()
         return False

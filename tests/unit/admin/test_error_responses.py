@@ -38,6 +38,8 @@ STATUS = {
     "SourceError": 500,
     "StaleVersionError": 409,
     "TransferTimeoutError": 504,
+    "SourceRevokedError": 503,
+    "UpdateEndUnknownError": 500,
     "TransportError": 500,
     "UnknownIdError": 404,
     "UnsupportedError": 422,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from engine_plugins.sender.peer_writes import MOST_RANGES, PeerWrites
+from engine_plugins.sender.peer_writes import PeerWrites
 from engine_plugins.sender.small_writes import GATHERED_BYTES
 from engine_plugins.weights.transport.base import Descriptors
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.transport.transfers import run_transfers
+from engine_plugins.weights.transport.transfers import MOST_DESCRIPTORS, run_transfers
 
 HERE, THERE = 1 << 20, 1 << 20
 
@@ -78,7 +78,7 @@ def test_which_pieces_are_gathered(ends: Ends, case: str) -> None:
 
 def test_many_ranges_are_several_writes(ends: Ends) -> None:
     """What is under way at once stays bounded; progress counts what ended."""
-    pieces = [(16 * n, 32 * n, 8) for n in range(2 * MOST_RANGES + 1)]
+    pieces = [(16 * n, 32 * n, 8) for n in range(2 * MOST_DESCRIPTORS + 1)]
     writes = PeerWrites("rank 1 of http://e", "engine", ends.trainer)
     writes.add(ends.rows(pieces), local_device=-1, remote_device=-1)
     writes.begin()

@@ -39,13 +39,14 @@ def plain_manifest() -> Plain:
     """
     metadata = b"\x00agent metadata\xff"
     return {
-        "format": 2,
+        "format": 3,
         "source": "trainer rank 0 of 1 (host-a, pid 4711)",
         "transport": "in_memory",
         "agent": "trainer-0",
         "agent_metadata": metadata,
         "agent_metadata_sha256": hashlib.sha256(metadata).hexdigest(),
         "model": {"model_type": "qwen3", "hidden_size": 6, "tie_word_embeddings": True},
+        "version_word": 12288,
         "axes": 2,
         "tensors": {
             "names": ["a.weight", "b.scale"],
@@ -119,7 +120,7 @@ def test_where_the_source_is_may_be_said() -> None:
         (b"[" * 100_000, JSON),
         (b"{}", JSON),
         (b"null", JSON),
-        (b'{"format": 2, "source": "\xff"}', JSON),
+        (b'{"format": 3, "source": "\xff"}', JSON),
         (encode_manifest(decode(plain_manifest()))[:-7], MSGPACK),
         (encode_manifest(decode(plain_manifest())), JSON),
         (encode_manifest(decode(plain_manifest())), "application/x-python-pickle"),
@@ -299,7 +300,7 @@ def test_the_box_of_a_tensor_has_the_tensors_axes() -> None:
 def test_the_format_before_is_refused_by_its_number() -> None:
     """Numbers were lists in it; the text says which format a server wants."""
     body = msgspec.msgpack.encode(plain_manifest() | {"format": 1})
-    with pytest.raises(AdminRequestError, match=r"no.* manifest of format 2: .*1.*format"):
+    with pytest.raises(AdminRequestError, match=r"no.* manifest of format 3: .*1.*format"):
         decode_manifest(body, max_entries=LIMIT)
 
 

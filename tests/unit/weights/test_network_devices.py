@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engine_plugins import engine_rank, trainer_sender
+from engine_plugins import engine_rank
 from engine_plugins.errors import SettingsError, TransportError, UnsupportedError
+from engine_plugins.sender import offer
 from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from tests.support.sysfs import ACTIVE, DOWN, Machine
 
@@ -159,4 +160,4 @@ def test_both_ends_ask_before_they_make_an_agent(monkeypatch: pytest.MonkeyPatch
         engine_rank._nixl_transport(0, "nosuch0:1")
     monkeypatch.setenv("ENGINE_PLUGINS_NET_DEVICES", "nosuch1:1")
     with pytest.raises(SettingsError, match="nosuch1:1"):
-        trainer_sender._nixl()
+        offer._nixl()

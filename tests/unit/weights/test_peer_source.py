@@ -41,7 +41,7 @@ class Engine:
         return sum(rank.install_all().bytes_moved for rank in self.ranks)
 
     def manifests(self) -> list[bytes]:
-        return [rank.receiver.manifest(FACTS) for rank in self.ranks]
+        return [rank.receiver.manifest(FACTS, 7) for rank in self.ranks]
 
     def serves(self, seed: int) -> bool:
         """Whether every rank is bit for bit a fresh start with these weights."""
@@ -112,12 +112,12 @@ def test_an_engine_that_was_not_updated_offers_nothing(trainer: SourceRank) -> N
         receiver = one.ranks[0].receiver
         receiver.connect("plan", [trainer.manifest])
         with pytest.raises(ConflictError, match=r"embed: .*not yet compared"):
-            receiver.manifest(FACTS)
+            receiver.manifest(FACTS, 7)
         one.update([trainer.source.manifest_bytes])
-        receiver.manifest(FACTS)
+        receiver.manifest(FACTS, 7)
         receiver.start("plan", staged=False, timeout_s=10)
         with pytest.raises(ConflictError, match="in the middle of an update"):
-            receiver.manifest(FACTS)
+            receiver.manifest(FACTS, 7)
 
 
 def test_a_manifest_says_who_offers_and_what(trainer: SourceRank) -> None:

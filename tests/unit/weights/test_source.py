@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import mmap
 import weakref
 from collections.abc import Iterator
 
@@ -18,6 +19,7 @@ from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.source_memory import regions_of, warn_of_expandable_segments
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.version_word import WORD_BYTES
 from tests.support.pull import pull
 
 
@@ -38,17 +40,25 @@ class Recorder(InMemoryTransport):
     def __init__(self, agent: str) -> None:
         super().__init__(agent)
         self.held: dict[int, int] = {}
+        self.words: set[int] = set()
+        """Of `held`, what is no tensor's: version words."""
         self.refuse_after: int | None = None
 
     def register(self, address: int, nbytes: int, device: int) -> None:
         if self.refuse_after is not None and len(self.held) >= self.refuse_after:
             raise TransportError("no more memory can be registered")
         super().register(address, nbytes, device)
-        self.held[address] = nbytes
+        if nbytes == WORD_BYTES and not address % mmap.PAGESIZE:
+            self.words.add(address)
+        else:
+            self.held[address] = nbytes
 
     def deregister(self, address: int) -> None:
         super().deregister(address)
-        del self.held[address]
+        if address in self.words:
+            self.words.remove(address)
+        else:
+            del self.held[address]
 
 
 def test_what_is_pulled_is_what_the_trainer_holds(transport: InMemoryTransport) -> None:
