@@ -16,6 +16,7 @@ from engine_plugins.admin.background import Background
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.schemas import AbortBody, UpdateBody
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.staging_claims import StagingClaims
 from engine_plugins.admin.state import EngineState, require, require_weights_mapped
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
@@ -32,7 +33,7 @@ from engine_plugins.errors import (
 )
 from engine_plugins.settings import Settings
 from engine_plugins.weights.report import PlanSummary, UpdateReport
-from engine_plugins.weights.staging import ModeChoice, choose_mode
+from engine_plugins.weights.staging import ModeChoice, choose_mode, newly_taken
 
 __all__ = ["Updates"]
 
@@ -51,6 +52,7 @@ class Updates:
     ) -> None:
         self._control = control
         self._workers = WorkerCalls(control)
+        self._claims = StagingClaims()
         self._shared = shared
         self._settings = settings
         self._background = background
@@ -156,10 +158,16 @@ class Updates:
                     f"{plan.plan_id} is a push: its trainer writes before anything is installed",
                     remedy="POST /admin/v1/weights/prepare, write, then /admin/v1/weights/commit",
                 )
-            transaction = self._begin(body, plan, await self._mode(body))
+            return await self._run(body, plan)
+
+    async def _run(self, body: UpdateBody, plan: PlanSummary) -> UpdateReport:
+        rooms = [] if body.mode == "in_place" else await self._workers.staging_room(body.plan_id)
+        with self._claims.claimed(newly_taken(rooms)) as others:
+            mode = choose_mode(body.mode, rooms, self._settings.staging_bytes, others)
+            transaction = self._begin(body, plan, mode)
             report = await self._carried(transaction, transaction.run())
-            self._ended(report)
-            return report
+        self._ended(report)
+        return report
 
     async def _prepare(self, body: UpdateBody) -> UpdateReport:
         with self._shared.operation("prepare"):
@@ -262,10 +270,6 @@ class Updates:
                     await self.recover()
             except ConflictError:
                 continue  # a commit, most likely
-
-    async def _mode(self, body: UpdateBody) -> ModeChoice:
-        rooms = [] if body.mode == "in_place" else await self._workers.staging_room(body.plan_id)
-        return choose_mode(body.mode, rooms, self._settings.staging_bytes)
 
     def _plan(self, plan_id: str) -> PlanSummary:
         kept = (

@@ -14,7 +14,7 @@ import msgspec
 
 from engine_plugins.errors import UnsupportedError
 
-__all__ = ["Mode", "ModeChoice", "StagingRoom", "choose_mode"]
+__all__ = ["Mode", "ModeChoice", "StagingRoom", "choose_mode", "newly_taken"]
 
 Mode = Literal["auto", "staged", "in_place"]
 
@@ -42,13 +42,21 @@ class ModeChoice(NamedTuple):
     reason: str
 
 
-def choose_mode(mode: Mode, rooms: Sequence[StagingRoom], bound_bytes: int | None) -> ModeChoice:
+def newly_taken(rooms: Sequence[StagingRoom]) -> int:
+    """Bytes that staging would take beyond what the ranks hold."""
+    return sum(max(room.wanted_bytes - room.held_bytes, 0) for room in rooms)
+
+
+def choose_mode(
+    mode: Mode, rooms: Sequence[StagingRoom], bound_bytes: int | None, others_bytes: int = 0
+) -> ModeChoice:
     """The same for all ranks of an update.
 
     Args:
         mode: what was asked.
         rooms: of every rank of the host; none need be asked for `in_place`.
         bound_bytes: what `auto` may take, if that is not a share of what is free.
+        others_bytes: what other servers of the host are about to take, which still shows as free.
 
     Raises:
         UnsupportedError: `staged` was asked and the ranks together do not fit.
@@ -67,15 +75,22 @@ def choose_mode(mode: Mode, rooms: Sequence[StagingRoom], bound_bytes: int | Non
         return ModeChoice(True, "as asked")
     if not wanted:
         return ModeChoice(False, "nothing is received that could wait")
-    limit = free // SHARE if bound_bytes is None else min(bound_bytes, free)
+    limit, what = _limit(free, bound_bytes, others_bytes)
     if wanted <= limit:
         return ModeChoice(True, f"{_size(wanted)} of {_size(free)} free on the host")
-    allowed = "a quarter of what is free on the host"
-    if limit == bound_bytes:
-        allowed = "ENGINE_PLUGINS_STAGING_BYTES"
-    elif bound_bytes is not None:
-        allowed = "what is free on the host"
-    return ModeChoice(False, f"staging wants {_size(wanted)}, {allowed} is {_size(limit)}")
+    return ModeChoice(False, f"staging wants {_size(wanted)}, {what} is {_size(limit)}")
+
+
+def _limit(free: int, bound: int | None, others: int) -> tuple[int, str]:
+    """What the ranks together may take, and what that is."""
+    less = f" less {_size(others)} of other servers" if others else ""
+    if bound is None:
+        share = max(free // SHARE - others, 0)
+        return share, f"a quarter of what is free on the host{less}"
+    left = max(free - others, 0)
+    if bound <= left:
+        return bound, "ENGINE_PLUGINS_STAGING_BYTES"
+    return left, f"what is free on the host{less}"
 
 
 def _size(nbytes: int) -> str:

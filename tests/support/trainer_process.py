@@ -17,6 +17,7 @@ from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.forked_process import ForkedProcess
+from tests.support.waiting import until
 
 READY_S = 120.0
 MSGPACK = {"content-type": "application/msgpack"}
@@ -56,11 +57,19 @@ class TrainerProcess:
         return str(connected.json()["plan_id"])
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal; a killed trainer is also waited for."""
+        """Send a signal; a trainer that is killed or stopped is also waited for."""
         self.unharmed = False
         os.kill(self.process.pid, number)
         if number == signal.SIGKILL:
             self.process.wait(10)
+        elif number == signal.SIGSTOP:
+            # One thread takes the signal and stops the others. On a busy machine that thread waits
+            # for a core, and until then the wire's thread goes on giving bytes.
+            until(self._stands_still, otherwise=lambda: "the trainer does not stop")
+
+    def _stands_still(self) -> bool:
+        threads = Path(f"/proc/{self.process.pid}/task").glob("*/stat")
+        return all(stat.read_text().rpartition(")")[2].split()[0] == "T" for stat in threads)
 
     def end(self) -> None:
         """Kill it, stopped or not."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_plugins.admin import staging_claims
 from engine_plugins.admin.shared_state import SharedState, create_runtime_dir
 from tests.support.admin_server import AdminServer
 
@@ -14,6 +15,12 @@ from tests.support.admin_server import AdminServer
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(autouse=True)
+def claims_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other servers of this machine may be about to stage while a test counts bytes."""
+    monkeypatch.setattr(staging_claims, "_FOLDER", tmp_path)
 
 
 @pytest.fixture

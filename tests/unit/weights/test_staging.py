@@ -10,7 +10,7 @@ import pytest
 from engine_plugins.errors import UnsupportedError
 from engine_plugins.weights import free_memory
 from engine_plugins.weights.free_memory import surely_free_bytes
-from engine_plugins.weights.staging import Mode, StagingRoom, choose_mode
+from engine_plugins.weights.staging import Mode, StagingRoom, choose_mode, newly_taken
 
 GB = 10**9
 
@@ -55,6 +55,28 @@ def test_auto_stages_what_fits(
     choice = choose_mode("auto", asked, bound)
     assert choice.staged == staged
     assert reason in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("bound", "others_gb", "staged"),
+    [(None, 1, True), (None, 2, False), (6, 5, True), (6, 7, False)],
+)
+def test_what_other_servers_are_about_to_take_is_not_free(
+    bound: int | None, others_gb: int, staged: bool
+) -> None:
+    """3 GB are wanted: of a quarter of 16 GB, or of a bound that may not pass what is left of 9."""
+    free_gb = 16 if bound is None else 9
+    choice = choose_mode(
+        "auto", rooms(3, free_gb=free_gb), bound and bound * GB, others_bytes=others_gb * GB
+    )
+    assert choice.staged == staged
+    assert ("of other servers" in choice.reason) == (not staged)
+
+
+def test_what_ranks_hold_is_not_taken_again() -> None:
+    """One has what it needs and more, the other nothing."""
+    held, new = rooms(2, free_gb=9, held_gb=3)[0], rooms(2, free_gb=9)[0]
+    assert newly_taken([held, new]) == 2 * GB
 
 
 @pytest.mark.parametrize(("mode", "staged"), [("staged", True), ("in_place", False)])
