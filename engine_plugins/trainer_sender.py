@@ -386,8 +386,7 @@ class WeightSender:
         found: list[Callable[[], None]] = []
         look = partial(self._gathers, self._ranks.members)
         self._ranks.agree("looking at the parameters", lambda: found.extend(look()), None)
-        for place in range(max(self._ranks.agree("counting gathers", lambda: len(found), int))):
-            self._ranks.agree("gathering the parameters", found[place], None)
+        self._ranks.agree("gathering the parameters", lambda: _call_all(found), None)
 
     def _quantize(self) -> None:
         """Agree on blocks that several ranks share; the refresh that follows fills the slots."""
@@ -414,6 +413,11 @@ class WeightSender:
         if self._rounds is None:
             raise SourceError("this sender is closed", remedy="make a new one")
         return self._rounds
+
+
+def _call_all(steps: Sequence[Callable[[], None]]) -> None:
+    for step in steps:
+        step()
 
 
 def _of_config(options: SenderOptions, config: object) -> SenderOptions:

@@ -34,8 +34,14 @@ def ranks_of(given: MegatronRanks) -> list[MegatronRank]:
 
 def gathers_of(given: MegatronRanks, members: Collection[int]) -> list[Callable[[], None]]:
     """What brings this process's parameters up to date; see `parameter_gathers`."""
-    chunks = [chunk.module for rank in ranks_of(given) for chunk in rank.chunks]
-    return parameter_gathers([chunk for chunk in chunks if chunk is not None], members)
+    parts = [given] if isinstance(given, MegatronRank) else list(given)
+    modules: list[nn.Module] = []
+    for part in parts:
+        if isinstance(part, nn.Module):
+            modules.append(part)
+        elif isinstance(part, MegatronRank):
+            modules += [chunk.module for chunk in part.chunks if chunk.module is not None]
+    return parameter_gathers(modules, members)
 
 
 def check_topology(places: Sequence[Place]) -> None:

@@ -30,6 +30,7 @@ _REFUSED = {
     "moe_single_grouped_weight": "all experts of a rank are one parameter",
     "moe_single_grouped_bias": "all experts of a rank are one parameter",
     "mla_down_proj_fusion": "two down-projections are one parameter",
+    "use_grouped_gemm_for_dense_mlp": "dense gate and up rows may lie by turns",
     "gtp_weight_remat_size": "a weight is cut over further ranks",
     "expert_gtp_weight_remat_size": "an expert's weight is cut over further ranks",
 }

@@ -3,8 +3,8 @@ r"""One of two data-parallel ranks of real Megatron-Core, with overlapped gather
     python -m tests.support.overlapping_megatron_rank RANK RENDEZVOUS
 
 Takes one step of the distributed optimizer. Prints as JSON how many boxes of this rank differ from
-the other rank's right after the step, and how many after what a sender does first in an update; and
-whether the next forward pass has a smaller loss.
+the other rank's right after the step, and how many after what a sender does first in an update;
+whether the next forward pass has a smaller loss; and what a sender of one rank alone is told.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from engine_plugins.errors import SourceError
 from engine_plugins.sender.megatron_job import gathers_of, ranks_of
 from engine_plugins.weights.megatron_source import megatron_boxes_of
 
@@ -70,11 +71,13 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         stale = _differing([chunk])
+        alone = _refusal(chunk, rank)
         for gather in gathers_of([chunk], range(WORLD)):
             gather()
         left = _differing([chunk])
         goes_on = bool(_forward(chunk) < loss)
-    print(json.dumps({"stale": stale, "left": left, "goes_on": goes_on}), flush=True)
+    told = {"stale": stale, "left": left, "goes_on": goes_on, "alone": alone}
+    print(json.dumps(told), flush=True)
     dist.destroy_process_group()
 
 
@@ -143,6 +146,15 @@ def _forward(chunk: nn.Module) -> torch.Tensor:
     mask = torch.ones(16, 16).triu(1).bool()[None, None]
     loss: torch.Tensor = chunk(tokens, tokens, mask, labels=tokens.roll(-1)).mean()
     return loss
+
+
+def _refusal(chunk: nn.Module, rank: int) -> str:
+    """What a sender says that the other rank takes no part in."""
+    try:
+        gathers_of([chunk], [rank])
+    except SourceError as error:
+        return error.message
+    return ""
 
 
 def _differing(chunks: list[nn.Module]) -> int:

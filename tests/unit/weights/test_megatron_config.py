@@ -29,6 +29,7 @@ def chunk_with(config: object, *, inside: bool = False) -> nn.Module:
         ("layernorm_zero_centered_gamma", True),
         ("rotary_interleaved", True),
         ("gtp_weight_remat_size", 2),
+        ("use_grouped_gemm_for_dense_mlp", True),
         ("dense_gate_up_interleave", 16),
         ("qkv_weight_layout", "sbh3d"),
         ("transpose_experts", True),

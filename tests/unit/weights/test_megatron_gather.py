@@ -121,8 +121,9 @@ def test_real_megatron_ranks_are_alike_once_gathered(tmp_path: Path) -> None:
         )
         for rank in range(2)
     ]
-    for rank in ranks:
+    for place, rank in enumerate(ranks):
         said, _ = rank.communicate(timeout=120)
         told = json.loads(said.splitlines()[-1])
         assert told["stale"] > 0, "Megatron gathered by itself: the test shows nothing"
         assert (told["left"], told["goes_on"]) == (0, True)
+        assert f"the ranks [{1 - place}] hold new values" in told["alone"]

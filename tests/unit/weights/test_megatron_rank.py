@@ -8,14 +8,14 @@ a stand-in module with the function names of megatron-core 0.16.
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from engine_plugins.errors import NotConfiguredError, SourceError
+from engine_plugins.errors import NotConfiguredError, SourceError, UnsupportedError
 from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
 from engine_plugins.weights.placement import assemble
 from tests.support.megatron_hf import dense_config, hf_tensors
@@ -161,6 +161,23 @@ def test_a_layer_without_a_number_is_an_error() -> None:
     model.get_submodule("decoder.layers").add_module("0", nn.Identity())
     with pytest.raises(SourceError, match=r"decoder\.layers\.0: a Identity has no layer_number"):
         MegatronRank.from_model([model], tp_rank=0, tp_size=1)
+
+
+@pytest.mark.parametrize("where", ["config", "ddp_config"])
+def test_options_under_which_a_chunk_cannot_be_read_are_refused(where: str) -> None:
+    """Of the model and of its wrapper; before anything is read."""
+    option = {"config": "rotary_interleaved", "ddp_config": "reuse_grad_buf_for_mxfp8_param_ag"}
+    chunk = Wrapper(nn.Module())
+    setattr(chunk, where, SimpleNamespace(**{option[where]: True}))
+    with pytest.raises(UnsupportedError, match=option[where]):
+        MegatronRank.from_model([Wrapper(chunk)], tp_rank=0, tp_size=1)
+
+
+def test_a_chunk_says_how_its_experts_lie() -> None:
+    chunk = Wrapper(nn.Module())
+    chunk.config = SimpleNamespace(moe_mlp_glu_interleave_size=32)  # type: ignore[assignment]
+    (read,) = MegatronRank.from_model([chunk], tp_rank=0, tp_size=1).chunks
+    assert (read.glu_interleave, read.module) == (32, chunk)
 
 
 def test_layers_that_do_not_start_at_zero_are_an_error() -> None:
