@@ -239,7 +239,7 @@ def _told(scene: Scene, result: Result) -> Outcome:
 def _settle(target: Target) -> None:
     """Wait until the engine is in the middle of nothing."""
     give_up = time.monotonic() + SETTLE_S
-    while target.page().state == "updating" and time.monotonic() < give_up:
+    while target.page().state == "updating" and time.monotonic() < give_up and not target.ended():
         time.sleep(0.05)
 
 

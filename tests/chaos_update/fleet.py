@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
+import psutil
 import torch
 
 from engine_plugins.admin.shared_state import SharedState
@@ -53,6 +54,13 @@ class Target:
     def page(self) -> EngineState:
         """The state as the server's processes share it; nothing is asked."""
         return self._state.read()
+
+    def ended(self) -> bool:
+        """Whether its first process has ended; until it is waited for, that is a zombie."""
+        try:
+            return psutil.Process(self.server.pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def lives(self) -> bool:
         """Whether it answers, and says itself that it is well."""

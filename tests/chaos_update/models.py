@@ -87,7 +87,7 @@ def _weights(shapes: dict[str, torch.Size], variant: int) -> dict[str, torch.Ten
 
 
 class Oracle:
-    """Which tokens transformers explains by whole weights, in the dtype that the engine has.
+    """Which tokens transformers explains by whole weights, rounded as the engine has them.
 
     An engine that recomputes the KV of held requests continues as the new weights would from the
     text so far; so every token is judged by what comes before it, whoever wrote that.
@@ -119,7 +119,9 @@ class Oracle:
         return [
             AutoModelForCausalLM.from_pretrained(
                 self._models.folder(variant), dtype=self._dtype, attn_implementation="eager"
-            ).eval()
+            )
+            .float()
+            .eval()
             for variant in range(VARIANTS)
         ]
 
