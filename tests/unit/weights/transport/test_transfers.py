@@ -12,7 +12,13 @@ from engine_plugins.errors import PeerLostError, TransferTimeoutError, Transport
 from engine_plugins.weights.transport import transfers as transfers_module
 from engine_plugins.weights.transport.base import PreparedTransfer
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.transport.transfers import run_transfers
+from engine_plugins.weights.transport.transfers import (
+    LARGEST_TRANSFER_BYTES,
+    MAX_IN_FLIGHT,
+    MOST_DESCRIPTORS,
+    run_transfers,
+    transfers_of,
+)
 from tests.support.wires import InMemoryPeer, Target
 
 KIB = 1 << 10
@@ -137,3 +143,98 @@ def test_a_reads_own_memory_is_checked_when_it_runs() -> None:
     with pytest.raises(TransportError, match="trainer"):
         run_transfers(prepared, deadline_s=5)
     assert np.all(target.bytes == 0xFF)
+
+
+def test_a_deadline_lets_what_is_under_way_end() -> None:
+    """A healthy peer's reads end, so the memory is the caller's again; no more are posted."""
+    peer = InMemoryPeer("trainer", 100 * KIB, 1)
+    target, prepared = reads_of([peer], each=100)
+    peer.transport.bytes_per_s = KIB / 0.5
+    with pytest.raises(TransferTimeoutError, match="past the deadline") as caught:
+        run_transfers(prepared, deadline_s=0.1)
+    assert not caught.value.stuck
+    landed = (target.bytes != 0xFF).any()
+    assert landed
+    time.sleep(0.1)
+    posted = [read for read in prepared if _ended(read)]
+    assert len(posted) == MAX_IN_FLIGHT
+
+
+def _ended(read: PreparedTransfer) -> bool:
+    try:
+        return read.done()
+    except TransportError:  # never posted
+        return False
+
+
+def test_a_stall_means_that_nothing_moved() -> None:
+    """Reads that end one by one for longer than the stall timeout are no stall."""
+    peer = InMemoryPeer("trainer", 8 * KIB, 1)
+    engine = InMemoryTransport("engine")
+    target = Target(engine, 8 * KIB)
+    engine.add_peer(peer.agent, peer.metadata)
+    reads = [target.read(peer, [(0, 0, (n + 1) * KIB)]) for n in range(8)]
+    peer.transport.bytes_per_s = KIB / 0.1  # read n ends after n * 0.1 s
+    assert run_transfers(reads, deadline_s=20, stall_timeout_s=0.5) == 36 * KIB
+    peer.stop()
+    began = time.monotonic()
+    with pytest.raises(TransferTimeoutError, match=r"the last of them 0\.\d s ago") as caught:
+        run_transfers(reads[:1], deadline_s=20, stall_timeout_s=0.5, drain_s=0.1)
+    assert 0.5 <= time.monotonic() - began < 3
+    assert caught.value.stuck
+
+
+def test_an_interrupt_leaves_nothing_under_way() -> None:
+    """Ctrl-C: the caller goes on to use its memory."""
+    peer = InMemoryPeer("trainer", 4 * KIB, 1)
+    _, prepared = reads_of([peer], each=4)
+    peer.transport.bytes_per_s = KIB / 0.3
+
+    def interrupt() -> bool:
+        raise KeyboardInterrupt
+
+    asked = count()
+    with pytest.raises(KeyboardInterrupt):
+        run_transfers(prepared, deadline_s=20, cancelled=lambda: next(asked) >= 4 and interrupt())
+    assert all(read.done() for read in prepared)
+
+
+def test_no_more_is_under_way_than_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes are bounded as well as transfers; one transfer always may be posted."""
+    monkeypatch.setattr(transfers_module, "LEAST_BYTES_IN_FLIGHT", 3 * KIB)
+    peer = InMemoryPeer("trainer", 8 * KIB, 1)
+    _, prepared = reads_of([peer], each=8)
+    peer.stop()
+    with pytest.raises(TransferTimeoutError, match="3 reads are still under way"):
+        run_transfers(prepared, deadline_s=0.05, drain_s=0.0)
+    monkeypatch.setattr(transfers_module, "LEAST_BYTES_IN_FLIGHT", KIB // 2)
+    peer.resume()
+    _, prepared = reads_of([peer], each=8)
+    assert run_transfers(prepared, deadline_s=5) == 8 * KIB
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [1],
+        [LARGEST_TRANSFER_BYTES + 1],
+        [3 * LARGEST_TRANSFER_BYTES, 5, 7],
+        [16] * 300,
+        [2**40 + 3],
+    ],
+)
+def test_transfers_are_small_enough_to_be_seen_to_move(sizes: list[int]) -> None:
+    """Long ranges are cut, many are spread; every byte is in one of them, in order."""
+    rows = np.zeros((len(sizes), 3), np.uint64)
+    rows[:, 2] = sizes
+    rows[:, 0] = np.cumsum(rows[:, 2]) - rows[:, 2] + 100
+    rows[:, 1] = rows[:, 0] * 2
+    parts = transfers_of(rows)
+    assert all(0 < part[:, 2].sum() <= LARGEST_TRANSFER_BYTES for part in parts)
+    assert all(len(part) <= MOST_DESCRIPTORS for part in parts)
+    joined = np.concatenate(parts)
+    assert joined[:, 2].sum() == rows[:, 2].sum()
+    ends = joined[:-1, 0] + joined[:-1, 2]
+    assert (ends == joined[1:, 0]).all()
+    at = np.searchsorted(rows[:, 0], joined[:, 0], side="right") - 1
+    assert (joined[:, 1] - rows[at, 1] == joined[:, 0] - rows[at, 0]).all()
