@@ -30,7 +30,7 @@ from tests.support.waiting import until
 
 __all__ = ["held_pull"]
 
-TOKENS = 300
+TOKENS = 150
 """Of the completion: each is a step of the engine."""
 
 
