@@ -28,6 +28,7 @@ from engine_plugins.weights.worker_service import (
     ConnectAnswer,
     StatusAnswer,
     WorkerDescription,
+    WorkerService,
     encode_call,
     raised,
     read_answer,
@@ -172,3 +173,18 @@ def test_a_failed_pull_travels_in_the_status(rank: InMemoryRank) -> None:
     error = raised(failure)
     assert isinstance(error, PeerLostError)
     assert error.message.startswith("rank 1: trainer-0")
+
+
+def test_kv_pages_are_cleared_once_the_load_has_ended(
+    rank: InMemoryRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where it could not end: the old weights may serve on, with the KV that there is."""
+    seen: list[object] = []
+    service = WorkerService(rank.receiver, tp_rank=1, clear_kv=seen.append)
+    with pytest.raises(ConflictError):
+        read_answer(service.call("finish", encode_call()), RankReport)
+    assert seen == []
+    monkeypatch.setattr(rank.receiver, "finish", lambda: seen.append("ended"))
+    for arguments in ({}, {"keep_kv": True}):
+        read_answer(service.call("finish", encode_call(**arguments)), type(None))
+    assert seen == ["ended", False, "ended", True]
