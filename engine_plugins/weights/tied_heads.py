@@ -19,6 +19,8 @@ from engine_plugins.weights.placement import SourceBox
 
 __all__ = ["check_megatron_heads", "checked_boxes", "is_tied"]
 
+_ROWS = 4096
+"""Compared at once: a trainer has no room to spare for masks of a whole vocabulary."""
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight")
 
@@ -122,6 +124,5 @@ def _differ(head: torch.Tensor, embedding: torch.Tensor) -> bool:
         return True
     if head.data_ptr() == embedding.data_ptr() and head.stride() == embedding.stride():
         return False
-    with torch.no_grad():
-        other = embedding.to(head.device)
-        return bool(((head != other) & ~head.isnan()).any())
+    pairs = zip(head.detach().split(_ROWS), embedding.detach().split(_ROWS), strict=True)
+    return any(bool(((own != other.to(own.device)) & ~own.isnan()).any()) for own, other in pairs)

@@ -24,6 +24,14 @@ def test_only_a_cache_with_a_number_that_is_none_is_zeroed(dtype: torch.dtype, b
     assert not blown_up.any()
 
 
+def test_caches_that_were_made_in_inference_mode_are_written_to() -> None:
+    with torch.inference_mode():
+        blown_up, packed = cache(torch.float32, torch.nan), torch.ones(4, dtype=torch.uint8)
+    assert clear_non_finite([blown_up, packed], kept=False) == 2
+    assert not blown_up.any()
+    assert not packed.any()
+
+
 def test_what_requests_go_on_with_is_kept() -> None:
     """`in_flight_kv="keep"`: the numbers beside a NaN are theirs."""
     blown_up, packed = cache(torch.float32, torch.nan, torch.inf), torch.ones(4, dtype=torch.uint8)

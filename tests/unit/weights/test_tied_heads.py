@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 
 from engine_plugins.errors import SourceError
+from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.megatron_rank import MegatronChunk, MegatronRank
 from engine_plugins.weights.megatron_source import megatron_boxes, megatron_boxes_of
 from engine_plugins.weights.tied_heads import checked_boxes, is_tied
 from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.megatron_hf import dense_config
 
 CONFIG = dense_config("llama", num_hidden_layers=1, tie_word_embeddings=True)
@@ -81,6 +84,22 @@ def test_an_hf_head_of_its_own_is_refused_where_the_config_ties_it() -> None:
         checked_boxes(boxes, tied=True)
     copies = hf_boxes(hf(rows(1), rows(1)))
     assert checked_boxes(copies, tied=True) == copies
+
+
+@pytest.mark.parametrize("way", [WeightSender.from_hf, WeightSender.from_fsdp])
+def test_a_sender_of_a_model_looks_at_its_head(way: Any) -> None:
+    """Trained untied, under a config that is still that of the tied checkpoint."""
+    model = nn.Module()
+    model.config = {"tie_word_embeddings": True}  # type: ignore[assignment]
+    model.embed_tokens = nn.Embedding(4, 2)
+    model.lm_head = nn.Linear(2, 4, bias=False)
+    agent = InMemoryTransport("trainer")
+    offer = partial(way, model, engines="http://127.0.0.1:1", token="t", transport=agent)
+    with pytest.raises(SourceError, match=r"lm_head\.weight has values of its own"):
+        offer()
+    model.lm_head.weight = model.embed_tokens.weight
+    offer().close()
+    agent.close()
 
 
 def test_the_models_own_config_counts_where_none_is_given() -> None:

@@ -32,6 +32,7 @@ from engine_plugins.weights.worker_service import (
     Failure,
     StatusAnswer,
     WorkerDescription,
+    WorkerService,
     encode_call,
     raised,
     read_answer,
@@ -229,6 +230,21 @@ def test_an_error_of_any_length_fits_the_page(rank: InMemoryRank) -> None:
     assert told.failure is not None
     assert error.message.startswith(told.failure.message)
     assert len(told.failure.message) >= 1000
+
+
+def test_kv_pages_are_cleared_once_the_load_has_ended(
+    rank: InMemoryRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not where it could not end: the old weights may serve on, with the KV that there is."""
+    seen: list[object] = []
+    service = WorkerService(rank.receiver, tp_rank=1, clear_kv=seen.append)
+    with pytest.raises(ConflictError):
+        read_answer(service.call("finish", encode_call()), RankReport)
+    assert seen == []
+    monkeypatch.setattr(rank.receiver, "finish", lambda: seen.append("ended"))
+    for arguments in ({}, {"keep_kv": True}):
+        read_answer(service.call("finish", encode_call(**arguments)), type(None))
+    assert seen == ["ended", False, "ended", True]
 
 
 def _told(
