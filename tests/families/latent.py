@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.families.family import ENGINES, Family
+from tests.families.family import Family
 from tests.families.options import DEEPSEEK, LATENT, ROUTED
 
 __all__ = ["LATENT_MODELS"]
@@ -22,7 +22,6 @@ LATENT_MODELS = (
         options={**LATENT, **ROUTED},
         published=DEEPSEEK,
         bf16=True,
-        live=ENGINES,
     ),
     Family(
         name="glm4-moe-lite",

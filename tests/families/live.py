@@ -36,7 +36,7 @@ def judged_live(kind: str, family: Family, folder: Path) -> Verdict:
             if wrong := _wrong_answers(server, trained):
                 return Verdict(result=NOT_HERE, why=f"as it was started: {wrong}")
             return _updated(server, family, trained)
-    except RuntimeError as error:
+    except RuntimeError as error:  # it did not come up
         return Verdict(result=NOT_HERE, why=" ".join(str(error).split())[-300:])
 
 
@@ -72,7 +72,8 @@ def _become(trained: Any, other: Any) -> None:
 def _wrong_answers(server: EngineServer, model: Any) -> str:
     """The first prompt that is answered otherwise than by transformers, if any."""
     for prompt in _PROMPTS:
-        expected, said = greedy(model, prompt, _TOKENS), server.greedy(prompt, _TOKENS)
+        expected, answer = greedy(model, prompt, _TOKENS), server.complete(prompt, _TOKENS)
+        said = answer.text[:200] if answer.is_error else server.tokens_of(answer)
         if said != expected:
             return f"{prompt}: {said} instead of {expected}"
     return ""

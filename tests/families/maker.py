@@ -38,6 +38,9 @@ def random_model(family: Family, *, seed: int, dtype: torch.dtype) -> Any:
 
 def save(model: Any, family: Family, folder: Path) -> Path:
     """Write a model as a checkpoint of the hub: its names, its splits, its config."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     model.save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **family.published}))

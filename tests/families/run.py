@@ -7,6 +7,7 @@ the page be written of all. Ends with 1 if a value or a token was wrong, or an u
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -80,6 +81,7 @@ def _run(kind: str, chosen: argparse.Namespace) -> int:
 def _verdict(kind: str, case: Case, folder: Path) -> Verdict:
     if case.way != LIVE:
         return judged(kind, case, folder)
+    importlib.import_module("tests.conftest")  # before transformers: SGLang's shims
     from tests.families.live import judged_live  # only then: it brings the whole sender along
 
     return judged_live(kind, case.family, folder / case.name)
