@@ -26,6 +26,8 @@ __all__ = ["Result", "run_case"]
 TRIES = 3
 UPDATE_S = 12.0
 """What an update may take by its trainer's will."""
+UNHEARD_S = 5.0
+"""The same where the engine cannot be asked any more: the trainer waits for a minute beyond it."""
 GIVE_UP_S = 90.0
 """A sender that hears nothing of its engine waits for the deadline and a grace of a minute."""
 SETTLE_S = 40.0
@@ -157,13 +159,14 @@ def _begin(scene: Scene) -> int:
     """Begin the update that the fault is to hit; its version."""
     version, weights = scene.target.next_version()
     fault = scene.case.fault
-    given = DEADLINES_S.get(fault.removeprefix("deadline_"), UPDATE_S)
+    usual_s = UNHEARD_S if fault == "proxy_gone" else UPDATE_S
+    given_s = DEADLINES_S.get(fault.removeprefix("deadline_"), usual_s)
     scene.trainer.begin(
         weights=weights,
         version=version,
         then=(weights + 1) % VARIANTS,  # the next step's
         mode=scene.case.mode,
-        timeout_s=given,
+        timeout_s=given_s,
     )
     return version
 
