@@ -6,8 +6,8 @@ Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise ValueError), `gone:RA
 SourceError), `swap:RANK:N` (they move first), `versions` (each rank asks for another),
 `die:RANK:N` (that rank ends instead), `interrupt:RANK:N` (that rank gets a SIGINT half a second
 later). Prints one JSON line per rank and step, with what its version word held afterwards. With
-`FAN_OUT` in the environment the engines feed each other. The ranks are forks of one process, which imports torch
-once; it ends as badly as they do.
+`FAN_OUT` in the environment the engines feed each other. The ranks are forks of one process, which
+imports torch once; it ends as badly as they do.
 """
 
 from __future__ import annotations
