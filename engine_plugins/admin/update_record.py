@@ -13,9 +13,11 @@ from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState
 from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.transport.transfers import DRAIN_S
 
 __all__ = ["UpdateRecord", "UpdateRecords"]
 
+WRITES_END_S = DRAIN_S + 3.0
 _FOLDER = "underway"
 _NAME = "update"
 """One file: an engine has one update at a time."""
@@ -41,6 +43,14 @@ class UpdateRecord(msgspec.Struct, kw_only=True):
     seconds: dict[str, float] = {}
     prepared: UpdateReport | None = None
     """The answer to prepare, while the update waits for its commit."""
+
+    @property
+    def overdue_at(self) -> float:
+        """When a commit that has not come will not come any more.
+
+        Of a push somewhat after the deadline: the trainer ends its writes then, and says so.
+        """
+        return self.deadline + (WRITES_END_S if self.plan.direction == "push" else 0.0)
 
     @property
     def body(self) -> UpdateBody:

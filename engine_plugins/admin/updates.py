@@ -136,7 +136,7 @@ class Updates:
             record.paused_here = record.before.state == "serving"
             error = UpdateFailedError("the API process that carried the update ended")
             await self._give_up(record, error, writes_ended=True)
-        elif time.monotonic() >= record.deadline:
+        elif time.monotonic() >= record.overdue_at:
             error = UpdateAbortedError(
                 f"no commit came within {record.body.timeout_s:g} s of prepare"
             )
@@ -264,7 +264,7 @@ class Updates:
     async def _expire(self, request_id: str) -> None:
         """Give a prepared update up once its commit is overdue."""
         while (record := self._records.prepared(request_id)) is not None:
-            await asyncio.sleep(max(record.deadline - time.monotonic(), RETRY_S))
+            await asyncio.sleep(max(record.overdue_at - time.monotonic(), RETRY_S))
             try:
                 with self._shared.operation("abort"):
                     await self.recover()

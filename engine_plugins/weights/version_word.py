@@ -176,7 +176,8 @@ class WordReader:
 
     def _read(self, limit_s: float, cancelled: Callable[[], bool]) -> list[int]:
         try:
-            run_transfers(self.reads, deadline_s=limit_s, cancelled=cancelled)
+            # A page is soon replaced: what does not answer in time is not waited for any longer.
+            run_transfers(self.reads, deadline_s=limit_s, drain_s=0.0, cancelled=cancelled)
         except TransportError as error:
             self.usable = False
             if isinstance(error, TransferTimeoutError) and error.stuck:

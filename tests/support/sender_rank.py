@@ -4,17 +4,21 @@
 
 Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise ValueError), `gone:RANK:N` (they raise
 SourceError), `swap:RANK:N` (they move first), `versions` (each rank asks for another),
-`die:RANK:N` (that rank ends instead). Prints one JSON line per rank and step. With `FAN_OUT` in the
-environment the engines feed each other. The ranks are forks of one process, which imports torch
-once; it ends as badly as they do.
+`die:RANK:N` (that rank ends instead), `interrupt:RANK:N` (that rank gets a SIGINT half a second
+later). Prints one JSON line per rank and step, with what its version word held afterwards. With
+`FAN_OUT` in the environment the engines feed each other. The ranks are forks of one process, which
+imports torch once; it ends as badly as they do.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -59,12 +63,20 @@ def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
         os._exit(DIED)
     if kind == "swap" and chosen:
         trainer.data = torch.randn(4, 8)
+    if kind == "interrupt" and chosen:
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     trainer.failure = FAILURES.get(kind) if chosen else None
+    source = sender._offer._source
+    word = None if source is None else source._word
     started = time.monotonic()
     try:
         said: dict[str, Any] = {"report": str(sender.update(version))}
     except EnginePluginError as error:
         said = {"kind": type(error).__name__, "error": str(error)}
+    except KeyboardInterrupt:
+        said = {"kind": "KeyboardInterrupt"}
+    if word is not None:
+        said["word"] = ctypes.c_uint64.from_address(word.address).value
     return {"rank": trainer.rank, "step": step, "s": time.monotonic() - started, **said}
 
 

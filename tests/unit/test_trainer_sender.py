@@ -26,6 +26,8 @@ from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.version_word import CLOSED
+from tests.support.bad_gateway import bad_gateway
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 from tests.support.process_group import output_of_ranks
 
@@ -374,6 +376,32 @@ def test_two_ranks_feed_one_engine_that_feeds_the_other(
     assert leaf.version == 2
     assert [len(ids) for ids in root.plans.values()] == [2], "both ranks feed the root"
     assert [len(ids) for ids in leaf.plans.values()] == [1, 2], "the root, then both ranks"
+
+
+def test_every_rank_takes_its_own_memory_back(
+    tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Upon an end that nobody knows, and upon Ctrl-C on the leading rank; then all begin anew."""
+    (engine, _) = engines
+    engine.pulls = False  # the bytes lie in other processes
+    engine.update_s = 1.5
+    with bad_gateway(engine.url) as gateway:
+        gateway.faults["/weights/update"], gateway.times["/weights/update"] = "504", 1
+        gateway.delivery = "never"
+        monkeypatch.setattr(engine, "url", gateway.url)
+        first, second = two_ranks(
+            tmp_path, [engine], "update:1", "update:2", "interrupt:0:3", "update:4"
+        )
+    for rank in (first, second):
+        assert "cannot be found out" in rank["update:1"]["error"]
+        assert rank["update:1"]["word"] == CLOSED
+        assert "on 1 engine" in rank["update:2"]["report"]
+        assert rank["interrupt:0:3"]["word"] == CLOSED
+        assert "on 1 engine" in rank["update:4"]["report"]
+    assert first["interrupt:0:3"]["kind"] == "KeyboardInterrupt"
+    assert first["interrupt:0:3"]["s"] < 1.4
+    assert "trainer rank 0 of 2: KeyboardInterrupt" in second["interrupt:0:3"]["error"]
+    assert engine.version == 4
 
 
 def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEngine]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 
@@ -211,3 +212,23 @@ async def test_mode_staged_is_refused_where_live_parameters_are_written(
         answer = await prepare(server, plan, mode="staged")
         assert (answer.status_code, answer.json()["code"]) == (422, "unsupported")
         assert UpdateRecords(server.shared).read() is None
+
+
+async def test_writes_that_end_soon_after_the_deadline_cost_no_engine(
+    make_server: MakeServer, trainer: SourceRank
+) -> None:
+    """The trainer ends what is under way and says so; only then is the memory known to be still."""
+    async with pushed(make_server, trainer, direct_landing=True) as (server, other, _):
+        plan = await proven(server, trainer)
+        assert plan.direct_bytes
+        assert (await prepare(server, plan, timeout_s=0.3)).status_code == 200
+        await asyncio.sleep(0.6)
+        write(trainer, plan)
+        answer = await abort(other, writes_ended=True)
+        assert answer.json()["outcome"] == "aborted"
+        fence = (await server.state())["fence"]
+        assert fence["code"] != "live_memory_lost"
+        again = await connected(server, trainer)
+        assert (await prepare(server, again, 2)).status_code == 200
+        write(trainer, again)
+        assert (await commit(other, 2)).status_code == 200

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -321,3 +323,31 @@ def test_ways_that_do_not_go_together(
     """Refused when the sender is made."""
     with pytest.raises(SettingsError):
         sender_of(model, engines, transport, **ways)
+
+
+def test_an_interrupted_push_ends_its_writes_before_it_gives_the_memory_back(
+    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+) -> None:
+    """Ctrl-C while ranks write: what is under way ends, and the engines are told that it has."""
+    with sender_of(model, engines, transport, direction="push") as sender:
+        sender.update(1)
+        sender.update(2)
+        *_, target = engines[1].pushed.values()
+        nbytes = sum(parameter.nbytes for parameter in model.parameters())
+        target.transport.bytes_per_s = nbytes / 1.0
+        main = threading.main_thread().ident
+        assert main is not None
+        train(model)
+        timer = threading.Timer(0.4, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            sender.update(3)
+        written = {name: tensor.clone() for name, tensor in target.tensors().items()}
+        train(model)
+        for engine in engines:
+            assert [told["writes_ended"] for told in engine.aborts] == [True]
+            assert engine.version == 2
+        target.transport.bytes_per_s = None
+        assert all(torch.equal(written[name], each) for name, each in target.tensors().items())
+        sender.update(4)
+    assert all(holds(engine, model) and engine.version == 4 for engine in engines)
