@@ -13,6 +13,7 @@ from torch import nn
 from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import UnsupportedError
+from engine_plugins.weights.engine_tensors import passing_buffers
 
 __all__ = ["close_layer", "layer_tensors", "name_loaders", "open_layer"]
 
@@ -40,10 +41,9 @@ def close_layer(layer: nn.Module) -> None:
     """Have a loaded layer processed, and its values copied to where it serves from."""
     info = layerwise.get_layerwise_info(layer)
     serving = _serving(info)
-    for name in info.kernel_non_persistent_buffers & layer._buffers.keys():
+    for name, loaded in passing_buffers(layer).items():
         # vLLM copies one of these only if its own loader saw it loaded.
-        loaded = layer._buffers[name]
-        if loaded is not None and not loaded.is_meta and _alike(loaded, serving.get(name)):
+        if not loaded.is_meta and _alike(loaded, serving.get(name)):
             serving[name].copy_(loaded)
     layerwise._layerwise_process(layer, info)
 
@@ -69,7 +69,7 @@ def name_loaders(model: nn.Module) -> None:
 
 def _put_aside(layer: nn.Module, info: layerwise.LayerReloadingInfo) -> None:
     info.kernel_tensors = layerwise.get_layer_params_buffers(layer)
-    info.kernel_non_persistent_buffers = set(layer._non_persistent_buffers_set)
+    info.kernel_non_persistent_buffers = set(passing_buffers(layer))
     layerwise.restore_layer_on_meta(layer, info)
     info.load_numel = 0
     info.load_numel_total = layerwise.get_layer_size(layer)

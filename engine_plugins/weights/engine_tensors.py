@@ -11,7 +11,7 @@ import re
 import torch
 from torch import nn
 
-__all__ = ["saved_buffers", "tensors_beside"]
+__all__ = ["passing_buffers", "saved_buffers", "tensors_beside"]
 
 _NEVER_SAVED = re.compile(r"(^|\.)(_[^.]*|inv_freq|cos_cached|sin_cached|cos_sin_cache)$")
 """Buffers that are an engine's own business, though it may have registered them as persistent."""
@@ -35,3 +35,9 @@ def saved_buffers(model: nn.Module) -> set[str]:
         for key in module._buffers.keys() - module._non_persistent_buffers_set
         if module._buffers[key] is not None and not _NEVER_SAVED.search(key)
     }
+
+
+def passing_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A module's own buffers that no checkpoint has."""
+    names = module._non_persistent_buffers_set
+    return {key: each for key, each in module._buffers.items() if key in names and each is not None}

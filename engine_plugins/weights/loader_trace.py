@@ -9,7 +9,7 @@ covered, which names reach nothing, and where a dtype would be cast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from engine_plugins.weights.loader_watch import (
     following,
     intercepting,
 )
+from engine_plugins.weights.loading_in_parts import refuse_unless_in_parts
 from engine_plugins.weights.missing_buffers import missing_buffers
 from engine_plugins.weights.strided_cover import Place, distinct_numel
 
@@ -146,10 +147,12 @@ def trace_loader(
             engine's own loaders attached. Aliases may appear once.
         load_weights: the model's own loader.
         tensors: the tensors that would be fed, in the order in which they would be fed.
-        model: whose buffers and tensor attributes are watched as well.
+        model: if given, its buffers and tensor attributes are watched as well, and the loader is
+            seen to load one module at a time.
 
     Raises:
         WeightMismatchError: the loader refused a tensor; the text names it.
+        UnsupportedError: see `refuse_unless_in_parts`.
     """
     loader = _Loader(parameters, load_weights, model)
     alike = AlikeLayers(
@@ -165,8 +168,17 @@ def trace_loader(
         except WeightMismatchError:
             continue  # the whole run says which tensor it was
         if copies is not None and (trace := loader.trace(copies)).fills_exactly():
-            return loader.with_missing(trace)
-    return loader.with_missing(loader.trace(loader.run(tensors, following)[0]))
+            break
+    else:
+        trace = loader.trace(loader.run(tensors, following).copies)
+
+    def part(names: Container[str]) -> WatchedCopies:
+        return loader.run([tensor for tensor in tensors if tensor.name in names], following)
+
+    if model is None:
+        return trace
+    refuse_unless_in_parts(trace.copies, trace.modules(), part)
+    return loader.with_missing(trace, saved_buffers(model))
 
 
 def _samples_followed(
@@ -178,8 +190,7 @@ def _samples_followed(
     """
     if len(alike.samples) == len(tensors):
         return None
-    copies, _ = loader.run([tensors[place] for place in alike.samples], following)
-    return alike.completed(copies)
+    return alike.completed(loader.run([tensors[p] for p in alike.samples], following).copies)
 
 
 def _all_intercepted(
@@ -189,11 +200,10 @@ def _all_intercepted(
 
     None where that does not show everything: the loader computes, or copies in a way of its own.
     """
-    _, as_published = loader.run([tensors[place] for place in alike.first], following)
-    if not as_published:
+    if not loader.run([tensors[place] for place in alike.first], following).as_published:
         return None
-    copies, as_published = loader.run(tensors, intercepting)
-    return copies if as_published else None
+    seen = loader.run(tensors, intercepting)
+    return seen.copies if seen.as_published else None
 
 
 class _Loader:
@@ -218,8 +228,8 @@ class _Loader:
         self,
         tensors: Sequence[LogicalTensor],
         watch: Callable[[WatchedCopies], AbstractContextManager[object]],
-    ) -> tuple[list[TracedCopy], bool]:
-        """Run the loader once; its copies, and whether each read a tensor as published."""
+    ) -> WatchedCopies:
+        """Run the loader once, and say what it did."""
         self._beside = self.beside()
         copies = WatchedCopies(self._parameters, self._beside)
         feed = _Feed(tensors, copies)
@@ -229,7 +239,7 @@ class _Loader:
         except Exception as error:  # the engine's loader raises whatever it likes
             raise _refused(feed.current, error) from error
         copies.note_replaced(self.beside())
-        return copies.copies, copies.as_published
+        return copies
 
     def trace(
         self, copies: Sequence[TracedCopy], missing: AbstractSet[str] = frozenset()
@@ -244,9 +254,8 @@ class _Loader:
             layouts={name: ParameterLayout.of(tensor) for name, tensor in held.items()},
         )
 
-    def with_missing(self, trace: LoaderTrace) -> LoaderTrace:
+    def with_missing(self, trace: LoaderTrace, saved: AbstractSet[str]) -> LoaderTrace:
         """The trace with the buffers that the tensors leave out and a checkpoint would fill."""
-        saved = set() if self._model is None else saved_buffers(self._model)
         left = {
             name: self._beside[name]
             for name in sorted(saved - trace.parameter_numel.keys())
@@ -258,10 +267,10 @@ class _Loader:
     def _filled_with(self, name: str, like: torch.Tensor) -> set[str]:
         tensor = LogicalTensor(name=name, shape=tuple(like.shape), dtype=like.dtype)
         try:
-            copies, _ = self.run([tensor], following)
+            seen = self.run([tensor], following)
         except WeightMismatchError:  # it knows no such name
             return set()
-        return {copy.parameter for copy in copies if copy.sources}
+        return {copy.parameter for copy in seen.copies if copy.sources}
 
 
 def _filling(places: tuple[Place, ...], known: dict[tuple[Place, ...], Filling]) -> Filling:

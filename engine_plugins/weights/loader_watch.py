@@ -71,8 +71,9 @@ class WatchedCopies:
 
     Attributes:
         copies: in the loader's order.
-        from_unknown: whether a parameter was given something that is not known to come from a
+        overwritten: parameters that were given something that is not known to come from a
             placeholder.
+        changed: parameters that were changed in place.
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class WatchedCopies:
         beside: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         self.copies: list[TracedCopy] = []
-        self.from_unknown = False
+        self.overwritten: set[str] = set()
+        self.changed: set[str] = set()
         self._beside = dict(beside or {})
         self._alive: list[torch.Tensor] = [*parameters.values(), *self._beside.values()]
         self._placeholders: list[torch.Tensor] = []
@@ -97,7 +99,8 @@ class WatchedCopies:
     def as_published(self) -> bool:
         """Whether every copy read a placeholder as it was handed out, and none was written to."""
         unchanged = all(placeholder._version == 0 for placeholder in self._placeholders)
-        return unchanged and not self._derived and not self.from_unknown and not self._stand_ins
+        changed = self.changed or self.overwritten
+        return unchanged and not changed and not self._derived and not self._stand_ins
 
     def add_source(self, name: str, placeholder: torch.Tensor) -> None:
         """Know a placeholder, before the loader does."""
@@ -113,7 +116,8 @@ class WatchedCopies:
             return False
         names = () if source is None else self._names_of(source)
         if names is None:
-            self.from_unknown |= is_parameter
+            if is_parameter:
+                self.overwritten.add(parameter)
             return False
         derived = source is not None and self._is_derived(source)
         if derived:  # what reads a filled tensor computes, even if it only copies
@@ -197,10 +201,12 @@ class WatchedCopies:
         storage = _storage_id(target)
         name = self._targets.get(storage)
         sources = tuple(dict.fromkeys((*self._filled.get(storage, ()), *names)))
-        if name is None or not sources:
+        if name is None:
             return
-        self.from_unknown |= storage in self._parameters
-        self._add_change(name, target, sources)
+        if storage in self._parameters:
+            self.changed.add(name)
+        if sources:
+            self._add_change(name, target, sources)
 
     def _add_change(self, name: str, target: torch.Tensor, sources: tuple[str, ...]) -> None:
         """A copy of no elements: it covers nothing, and says that values were computed."""
