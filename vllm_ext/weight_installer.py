@@ -11,6 +11,7 @@ function each (D8).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -98,16 +99,32 @@ class VllmWeightInstaller:
             meant = [tensor for tensor in tensors if not self._is_for_draft(tensor.name)]
             trace = trace_loader(dict(model.named_parameters()), _loader(model), meant, model=model)
         joined = trace if self._draft is None else self._draft.join(trace, tensors)
+        joined = self._with_made_while_loading(joined)
         _refuse_deferred(joined, self._modules)
         self._covered = joined.covered_numel()
         return joined
+
+    def _with_made_while_loading(self, trace: LoaderTrace) -> LoaderTrace:
+        """The trace with parameters that a loader makes when it meets their tensor.
+
+        The second model has them only if the tensor was offered; the live one has them.
+        """
+        if self._vllm_config.quant_config is not None:
+            return trace  # vLLM makes parameters of its own when it packs quantized weights
+        traced = {name.rpartition(".")[0] for name in trace.parameter_numel}
+        made = {
+            name: each.numel()
+            for name, each in self._model.named_parameters()
+            if name.rpartition(".")[0] in traced
+        }
+        return replace(trace, parameter_numel={**made, **trace.parameter_numel})
 
     def _is_for_draft(self, name: str) -> bool:
         """Whether the target's loader is not to see a tensor."""
         return self._draft is not None and name.startswith(DRAFT)
 
     def _refuse_what_would_go_wrong(self) -> None:
-        """Settings under which vLLM's reload is known to install something else, and says 200."""
+        """Models and settings with which vLLM installs something else, and says 200."""
         quantized = self._on_cpu and self._vllm_config.quant_config is not None
         for name, layer in self._modules.items():
             if quantized and _is_quantized(layer):
@@ -122,6 +139,11 @@ class VllmWeightInstaller:
                     f"vLLM cannot reload {name}: with AMX its latent attention keeps nothing of "
                     "its up-projection but packed copies",
                     remedy="serve with --attention-backend CPU_MLA",
+                )
+            if hasattr(layer, "sink_populated"):
+                raise UnsupportedError(
+                    f"{name} keeps sinks in the KV cache that it makes once from its weights",
+                    remedy="restart the engine with the new weights",
                 )
         if self._vllm_config.parallel_config.enable_eplb:
             raise UnsupportedError(
@@ -161,11 +183,11 @@ class VllmWeightInstaller:
             for layer in loaded.values():
                 open_layer(layer)
             filled = FilledElements(
-                {f"{name}.{key}": t for name, m in loaded.items() for key, t in layer_tensors(m)}
+                tensor for layer in loaded.values() for _, tensor in layer_tensors(layer)
             )
             with filled:
                 self._load(tensors)
-            self._refuse_holes(filled)
+            self._refuse_holes(filled, loaded)
             for layer in loaded.values():
                 close_layer(layer)
             for layer in layers.values():
@@ -179,14 +201,16 @@ class VllmWeightInstaller:
         if self._draft is not None:
             self._draft.load(tensors)
 
-    def _refuse_holes(self, filled: FilledElements) -> None:
+    def _refuse_holes(self, filled: FilledElements, layers: Mapping[str, nn.Module]) -> None:
         """Compare what was loaded with what the trace saw of the same parameters."""
-        for name, numel in filled.numel.items():
-            if numel < self._covered.get(name, 0):
-                raise EngineCallError(
-                    f"vLLM's loader filled {numel} of {self._covered[name]} elements of {name}",
-                    remedy="report it: on placeholders the same loader filled them all",
-                )
+        for name, module in layers.items():
+            for key, tensor in layer_tensors(module):
+                numel, wanted = filled.of(tensor), self._covered.get(f"{name}.{key}", 0)
+                if numel is not None and numel < wanted:
+                    raise EngineCallError(
+                        f"vLLM's loader filled {numel} of {wanted} elements of {name}.{key}",
+                        remedy="report it: on placeholders the same loader filled them all",
+                    )
 
     def landed(self, modules: Sequence[str]) -> None:
         """Give layers that have nothing to load the tensors back that serve."""

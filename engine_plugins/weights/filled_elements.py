@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,18 +19,16 @@ _WRITES = (
 
 
 class FilledElements(TorchDispatchMode):
-    """A context in which copies into tensors and fills of them are counted, with their elements.
+    """A context in which copies into tensors and fills of them are counted, with their elements."""
 
-    Attributes:
-        numel: elements by tensor's name; more than the tensor has where some are filled twice.
-    """
-
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.numel = dict.fromkeys(tensors, 0)
-        self._names: dict[int, list[str]] = {}
-        for name, tensor in tensors.items():
-            self._names.setdefault(_storage_id(tensor), []).append(name)
+        self._watched = list(tensors)
+        self._numel = {_storage_id(tensor): 0 for tensor in self._watched}
+
+    def of(self, tensor: torch.Tensor) -> int | None:
+        """Elements that were filled: more than there are if some were twice; None if unwatched."""
+        return self._numel.get(_storage_id(tensor))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -45,8 +43,9 @@ class FilledElements(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _WRITES:
-            for name in self._names.get(_storage_id(args[0]), ()):
-                self.numel[name] += args[0].numel()
+            storage = _storage_id(args[0])
+            if storage in self._numel:
+                self._numel[storage] += args[0].numel()
         return func(*args, **(kwargs or {}))
 
 

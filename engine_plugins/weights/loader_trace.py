@@ -30,6 +30,7 @@ from engine_plugins.weights.loader_watch import (
     intercepting,
 )
 from engine_plugins.weights.loading_in_parts import refuse_unless_in_parts
+from engine_plugins.weights.meta_parameters import parameters_on_meta
 from engine_plugins.weights.missing_buffers import missing_buffers
 from engine_plugins.weights.strided_cover import Place, distinct_numel
 
@@ -215,7 +216,7 @@ class _Loader:
         load_weights: LoadWeights,
         model: nn.Module | None,
     ) -> None:
-        self._parameters = parameters
+        self._parameters = dict(parameters)
         self._load_weights = load_weights
         self._model = model
         self._beside: dict[str, torch.Tensor] = {}
@@ -231,15 +232,19 @@ class _Loader:
     ) -> WatchedCopies:
         """Run the loader once, and say what it did."""
         self._beside = self.beside()
-        copies = WatchedCopies(self._parameters, self._beside)
+        copies = WatchedCopies(self._parameters, self._beside, self._parameters_now)
         feed = _Feed(tensors, copies)
         try:
-            with torch.no_grad(), watch(copies):
+            with torch.no_grad(), parameters_on_meta(), watch(copies):
                 self._load_weights(iter(feed))
         except Exception as error:  # the engine's loader raises whatever it likes
             raise _refused(feed.current, error) from error
         copies.note_replaced(self.beside())
+        self._parameters |= self._parameters_now()
         return copies
+
+    def _parameters_now(self) -> dict[str, torch.Tensor]:
+        return {} if self._model is None else dict(self._model.named_parameters())
 
     def trace(
         self, copies: Sequence[TracedCopy], missing: AbstractSet[str] = frozenset()

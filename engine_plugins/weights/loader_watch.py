@@ -68,6 +68,7 @@ class WatchedCopies:
     Args:
         parameters: by name.
         beside: buffers and other tensors of the model, by name.
+        look_again: the parameters as they are now; a loader may make one when it meets its tensor.
 
     Attributes:
         copies: in the loader's order.
@@ -80,11 +81,13 @@ class WatchedCopies:
         self,
         parameters: Mapping[str, torch.Tensor],
         beside: Mapping[str, torch.Tensor] | None = None,
+        look_again: Callable[[], Mapping[str, torch.Tensor]] = dict,
     ) -> None:
         self.copies: list[TracedCopy] = []
         self.overwritten: set[str] = set()
         self.changed: set[str] = set()
         self._beside = dict(beside or {})
+        self._look_again = look_again
         self._alive: list[torch.Tensor] = [*parameters.values(), *self._beside.values()]
         self._placeholders: list[torch.Tensor] = []
         self._parameters = {_storage_id(p): name for name, p in parameters.items()}
@@ -110,6 +113,8 @@ class WatchedCopies:
     def record(self, target: torch.Tensor, source: torch.Tensor | None) -> bool:
         """Note a copy, or a constant if there is no source; False where it is none of ours."""
         storage = _storage_id(target)
+        if storage not in self._targets and source is not None and self._names_of(source):
+            self._watch_new()
         parameter = self._targets.get(storage)
         is_parameter = storage in self._parameters
         if parameter is None or (source is None and not is_parameter):
@@ -183,6 +188,13 @@ class WatchedCopies:
                 self._alive.append(leaf)
                 self._sources[storage] = tuple(dict.fromkeys((*(known or ()), *names)))
                 self._derived.add(storage)
+
+    def _watch_new(self) -> None:
+        for name, tensor in self._look_again().items():
+            if _storage_id(tensor) not in self._targets:
+                self._alive.append(tensor)
+                self._parameters[_storage_id(tensor)] = name
+                self._targets[_storage_id(tensor)] = name
 
     def _names_of(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
         """Placeholders behind a tensor; None if there are none."""
