@@ -214,7 +214,7 @@ def test_a_loader_that_changes_what_it_has_just_loaded_is_none_of_these() -> Non
 
 
 def test_a_parameter_that_a_loader_makes_for_its_tensor_is_covered() -> None:
-    """vLLM's Transformers backend gives a head a bias when it meets one."""
+    """A head of vLLM's Transformers backend gets a bias when there is one."""
 
     def load(model: Model, name: str, weight: torch.Tensor) -> None:
         if name == "norm.scalar":
