@@ -237,7 +237,7 @@ def test_kv_pages_are_cleared_once_the_load_has_ended(
 ) -> None:
     """Not where it could not end: the old weights may serve on, with the KV that there is."""
     seen: list[object] = []
-    service = WorkerService(rank.receiver, tp_rank=1, clear_kv=seen.append)
+    service = WorkerService(rank.receiver, tp_rank=1, page=None, clear_kv=seen.append)
     with pytest.raises(ConflictError):
         read_answer(service.call("finish", encode_call()), RankReport)
     assert seen == []
