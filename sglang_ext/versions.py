@@ -51,10 +51,16 @@ _UPDATES = EngineNames(
         "sglang.utils": ("TypeBasedDispatcher.__iadd__(self, other)",),
         # `ServerArgs` is put together from these.
         "sglang.srt.arg_groups.fields.device": ("Device: device, use_ray",),
-        "sglang.srt.arg_groups.fields.disagg": ("Disagg: disaggregation_mode, encoder_only",),
+        "sglang.srt.arg_groups.fields.disagg": (
+            "Disagg: disaggregation_mode, encoder_only, language_only",
+        ),
         "sglang.srt.arg_groups.fields.exec_": (
             "ExecFeatures: enable_memory_saver, enable_weights_cpu_backup",
         ),
+        "sglang.srt.arg_groups.fields.memory": (
+            "Memory: enable_flexkv, enable_lmcache, radix_cache_backend",
+        ),
+        "sglang.srt.arg_groups.fields.mm": ("Mm: enable_mm_global_cache",),
         "sglang.srt.arg_groups.fields.model": (
             "Model: checkpoint_engine_wait_weights_before_ready",
         ),

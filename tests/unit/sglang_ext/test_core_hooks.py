@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+from sglang.srt.mem_cache.utils import storage_namespace_seed
+
 from engine_plugins.admin.shared_state import SharedState, create_runtime_dir
 from sglang_ext.core_hooks import SchedulerHooks, mark_from_the_start, mark_new_request
 
@@ -29,4 +31,6 @@ def test_every_request_is_marked_from_the_start(tmp_path: Path) -> None:
         assert SchedulerHooks(scheduler).calls["scheduler_isolate_kv"](f"{mark}:weights-1.1") == 0
         keys.append(key_of(scheduler))
     assert len(set(keys)) == 4
+    # HiCache does not start on a CPU: this is what its storage's keys begin with.
+    assert len({storage_namespace_seed(key, None) for key in keys}) == 4
     assert all(key.startswith("\x00engine-plugins:") for key in keys)

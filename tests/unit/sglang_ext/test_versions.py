@@ -35,6 +35,8 @@ ARGUMENTS = " ".join(
         "exec_:ExecFeatures",
         "exec_:ExecKernel",
         "lora:Lora",
+        "memory:Memory",
+        "mm:Mm",
         "model:Model",
         "parallel:Parallel",
         "serving:Serving",
