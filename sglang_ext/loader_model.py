@@ -16,6 +16,7 @@ from sglang.srt.model_loader.loader import _get_quantization_config, _initialize
 from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
+from engine_plugins.errors import UnsupportedError
 from engine_plugins.weights.meta_parameters import parameters_on_meta
 
 __all__ = ["loader_model"]
@@ -27,6 +28,9 @@ def loader_model(model_runner: Any) -> Iterator[nn.Module]:
 
     SGLang's process-wide rotary cache is put back as it was, or a later model would be given the
     second one's tensors.
+
+    Raises:
+        UnsupportedError: the model reads values of its parameters while it is built.
     """
     config, load_config = model_runner.model_config, model_runner.load_config
     quantization = _get_quantization_config(config, load_config)
@@ -38,6 +42,11 @@ def loader_model(model_runner: Any) -> Iterator[nn.Module]:
             parameters_on_meta(),
         ):
             model = _initialize_model(config, load_config, quantization)
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"SGLang cannot build this model without memory, to show what its loader does: {error}",
+            remedy="restart the engine with the new weights",
+        ) from error
     finally:
         factory._ROPE_DICT.clear()
         factory._ROPE_DICT.update(rotary)

@@ -63,7 +63,10 @@ class SglangWeightInstaller:
         self._refuse_derived_caches()
         with loader_model(self._runner) as model:
             return trace_loader(
-                dict(model.named_parameters()), cast(LoadWeights, model.load_weights), tensors
+                dict(model.named_parameters()),
+                cast(LoadWeights, model.load_weights),
+                tensors,
+                model=model,
             )
 
     def _refuse_derived_caches(self) -> None:
@@ -74,8 +77,9 @@ class SglangWeightInstaller:
             raise UnsupportedError(f"SGLang cannot update this model while it serves: {reason}")
 
     def live_parameters(self) -> Mapping[str, torch.Tensor]:
-        """The parameters that serve; SGLang loads into them."""
-        return dict(self._runner.model.named_parameters())
+        """The parameters and buffers that serve; SGLang loads into them."""
+        model = self._runner.model
+        return {**dict(model.named_buffers()), **dict(model.named_parameters())}
 
     def begin(self) -> None:
         """Undo what SGLang's kernels packed, with no step of the model under way.

@@ -47,8 +47,9 @@ class DraftModel:
         self._takes: frozenset[str] = frozenset()
 
     def parameters(self) -> dict[str, torch.Tensor]:
-        """The live parameters that are its own, by names under `draft.`."""
-        named = {DRAFT + name: each for name, each in self.model.named_parameters()}
+        """The live parameters and buffers that are its own, by names under `draft.`."""
+        held = (*self.model.named_buffers(), *self.model.named_parameters())
+        named = {DRAFT + name: each for name, each in held}
         return {name: each for name, each in named.items() if self._is_own(name)}
 
     def join(self, target: LoaderTrace, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
@@ -61,7 +62,9 @@ class DraftModel:
         meant = [each for each in tensors if self._with_target or each.name.startswith(DRAFT)]
         with loader_model(self._vllm_config, self.config) as model:
             parameters = dict(model.named_parameters())
-            trace = trace_loader(parameters, lambda weights: _load(model, weights), meant)
+            trace = trace_loader(
+                parameters, lambda weights: _load(model, weights), meant, model=model
+            )
         own = {name for name in trace.parameter_numel if self._is_own(DRAFT + name)}
         joined = with_draft(target, trace, own)
         self._takes = frozenset(

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
+import torch
 from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from engine_plugins.weights.meta_parameters import parameters_on_meta
 
@@ -30,8 +33,15 @@ def loader_model(
     What building a model leaves behind in vLLM's process-wide tables (the layers known to the
     forward context, the rotary cache) is put back as it was, or the live model would be given
     the second one's layers.
+
+    Most parameters take torch's default dtype, which vLLM sets to the model's while it builds one.
     """
-    with _tables_untouched(vllm_config), parameters_on_meta():
+    dtype = (model_config or vllm_config.model_config).dtype
+    with (
+        _tables_untouched(vllm_config),
+        set_default_torch_dtype(cast(torch.dtype, dtype)),
+        parameters_on_meta(),
+    ):
         model = initialize_model(vllm_config, model_config=model_config)
     yield model
 

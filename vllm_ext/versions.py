@@ -34,6 +34,7 @@ _UPDATES = EngineNames(
         "vllm.platforms": ("current_platform",),
         "vllm.platforms.interface": ("Platform.is_cpu(self)",),
         "vllm.utils.import_utils": ("resolve_obj_by_qualname(qualname)",),
+        "vllm.utils.torch_utils": ("set_default_torch_dtype(dtype)",),
         "vllm.exceptions": (
             "GracefulHTTPError.__init__(self, message, http_status)",
             "RetryableRequestError",
@@ -117,12 +118,19 @@ _UPDATES = EngineNames(
             "initialize_layerwise_reload(model)",
             "finalize_layerwise_reload(*args)",
             "finalize_layerwise_processing(model, model_config)",
+            "get_layer_params_buffers(layer)",
+            "get_layer_size(layer)",
+            "get_layer_tensors(layer)",
             "get_layerwise_info(layer)",
+            "materialize_layer(layer, info)",
+            "restore_layer_on_meta(layer, info)",
+            "_get_original_loader(tensor)",
             "_layerwise_process(layer, info)",
             "_place_kernel_tensors(layer, info)",
         ),
         "vllm.model_executor.model_loader.reload.types": (
-            "LayerReloadingInfo: load_numel, loaded_weights",
+            "LayerReloadingInfo: kernel_non_persistent_buffers, kernel_tensors, load_numel, "
+            "load_numel_total, loaded_weights",
             "LayerReloadingInfo.can_load(self)",
             "LayerReloadingInfo.reset(self)",
         ),

@@ -1,14 +1,17 @@
-"""Installing weights in a live vLLM model through vLLM's own layerwise reload.
+"""Installing weights in a live vLLM model with the parts of vLLM's own layerwise reload.
 
 One engine module at a time: the layer is materialised, loaded by the model's own loader,
 processed into its kernel format and copied into the tensors that the running model already
-holds. What the official route gets wrong on CPU is put right here, one function each
-(docs/decisions.md, D8).
+holds. vLLM's reload materialises a layer after it was loaded, from what it saw of the layer's
+weight loaders; here the layer has its memory first, so whatever way a loader takes, it writes to
+it (docs/decisions.md, D54). What the official route gets wrong on CPU is put right here, one
+function each (D8).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -27,8 +30,9 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 from vllm.model_executor.model_loader.reload import layerwise
 
-from engine_plugins.errors import UnsupportedError, WeightMismatchError
-from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
+from engine_plugins.errors import EngineCallError, UnsupportedError, WeightMismatchError
+from engine_plugins.weights.coverage import is_kv_scale, left_out_by_design, prediction_layers
+from engine_plugins.weights.filled_elements import FilledElements
 from engine_plugins.weights.joined_traces import DRAFT
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
@@ -39,6 +43,7 @@ from engine_plugins.weights.loader_trace import (
 from engine_plugins.weights.peak_memory import return_free_memory
 from vllm_ext.draft_model import DraftModel
 from vllm_ext.loader_model import loader_model
+from vllm_ext.open_layer import close_layer, layer_tensors, name_loaders, open_layer
 
 __all__ = ["VllmWeightInstaller"]
 
@@ -66,6 +71,7 @@ class VllmWeightInstaller:
             self._modules |= draft.modules
             self._models.append((draft.model, draft.config))
         self._on_cpu = next(model.parameters()).device.type == "cpu"
+        self._covered: dict[str, int] = {}
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -87,17 +93,38 @@ class VllmWeightInstaller:
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
         """Record the loader's copies on a second model without memory."""
         self._refuse_what_would_go_wrong()
+        for model, _ in self._models:
+            name_loaders(model)
         with loader_model(self._vllm_config) as model:
             meant = [tensor for tensor in tensors if not self._is_for_draft(tensor.name)]
-            trace = trace_loader(dict(model.named_parameters()), _loader(model), meant)
-        return trace if self._draft is None else self._draft.join(trace, tensors)
+            trace = trace_loader(dict(model.named_parameters()), _loader(model), meant, model=model)
+        joined = trace if self._draft is None else self._draft.join(trace, tensors)
+        joined = self._with_made_while_loading(joined)
+        _refuse_deferred(joined, self._modules)
+        self._covered = joined.covered_numel()
+        return joined
+
+    def _with_made_while_loading(self, trace: LoaderTrace) -> LoaderTrace:
+        """The trace with parameters that a loader makes when it meets their tensor.
+
+        The second model has them only if the tensor was offered; the live one has them.
+        """
+        if self._vllm_config.quant_config is not None:
+            return trace  # vLLM makes parameters of its own when it packs quantized weights
+        traced = {name.rpartition(".")[0] for name in trace.parameter_numel}
+        made = {
+            name: each.numel()
+            for name, each in self._model.named_parameters()
+            if name.rpartition(".")[0] in traced
+        }
+        return replace(trace, parameter_numel={**made, **trace.parameter_numel})
 
     def _is_for_draft(self, name: str) -> bool:
         """Whether the target's loader is not to see a tensor."""
         return self._draft is not None and name.startswith(DRAFT)
 
     def _refuse_what_would_go_wrong(self) -> None:
-        """Settings under which vLLM's reload is known to install something else, and says 200."""
+        """Models and settings with which vLLM installs something else, and says 200."""
         quantized = self._on_cpu and self._vllm_config.quant_config is not None
         for name, layer in self._modules.items():
             if quantized and _is_quantized(layer):
@@ -113,6 +140,11 @@ class VllmWeightInstaller:
                     "its up-projection but packed copies",
                     remedy="serve with --attention-backend CPU_MLA",
                 )
+            if hasattr(layer, "sink_populated"):
+                raise UnsupportedError(
+                    f"{name} keeps sinks in the KV cache that it makes once from its weights",
+                    remedy="restart the engine with the new weights",
+                )
         if self._vllm_config.parallel_config.enable_eplb:
             raise UnsupportedError(
                 "under expert load balancing (EPLB) experts move between ranks while they are "
@@ -121,9 +153,13 @@ class VllmWeightInstaller:
             )
 
     def live_parameters(self) -> Mapping[str, torch.Tensor]:
-        """The parameters that serve; a reload copies into them in the end."""
+        """The parameters and buffers that serve; a reload copies into them in the end."""
         drafting = {} if self._draft is None else self._draft.parameters()
-        return {**dict(self._model.named_parameters()), **drafting}
+        return {
+            **dict(self._model.named_buffers()),
+            **dict(self._model.named_parameters()),
+            **drafting,
+        }
 
     def begin(self) -> None:
         """Put every layer on meta, its kernel tensors kept aside."""
@@ -133,24 +169,48 @@ class VllmWeightInstaller:
     def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load the tensors of some modules and process those modules at once.
 
-        vLLM keeps references to what it was fed until a layer is complete; a layer with padding
-        that no checkpoint fills would keep them to the end, so each is completed here.
+        It may be repeated with other tensors before `finish`.
+
+        Raises:
+            EngineCallError: the loader left out elements that it was seen to fill; the layer holds
+                whatever its memory held.
         """
-        layers = [self._modules[name] for name in modules]
+        layers = {name: self._modules[name] for name in modules}
+        loaded = {n: each for n, each in layers.items() if not is_deferred_attention_layer(each)}
         if self._on_cpu:
-            _forget_moe_kernels(layers)
+            _forget_moe_kernels(list(loaded.values()))
         with torch.no_grad():
-            _loader(self._model)(each for each in tensors if not self._is_for_draft(each[0]))
-            if self._draft is not None:
-                self._draft.load(tensors)
-            for layer in layers:
-                info = layerwise.get_layerwise_info(layer)
+            for layer in loaded.values():
+                open_layer(layer)
+            filled = FilledElements(
+                tensor for layer in loaded.values() for _, tensor in layer_tensors(layer)
+            )
+            with filled:
+                self._load(tensors)
+            self._refuse_holes(filled, loaded)
+            for layer in loaded.values():
+                close_layer(layer)
+            for layer in layers.values():
                 if is_deferred_attention_layer(layer):
-                    _keep_scales(info)
-                elif info.can_load():
-                    layerwise._layerwise_process(layer, info)
+                    _keep_scales(layerwise.get_layerwise_info(layer))
         if self._on_cpu:
             return_free_memory()
+
+    def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
+        _loader(self._model)(each for each in tensors if not self._is_for_draft(each[0]))
+        if self._draft is not None:
+            self._draft.load(tensors)
+
+    def _refuse_holes(self, filled: FilledElements, layers: Mapping[str, nn.Module]) -> None:
+        """Compare what was loaded with what the trace saw of the same parameters."""
+        for name, module in layers.items():
+            for key, tensor in layer_tensors(module):
+                numel, wanted = filled.of(tensor), self._covered.get(f"{name}.{key}", 0)
+                if numel is not None and numel < wanted:
+                    raise EngineCallError(
+                        f"vLLM's loader filled {numel} of {wanted} elements of {name}.{key}",
+                        remedy="report it: on placeholders the same loader filled them all",
+                    )
 
     def landed(self, modules: Sequence[str]) -> None:
         """Give layers that have nothing to load the tensors back that serve."""
@@ -185,6 +245,18 @@ class VllmWeightInstaller:
         for layer in self._modules.values():
             if isinstance(layer, VocabParallelEmbedding) and _has_packed_copy(layer):
                 layer.quant_method.process_weights_after_loading(layer)
+
+
+def _refuse_deferred(trace: LoaderTrace, modules: Mapping[str, nn.Module]) -> None:
+    """Attention layers keep their memory until `finish`, and vLLM makes only their scales anew."""
+    for copy in trace.copies:
+        layer = modules.get(copy.parameter.rpartition(".")[0])
+        if layer is None or not is_deferred_attention_layer(layer) or is_kv_scale(copy.parameter):
+            continue
+        raise UnsupportedError(
+            f"vLLM's reload does not load {copy.parameter} anew: it belongs to an attention layer",
+            remedy="report it, with the model's name",
+        )
 
 
 def _loader(model: nn.Module) -> LoadWeights:

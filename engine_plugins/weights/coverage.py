@@ -16,6 +16,7 @@ __all__ = [
     "EngineStep",
     "LoaderRules",
     "engine_steps",
+    "is_kv_scale",
     "left_out_by_design",
     "parameters_by_coverage",
     "prediction_layers",
@@ -44,6 +45,11 @@ class LoaderRules(Protocol):
     def model_dtype(self) -> torch.dtype:
         """The dtype that the engine serves in."""
         ...
+
+
+def is_kv_scale(parameter: str) -> bool:
+    """Whether a parameter scales an FP8 KV cache; a checkpoint need not have it."""
+    return _KV_SCALE.search(parameter) is not None
 
 
 def left_out_by_design(name: str, *, tied: bool, predicting: range = range(0)) -> bool:
@@ -82,7 +88,7 @@ def engine_steps(
             would be cast.
     """
     problems = [
-        *_dtype_problems(trace.copies, rules.model_dtype),
+        *_dtype_problems(_filling_copies(trace), rules.model_dtype),
         *_coverage_problems(trace),
         *_padding_problems(trace),
     ]
@@ -108,6 +114,11 @@ def parameters_by_coverage(trace: LoaderTrace) -> tuple[int, list[str]]:
     """
     idle = [name for name, numel in trace.parameter_numel.items() if not numel]
     return len(trace.parameter_numel) - len(idle), idle
+
+
+def _filling_copies(trace: LoaderTrace) -> list[TracedCopy]:
+    """All but copies into what an engine derives from its parameters, in a dtype of its choice."""
+    return [copy for copy in trace.copies if copy.parameter in trace.parameter_numel]
 
 
 def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> list[str]:
@@ -140,7 +151,7 @@ def _coverage_problems(trace: LoaderTrace) -> list[str]:
         missing = _missing_names(parameter, givers)
         if missing:
             problems.append(f"{', '.join(missing)} missing (needed by {parameter})")
-        elif filled or not _KV_SCALE.search(parameter):
+        elif filled or not is_kv_scale(parameter):
             given = ", ".join(givers.get(parameter, ())) or "no tensor"
             twice = f", {copied - filled} of them by two copies" if copied > filled else ""
             problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}{twice}")
@@ -238,6 +249,7 @@ def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[Engi
 
 def _model_order(trace: LoaderTrace, modules: dict[str, list[str]]) -> list[str]:
     in_model = dict.fromkeys(parameter.rpartition(".")[0] for parameter in trace.parameter_numel)
+    in_model |= dict.fromkeys(modules)  # those that only derive something come last
     return [module for module in in_model if modules.get(module)]
 
 

@@ -2,11 +2,13 @@
 
 The destination map says where the loader would put them; whether the parameter that serves has
 that layout too, only its values show: packed weights may keep their shape. So a module is let in
-once its parameters were seen to hold, after the engine's own load of it, just what the map says.
+once its parameters were seen to hold, after the engine's own load of it, just what the map says;
+values that would look the same in another layout show nothing (`telling_values.py`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
@@ -16,10 +18,13 @@ import torch
 from engine_plugins.weights.box_table import LiveBox
 from engine_plugins.weights.destination import DestinationBox, DestinationMap
 from engine_plugins.weights.loader_trace import ParameterLayout
+from engine_plugins.weights.telling_values import pattern_like, tell_places_apart
 
 __all__ = ["Landing"]
 
 _NOT_SEEN = "its live parameters were not yet compared with what the loader makes of them"
+_NOT_TOLD = "its values would look the same in another layout"
+_seeds = itertools.count()
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -51,8 +56,8 @@ class Landing:
         self.reasons: dict[str, str] = dict(destination.reasons)
         self._places: dict[str, list[_Place]] = {}
         self._proven: set[str] = set()
-        self._parameters = parameters
-        self._addresses = _addresses(parameters)
+        self._parameters = {name: parameters[name] for name in layouts if name in parameters}
+        self._addresses = _addresses(self._parameters)
         for module, boxes in destination.boxes.items():
             wrong = _differs(boxes, layouts, parameters)
             self.reasons[module] = wrong or _NOT_SEEN
@@ -75,7 +80,10 @@ class Landing:
 
     def moved(self, parameters: Mapping[str, torch.Tensor]) -> bool:
         """Whether the live parameters are no longer where they were."""
-        return _addresses(parameters) != self._addresses
+        return (
+            _addresses({name: parameters[name] for name in self._parameters if name in parameters})
+            != self._addresses
+        )
 
     def inherit(self, other: Landing) -> None:
         """Take over what another landing has proven of the same boxes in the same memory."""
@@ -86,7 +94,10 @@ class Landing:
                 self._admit(module)
 
     def compare(self, modules: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Compare modules with the HF tensors that the engine has just loaded into them."""
+        """Compare modules with the HF tensors that the engine has just loaded into them.
+
+        One whose values differ never lands; one that they show nothing of may be compared again.
+        """
         for module in modules:
             if module in self._proven or module not in self._places:
                 continue
@@ -95,8 +106,35 @@ class Landing:
                 names = ", ".join(sorted({place.box.parameter for place in different})[:4])
                 self.reasons[module] = f"{names} holds other values than the loader copied"
                 del self._places[module]
+            elif self._mute(module, tensors):
+                self.reasons[module] = _NOT_TOLD
             else:
                 self._admit(module)
+
+    def pattern(
+        self, modules: Iterable[str], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Values to load and compare in place of tensors that were equal and show nothing.
+
+        Empty where there are no such tensors. Loading them spoils the modules: load them again.
+        """
+        unclear = [m for m in modules if m in self._places and m not in self._proven]
+        mute = [name for module in unclear for name in self._mute(module, tensors)]
+        return {
+            name: pattern_like(tensors[name], seed=next(_seeds)) for name in dict.fromkeys(mute)
+        }
+
+    def _mute(self, module: str, tensors: Mapping[str, torch.Tensor]) -> list[str]:
+        """Tensors of a module in whose parameters places cannot be told apart."""
+        by_parameter: dict[str, list[_Place]] = {}
+        for place in self._places[module]:
+            by_parameter.setdefault(place.box.parameter, []).append(place)
+        return [
+            place.box.tensor
+            for places in by_parameter.values()
+            if not tell_places_apart([_pair(place, tensors)[1] for place in places])
+            for place in places
+        ]
 
     def copy(self, modules: Iterable[str], tensors: Mapping[str, torch.Tensor]) -> None:
         """Put HF tensors into the live parameters of proven modules, as the loader would."""

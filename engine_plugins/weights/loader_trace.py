@@ -9,16 +9,19 @@ covered, which names reach nothing, and where a dtype would be cast.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.alike_layers import AlikeLayers
+from engine_plugins.weights.engine_tensors import saved_buffers, tensors_beside
 from engine_plugins.weights.loader_watch import (
     SourceView,
     TracedCopy,
@@ -26,6 +29,9 @@ from engine_plugins.weights.loader_watch import (
     following,
     intercepting,
 )
+from engine_plugins.weights.loading_in_parts import refuse_unless_in_parts
+from engine_plugins.weights.meta_parameters import parameters_on_meta
+from engine_plugins.weights.missing_buffers import missing_buffers
 from engine_plugins.weights.strided_cover import Place, distinct_numel
 
 __all__ = [
@@ -87,9 +93,10 @@ class LoaderTrace:
 
     copies: tuple[TracedCopy, ...]
     parameter_numel: Mapping[str, int]
-    """Elements that a checkpoint has to fill, for every parameter of this rank."""
+    """Elements that a checkpoint has to fill, for every parameter of this rank, and for every
+    buffer that the loader fills."""
     layouts: Mapping[str, ParameterLayout] = field(default_factory=dict)
-    """What the loader writes to, by parameter."""
+    """What the loader writes to, by parameter or buffer."""
 
     def sources(self) -> set[str]:
         """HF names that reached a parameter of this rank."""
@@ -99,8 +106,8 @@ class LoaderTrace:
         """How full the copies make each parameter; equal copies count once."""
         places: dict[str, dict[Place, None]] = {name: {} for name in self.parameter_numel}
         for copy in self.copies:
-            place = Place(copy.offset, copy.shape, copy.strides)
-            places[copy.parameter][place] = None
+            if copy.parameter in places:  # or it is derived, and no checkpoint holds it
+                places[copy.parameter][Place(copy.offset, copy.shape, copy.strides)] = None
         known: dict[tuple[Place, ...], Filling] = {}  # most layers are filled alike
         return {name: _filling(tuple(each), known) for name, each in places.items()}
 
@@ -126,6 +133,8 @@ def trace_loader(
     parameters: Mapping[str, torch.Tensor],
     load_weights: LoadWeights,
     tensors: Sequence[LogicalTensor],
+    *,
+    model: nn.Module | None = None,
 ) -> LoaderTrace:
     """Record what `load_weights` does with `tensors`.
 
@@ -139,81 +148,134 @@ def trace_loader(
             engine's own loaders attached. Aliases may appear once.
         load_weights: the model's own loader.
         tensors: the tensors that would be fed, in the order in which they would be fed.
+        model: if given, its buffers and tensor attributes are watched as well, and the loader is
+            seen to load one module at a time.
 
     Raises:
         WeightMismatchError: the loader refused a tensor; the text names it.
+        UnsupportedError: see `refuse_unless_in_parts`.
     """
+    loader = _Loader(parameters, load_weights, model)
     alike = AlikeLayers(
         [(tensor.name, (tensor.shape, tensor.dtype)) for tensor in tensors],
         {
             name: (ParameterLayout.of(each), _loadable_numel(each))
-            for name, each in parameters.items()
+            for name, each in {**loader.beside(), **parameters}.items()
         },
     )
     for attempt in (_samples_followed, _all_intercepted):
         try:
-            trace = attempt(parameters, load_weights, tensors, alike)
+            copies = attempt(loader, tensors, alike)
         except WeightMismatchError:
             continue  # the whole run says which tensor it was
-        if trace is not None and trace.fills_exactly():
-            return trace
-    return _load(parameters, load_weights, tensors, following)[0]
+        if copies is not None and (trace := loader.trace(copies)).fills_exactly():
+            break
+    else:
+        trace = loader.trace(loader.run(tensors, following).copies)
+
+    def part(names: Container[str]) -> WatchedCopies:
+        return loader.run([tensor for tensor in tensors if tensor.name in names], following)
+
+    if model is None:
+        return trace
+    refuse_unless_in_parts(trace.copies, trace.modules(), part)
+    return loader.with_missing(trace, saved_buffers(model))
 
 
 def _samples_followed(
-    parameters: Mapping[str, torch.Tensor],
-    load_weights: LoadWeights,
-    tensors: Sequence[LogicalTensor],
-    alike: AlikeLayers,
-) -> LoaderTrace | None:
+    loader: _Loader, tensors: Sequence[LogicalTensor], alike: AlikeLayers
+) -> Sequence[TracedCopy] | None:
     """Follow the loader through three layers of each kind, and write the others from those.
 
     None where all layers would have to be shown, or the three are not treated alike.
     """
     if len(alike.samples) == len(tensors):
         return None
-    samples = [tensors[place] for place in alike.samples]
-    trace, _ = _load(parameters, load_weights, samples, following)
-    copies = alike.completed(trace.copies)
-    return None if copies is None else replace(trace, copies=tuple(copies))
+    return alike.completed(loader.run([tensors[p] for p in alike.samples], following).copies)
 
 
 def _all_intercepted(
-    parameters: Mapping[str, torch.Tensor],
-    load_weights: LoadWeights,
-    tensors: Sequence[LogicalTensor],
-    alike: AlikeLayers,
-) -> LoaderTrace | None:
+    loader: _Loader, tensors: Sequence[LogicalTensor], alike: AlikeLayers
+) -> Sequence[TracedCopy] | None:
     """Follow the loader through one layer of each kind, then through all by its copies alone.
 
     None where that does not show everything: the loader computes, or copies in a way of its own.
     """
-    first = [tensors[place] for place in alike.first]
-    _, as_published = _load(parameters, load_weights, first, following)
-    if not as_published:
+    if not loader.run([tensors[place] for place in alike.first], following).as_published:
         return None
-    trace, as_published = _load(parameters, load_weights, tensors, intercepting)
-    return trace if as_published else None
+    seen = loader.run(tensors, intercepting)
+    return seen.copies if seen.as_published else None
 
 
-def _load(
-    parameters: Mapping[str, torch.Tensor],
-    load_weights: LoadWeights,
-    tensors: Sequence[LogicalTensor],
-    watch: Callable[[WatchedCopies], AbstractContextManager[object]],
-) -> tuple[LoaderTrace, bool]:
-    """Run the loader once; its trace, and whether every copy read a tensor as published."""
-    copies = WatchedCopies(parameters)
-    feed = _Feed(tensors, copies)
-    try:
-        with torch.no_grad(), watch(copies):
-            load_weights(iter(feed))
-    except Exception as error:  # the engine's loader raises whatever it likes
-        raise _refused(feed.current, error) from error
-    numel = {name: _loadable_numel(tensor) for name, tensor in parameters.items()}
-    layouts = {name: ParameterLayout.of(tensor) for name, tensor in parameters.items()}
-    trace = LoaderTrace(copies=tuple(copies.copies), parameter_numel=numel, layouts=layouts)
-    return trace, copies.as_published
+class _Loader:
+    """The loader, and what it may write to."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.Tensor],
+        load_weights: LoadWeights,
+        model: nn.Module | None,
+    ) -> None:
+        self._parameters = dict(parameters)
+        self._load_weights = load_weights
+        self._model = model
+        self._beside: dict[str, torch.Tensor] = {}
+
+    def beside(self) -> dict[str, torch.Tensor]:
+        """The tensors beside the parameters, as they are now."""
+        return {} if self._model is None else tensors_beside(self._model)
+
+    def run(
+        self,
+        tensors: Sequence[LogicalTensor],
+        watch: Callable[[WatchedCopies], AbstractContextManager[object]],
+    ) -> WatchedCopies:
+        """Run the loader once, and say what it did."""
+        self._beside = self.beside()
+        copies = WatchedCopies(self._parameters, self._beside, self._parameters_now)
+        feed = _Feed(tensors, copies)
+        try:
+            with torch.no_grad(), parameters_on_meta(), watch(copies):
+                self._load_weights(iter(feed))
+        except Exception as error:  # the engine's loader raises whatever it likes
+            raise _refused(feed.current, error) from error
+        copies.note_replaced(self.beside())
+        self._parameters |= self._parameters_now()
+        return copies
+
+    def _parameters_now(self) -> dict[str, torch.Tensor]:
+        return {} if self._model is None else dict(self._model.named_parameters())
+
+    def trace(
+        self, copies: Sequence[TracedCopy], missing: AbstractSet[str] = frozenset()
+    ) -> LoaderTrace:
+        """The trace of copies: a buffer belongs to it if a tensor is copied there as published."""
+        wanted = missing | {copy.parameter for copy in copies if copy.read is not None}
+        held = {**self._parameters}
+        held |= {name: each for name, each in self._beside.items() if name in wanted}
+        return LoaderTrace(
+            copies=tuple(copies),
+            parameter_numel={name: _loadable_numel(tensor) for name, tensor in held.items()},
+            layouts={name: ParameterLayout.of(tensor) for name, tensor in held.items()},
+        )
+
+    def with_missing(self, trace: LoaderTrace, saved: AbstractSet[str]) -> LoaderTrace:
+        """The trace with the buffers that the tensors leave out and a checkpoint would fill."""
+        left = {
+            name: self._beside[name]
+            for name in sorted(saved - trace.parameter_numel.keys())
+            if name in self._beside
+        }
+        missing = missing_buffers(left, trace.copies, self._filled_with)
+        return self.trace(trace.copies, missing) if missing else trace
+
+    def _filled_with(self, name: str, like: torch.Tensor) -> set[str]:
+        tensor = LogicalTensor(name=name, shape=tuple(like.shape), dtype=like.dtype)
+        try:
+            seen = self.run([tensor], following)
+        except WeightMismatchError:  # it knows no such name
+            return set()
+        return {copy.parameter for copy in seen.copies if copy.sources}
 
 
 def _filling(places: tuple[Place, ...], known: dict[tuple[Place, ...], Filling]) -> Filling:

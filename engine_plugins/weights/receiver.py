@@ -17,6 +17,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from engine_plugins.errors import ConflictError, UnknownIdError
 from engine_plugins.weights.collector import collector_paused
 from engine_plugins.weights.connection import (
@@ -317,7 +319,23 @@ class WeightReceiver:
             self._current().staged_bytes += step.bytes_needed
             return
         self._installer.install(step.modules, tensors)
-        landing.compare(step.modules, dict(tensors))
+        self._prove(step.modules, dict(tensors))
+
+    def _prove(self, modules: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
+        """Find out of modules that were just loaded whether bytes may land in them.
+
+        Where the new values show nothing, others are loaded for a moment: once in a start, and
+        nearly always for small tensors alone (biases of zero, norms of one).
+        """
+        landing = self._model.landing
+        landing.compare(modules, tensors)
+        pattern = landing.pattern(modules, tensors) if self._direct_landing else {}
+        if not pattern:
+            return
+        shown = {**tensors, **pattern}
+        self._installer.install(modules, list(shown.items()))
+        landing.compare(modules, shown)
+        self._installer.install(modules, list(tensors.items()))
 
     def _pull_plan(self, connected: Connection, *, staged: bool) -> FetchPlan:
         """The plan as it is now: with the modules that have been proven."""

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from engine_plugins.trainer_sender import WeightSender
-from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, NEW, OLD, on
+from tests.support.configurations import ALL_MODELS, DENSE, DENSE_TP2, MOE, MOE_TP2, NEW, OLD, on
 from tests.support.engine_server import TOKEN
 from tests.support.live_models import LIVE, LiveModel
 from tests.support.megatron_fixtures import megatron_cases
@@ -33,6 +34,24 @@ def _sender(served: Served, model: LiveModel) -> WeightSender:
     return WeightSender.from_hf(
         model.tensors(), engines=served.server.url, token=TOKEN, config=model.config()
     )
+
+
+@on(MOE, MOE_TP2)
+def test_zeros_first_spoil_no_later_update(served: Served) -> None:
+    """Zeros look the same packed and unpacked; trainers send them first to see that all works.
+
+    It is the first test of these servers, so zeros are what layouts could be proven by.
+    """
+    server, versions = served.server, [_model(served, each) for each in (0, 1)]
+    zeros = {name: torch.zeros_like(each) for name, each in versions[0].tensors().items()}
+    with WeightSender.from_hf(
+        zeros, engines=server.url, token=TOKEN, config=versions[0].config()
+    ) as sender:
+        sender.update(served.next_version())
+    for model in (versions[1], versions[0], versions[1]):
+        with _sender(served, model) as sender:
+            sender.update(served.next_version())
+        assert model.wrong_answers(server.greedy) == [], model.folder.name
 
 
 @on(*ALL_MODELS)

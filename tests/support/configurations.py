@@ -12,6 +12,7 @@ __all__ = [
     "ALL_MODELS",
     "DENSE",
     "DENSE_TP2",
+    "MOE",
     "MOE_TP2",
     "NEW",
     "OLD",

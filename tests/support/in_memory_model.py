@@ -233,7 +233,7 @@ class InMemoryInstaller:
         assert self.loading, "finished before begin"
         self._maybe_fail("finish")
         everything = {name.rpartition(".")[0] for name, _ in self.model.named_parameters()}
-        assert sorted(self.installed) == sorted(everything), "finished half way"
+        assert set(self.installed) == everything, "finished half way"
         self.loading = False
 
     def abandon(self) -> None:

@@ -1,0 +1,242 @@
+"""After updates through the product's own installer an engine's model holds what a load gives it.
+
+Compared are the parameters, buffers and tensor attributes of every module with those of a model of
+the same engine that was loaded once, with the last weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import nn
+
+from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.coverage import engine_steps
+from engine_plugins.weights.engine_tensors import tensors_beside
+from tests.support.loader_maps import (
+    PlayedEngine,
+    PlayedRank,
+    load_through,
+    logical,
+    played_engine,
+    receiving,
+    same_bits,
+    update,
+)
+from tests.support.source_ranks import offered_tensors
+
+pytestmark = pytest.mark.loader
+
+VLLM, SGLANG = "vllm", "sglang"
+KIND = next((kind for kind in (VLLM, SGLANG) if find_spec(kind) is not None), "")
+COMMON: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A tiny model of a family of transformers, on the engines that have it."""
+
+    config: str
+    sizes: Mapping[str, Any]
+    engines: tuple[str, ...] = (VLLM, SGLANG)
+    published: Mapping[str, Any] | None = None
+    arguments: Mapping[str, Any] | None = None
+
+
+MODELS = {
+    "direct copies": Model("GptOssConfig", {**EXPERTS, "head_dim": 32}, (VLLM,)),
+    "nameless loaders": Model(
+        "MiniMaxM2Config",
+        {**EXPERTS, "head_dim": 32, "tie_word_embeddings": False},
+        (VLLM,),
+        published={
+            "scoring_func": "sigmoid",
+            "use_routing_bias": True,
+            "rotary_dim": 32,
+            "use_qk_norm": True,
+            "qk_norm_type": "per_layer",
+            "use_mtp": False,
+        },
+    ),
+    "packed experts": Model(
+        "Qwen3MoeConfig",
+        {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
+    "derived norms": Model(
+        "Gemma2Config", {"head_dim": 16}, published={"hidden_act": "gelu_pytorch_tanh"}
+    ),
+    "a loaded buffer": Model(
+        "Gemma4TextConfig",
+        {
+            "head_dim": 32,
+            "global_head_dim": 32,
+            "hidden_size_per_layer_input": 16,
+            "vocab_size_per_layer_input": 256,
+            "num_kv_shared_layers": 0,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "enable_moe_block": False,
+        },
+        (VLLM,),  # SGLang's wants an attention backend that no CPU has
+    ),
+    "loaded activations": Model("ApertusConfig", {}),
+    "a bias made while loading": Model("PhiConfig", {"tie_word_embeddings": False}, (VLLM,)),
+    "biases": Model("Qwen2Config", {"tie_word_embeddings": False}),
+}
+HERE = [name for name, model in MODELS.items() if KIND in model.engines]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[PlayedEngine]:
+    with played_engine() as engine:
+        yield engine
+
+
+def checkpoint(model: Model, folder: Path) -> dict[str, torch.Tensor]:
+    """Random values of a model, saved to a folder and read from there."""
+    torch.manual_seed(0)
+    config = getattr(transformers, model.config)(**{**COMMON, **model.sizes})
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for each in (*made.parameters(), *made.buffers()):
+            if each.is_floating_point():
+                each.copy_(torch.randn_like(each) * 0.2 + 0.5)
+    made.config.architectures = [type(made).__name__]
+    made.save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(model.published or {})))
+    return load_file(folder / "model.safetensors")
+
+
+@contextmanager
+def as_built(dtype: torch.dtype) -> Iterator[None]:
+    """Engines build their models under the dtype that they serve in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def held(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of all tensors of a model."""
+    everything = {**tensors_beside(model), **dict(model.named_parameters())}
+    return {name: each.detach().clone() for name, each in everything.items() if not each.is_meta}
+
+
+def freshly_loaded(rank: PlayedRank, tensors: Tensors, dtype: torch.dtype) -> dict[str, Any]:
+    """What an engine holds that was started with these tensors."""
+    with as_built(dtype):
+        model = rank.model()
+        load_through(model, {name: tensor.clone() for name, tensor in tensors.items()})
+        rank.installer(model)
+    return held(model)
+
+
+def assert_same(model: nn.Module, fresh: Tensors) -> None:
+    now = held(model)
+    assert now.keys() == fresh.keys()
+    wrong = [name for name, each in fresh.items() if not same_bits(each, now[name])]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("first", ["random", "zeros"])
+@pytest.mark.parametrize("name", HERE)
+def test_three_updates_leave_what_one_load_gives(
+    engine: PlayedEngine, tmp_path: Path, name: str, first: str
+) -> None:
+    values = checkpoint(MODELS[name], tmp_path)
+    memory = {key: torch.zeros_like(each) for key, each in values.items()}
+    with ExitStack() as stack:
+        with engine.rank(tmp_path, tp_size=1, tp_rank=0) as rank:
+            fresh = freshly_loaded(rank, values, torch.float32)
+        rank = stack.enter_context(engine.rank(tmp_path, tp_size=1, tp_rank=0))
+        live = rank.model()
+        load_through(live, {key: torch.randn_like(each) for key, each in values.items()})
+        trainer = stack.enter_context(offered_tensors(memory))
+        receiver = stack.enter_context(receiving(rank.installer(live)))
+        for number in range(3):
+            for key, tensor in memory.items():
+                tensor.copy_(values[key] if number else values[key] * (first == "random"))
+                tensor.mul_(1.0 if number == 2 else 0.5)
+            update(receiver, [trainer])
+        assert_same(live, fresh)
+
+
+@pytest.mark.parametrize("name", [name for name in ("biases", "packed experts") if name in HERE])
+def test_an_engine_in_bf16_is_traced_as_what_it_is(
+    engine: PlayedEngine, tmp_path: Path, name: str
+) -> None:
+    """Float32 is refused; bfloat16 lands, and gives what a load of the checkpoint does."""
+    values = {key: each.bfloat16() for key, each in checkpoint(MODELS[name], tmp_path).items()}
+    memory = {key: torch.zeros_like(each) for key, each in values.items()}
+    with ExitStack() as stack:
+        with engine.rank(tmp_path, tp_size=1, tp_rank=0, dtype="bfloat16") as rank:
+            fresh = freshly_loaded(rank, values, torch.bfloat16)
+        rank = stack.enter_context(engine.rank(tmp_path, tp_size=1, tp_rank=0, dtype="bfloat16"))
+        wide = logical({key: each.float() for key, each in values.items()})
+        with pytest.raises(WeightMismatchError, match="wants bfloat16"):
+            engine_steps(rank.trace(wide), wide, rank.rules)
+        with as_built(torch.bfloat16):
+            live = rank.model()
+            load_through(live, {key: torch.randn_like(each) for key, each in values.items()})
+            installer = rank.installer(live)
+        trainer = stack.enter_context(offered_tensors(memory))
+        receiver = stack.enter_context(receiving(installer))
+        direct = []
+        for sign in (1, -1, 1):
+            for key, tensor in memory.items():
+                tensor.copy_(values[key] * sign)
+            direct.append(update(receiver, [trainer]).direct_bytes > 0)
+        assert direct == [False, True, True]
+        assert_same(live, fresh)
+
+
+@pytest.mark.skipif(KIND != VLLM, reason="a buffer on vLLM's Transformers backend")
+def test_a_bias_that_an_engine_keeps_in_a_buffer_is_missed(
+    engine: PlayedEngine, tmp_path: Path
+) -> None:
+    """A router's correction bias is trained without a gradient, and no parameter."""
+    sizes = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "tie_word_embeddings": False,
+    }
+    values = checkpoint(Model("Dots1Config", sizes), tmp_path)
+    bias = [name for name in values if "e_score_correction_bias" in name]
+    assert bias
+    with engine.rank(tmp_path, tp_size=1, tp_rank=0) as rank:
+        whole = logical(values)
+        engine_steps(rank.trace(whole), whole, rank.rules)
+        without = [tensor for tensor in whole if tensor.name not in bias]
+        with pytest.raises(WeightMismatchError, match="e_score_correction_bias"):
+            engine_steps(rank.trace(without), without, rank.rules)
