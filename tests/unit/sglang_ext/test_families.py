@@ -14,7 +14,7 @@ from tests.families.runner import judged
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [("qwen3-moe", "float32"), ("qwen2-tied", "bfloat16")],
+    [("gemma2", "float32"), ("qwen3-moe", "bfloat16"), ("gemma4", "float32")],
 )
 def test_updates_equal_a_fresh_load(family: str, way: str, tmp_path: Path) -> None:
     verdict = judged("sglang", Case(family=family_named(family), way=way), tmp_path)

@@ -14,7 +14,7 @@ from tests.families.runner import judged
 
 @pytest.mark.parametrize(
     ("family", "way"),
-    [("qwen3-moe", "float32"), ("qwen2-tied", "float32")],
+    [("gpt-oss", "float32"), ("qwen3-moe", "after zeros"), ("qwen2-tied", "bfloat16")],
 )
 def test_updates_equal_a_fresh_load(family: str, way: str, tmp_path: Path) -> None:
     verdict = judged("vllm", Case(family=family_named(family), way=way), tmp_path)
