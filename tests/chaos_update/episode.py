@@ -30,6 +30,8 @@ UNHEARD_S = 5.0
 """The same where the engine cannot be asked any more: the trainer waits for a minute beyond it."""
 GIVE_UP_S = 90.0
 """A sender that hears nothing of its engine waits for the deadline and a grace of a minute."""
+OF_THE_DEAD_S = 25.0
+"""How long it is heard where the engine was killed."""
 SETTLE_S = 40.0
 PROBED_TOKENS = 8
 _PAGE_PHASE = {"publish": "resume"}
@@ -229,7 +231,7 @@ def _idle(scene: Scene, result: Result) -> bool:
 
 def _told(scene: Scene, result: Result) -> Outcome:
     """What the trainer was told, and its rival."""
-    outcome = scene.trainer.outcome(GIVE_UP_S)
+    outcome = scene.trainer.outcome(OF_THE_DEAD_S if scene.case.kills else GIVE_UP_S)
     told = outcome.error or "installed"
     result.notes.append(f"told after {outcome.took_s:.1f} s: {told[:300]}")
     if scene.rival is not None and scene.rival_runs:
@@ -243,7 +245,7 @@ def _settle(target: Target) -> None:
     """Wait until the engine is in the middle of nothing."""
     give_up = time.monotonic() + SETTLE_S
     while target.page().state == "updating" and time.monotonic() < give_up and not target.ended():
-        time.sleep(0.05)
+        time.sleep(0.1)
 
 
 def _probe(target: Target, answers: list[Answer], result: Result) -> bool:

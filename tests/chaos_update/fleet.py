@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import socket
 from contextlib import AbstractContextManager, ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
-import psutil
 import torch
 
 from engine_plugins.admin.shared_state import SharedState
@@ -56,11 +56,15 @@ class Target:
         return self._state.read()
 
     def ended(self) -> bool:
-        """Whether its first process has ended; until it is waited for, that is a zombie."""
+        """Whether nobody takes connections any more; its processes may take long to end."""
+        url = httpx.URL(self.server.url)
         try:
-            return psutil.Process(self.server.pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
+            socket.create_connection((url.host, url.port or 0), timeout=5).close()
+        except ConnectionRefusedError:
             return True
+        except OSError:
+            pass
+        return False
 
     def lives(self) -> bool:
         """Whether it answers, and says itself that it is well."""
