@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import msgspec
 
 from engine_plugins.admin_answers import UpdateRequest
-from engine_plugins.errors import EnginePluginError, UpdateAbortedError
+from engine_plugins.errors import EnginePluginError, UpdateAbortedError, UpdateEndUnknownError
 from engine_plugins.sender.engines import EngineLink, failure_of, for_each_engine
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.sender.rounds import Round
@@ -49,13 +49,15 @@ def aborted(links: Mapping[str, EngineLink], prepared: Round, request: UpdateReq
         A round in which every engine has failed.
     """
     others = ", ".join(prepared.failures)
+    unknown = UpdateEndUnknownError.code  # these may have prepared, and would wait for a commit
+    perhaps = [url for url, failure in prepared.failures.items() if failure.code == unknown]
     failures = abort_all(
-        (links[url] for url in prepared.reports),
+        (links[url] for url in [*prepared.reports, *perhaps]),
         request,
         because=f"it had prepared and was told to abort: {others} could not prepare",
         writes_ended=True,
     )
-    return msgspec.structs.replace(prepared, reports={}, failures=prepared.failures | failures)
+    return msgspec.structs.replace(prepared, reports={}, failures=failures | prepared.failures)
 
 
 def abort_all(

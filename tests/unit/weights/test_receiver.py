@@ -27,7 +27,9 @@ from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.transport import transfers
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.update_run import STOP_S
 from tests.support.in_memory_model import InMemoryModel, hf_tensors
 from tests.support.in_memory_rank import InMemoryRank
 from tests.support.source_ranks import SourceRank, offered_boxes, offered_tensors
@@ -421,6 +423,47 @@ def test_an_update_that_outlives_its_time_stops_although_it_moves(
     error = rank.wait(within_s=3).error
     assert isinstance(error, TransferTimeoutError)
     rank.receiver.abort()
+
+
+def test_a_pull_that_moves_is_no_stall_however_slow(
+    trainer: SourceRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reads that end one by one, for three times as long as a silence may be."""
+    monkeypatch.setattr(transfers, "MAX_IN_FLIGHT", 1)
+    monkeypatch.setattr(transfers, "MOST_DESCRIPTORS", 1)
+    rank = InMemoryRank(
+        InMemoryModel.loaded(hf_tensors(seed=0, layers=LAYERS)), stall_timeout_s=0.5
+    )
+    connect(rank, trainer)
+    trainer.transport.bytes_per_s = trainer.source.nbytes / 1.5
+    began = time.monotonic()
+    rank.receiver.start("plan", staged=True, timeout_s=60)
+    assert rank.wait().error is None
+    assert time.monotonic() - began > 1.0
+    rank.install_all()
+    assert serves(rank, seed=1)
+    rank.close()
+
+
+def test_an_update_past_its_time_costs_no_memory_of_a_healthy_peer(
+    rank: InMemoryRank, trainer: SourceRank
+) -> None:
+    """What was under way has ended by the time of the error: the buffer is used again."""
+    connect(rank, trainer)
+    before = quarantined_bytes()
+    trainer.transport.bytes_per_s = trainer.source.nbytes / 1.0
+    rank.receiver.start("plan", staged=True, timeout_s=0.3)
+    error = rank.wait(within_s=5).error
+    assert isinstance(error, TransferTimeoutError)
+    assert not error.stuck
+    aborted = rank.receiver.abort()
+    assert (aborted.wrote, aborted.lost) == (False, False)
+    assert quarantined_bytes() == before
+    assert STOP_S > transfers.DRAIN_S + 1, "an abort waits for as long as reads may take to end"
+    trainer.transport.bytes_per_s = None
+    rank.receiver.start("plan", staged=True, timeout_s=10)
+    rank.install_all()
+    assert serves(rank, seed=1)
 
 
 def test_a_buffer_is_given_up_even_where_the_engine_cannot_be_put_right(
