@@ -88,7 +88,8 @@ def test_a_release_that_does_not_fit_updates_is_refused_with_our_extension(
     with pytest.raises(
         UnsupportedError,
         match=r"^vLLM 0\.99 has no vllm\.v1\.engine\.core\.EngineCoreProc\._send_finish_outputs"
-        r"\(self\), which engine-plugins needs for weight updates: vLLM 0\.32 has it$",
+        r"\(self\), which engine-plugins needs for weight updates: vLLM 0\.32 has it\n"
+        r"engine-plugins: use vLLM 0\.32, or a newer engine-plugins$",
     ):
         AsyncEngineArgs(**arguments, worker_extension_cls=OURS).create_engine_config()
 
