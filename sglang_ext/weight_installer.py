@@ -15,6 +15,7 @@ from sglang.srt.model_executor.model_runner_components import weight_updater
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
+from engine_plugins.weights.engine_tensors import ModelParameters
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
     LoadWeights,
@@ -63,10 +64,7 @@ class SglangWeightInstaller:
         self._refuse_derived_caches()
         with loader_model(self._runner) as model:
             return trace_loader(
-                dict(model.named_parameters()),
-                cast(LoadWeights, model.load_weights),
-                tensors,
-                model=model,
+                ModelParameters(model), cast(LoadWeights, model.load_weights), tensors
             )
 
     def _refuse_derived_caches(self) -> None:

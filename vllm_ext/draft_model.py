@@ -14,6 +14,7 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 
 from engine_plugins.errors import UnsupportedError
+from engine_plugins.weights.engine_tensors import ModelParameters
 from engine_plugins.weights.joined_traces import DRAFT, with_draft
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, trace_loader
 from vllm_ext.loader_model import loader_model
@@ -61,9 +62,8 @@ class DraftModel:
         """
         meant = [each for each in tensors if self._with_target or each.name.startswith(DRAFT)]
         with loader_model(self._vllm_config, self.config) as model:
-            parameters = dict(model.named_parameters())
             trace = trace_loader(
-                parameters, lambda weights: _load(model, weights), meant, model=model
+                ModelParameters(model), lambda weights: _load(model, weights), meant
             )
         own = {name for name in trace.parameter_numel if self._is_own(DRAFT + name)}
         joined = with_draft(target, trace, own)

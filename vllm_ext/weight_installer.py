@@ -32,6 +32,7 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import EngineCallError, UnsupportedError, WeightMismatchError
 from engine_plugins.weights.coverage import is_kv_scale, left_out_by_design, prediction_layers
+from engine_plugins.weights.engine_tensors import ModelParameters
 from engine_plugins.weights.filled_elements import FilledElements
 from engine_plugins.weights.joined_traces import DRAFT
 from engine_plugins.weights.loader_trace import (
@@ -97,7 +98,7 @@ class VllmWeightInstaller:
             name_loaders(model)
         with loader_model(self._vllm_config) as model:
             meant = [tensor for tensor in tensors if not self._is_for_draft(tensor.name)]
-            trace = trace_loader(dict(model.named_parameters()), _loader(model), meant, model=model)
+            trace = trace_loader(ModelParameters(model), _loader(model), meant)
         joined = trace if self._draft is None else self._draft.join(trace, tensors)
         joined = self._with_made_while_loading(joined)
         _refuse_deferred(joined, self._modules)

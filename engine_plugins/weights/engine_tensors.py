@@ -11,10 +11,18 @@ import re
 import torch
 from torch import nn
 
-__all__ = ["passing_buffers", "saved_buffers", "tensors_beside"]
+__all__ = ["ModelParameters", "passing_buffers", "saved_buffers", "tensors_beside"]
 
 _NEVER_SAVED = re.compile(r"(^|\.)(_[^.]*|inv_freq|cos_cached|sin_cached|cos_sin_cache)$")
 """Buffers that are an engine's own business, though it may have registered them as persistent."""
+
+
+class ModelParameters(dict[str, torch.Tensor]):
+    """A model's parameters by name, and the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model.named_parameters())
+        self.model = model
 
 
 def tensors_beside(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from torch import nn
 
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.alike_layers import AlikeLayers
-from engine_plugins.weights.engine_tensors import saved_buffers, tensors_beside
+from engine_plugins.weights.engine_tensors import ModelParameters, saved_buffers, tensors_beside
 from engine_plugins.weights.loader_watch import (
     SourceView,
     TracedCopy,
@@ -133,8 +133,6 @@ def trace_loader(
     parameters: Mapping[str, torch.Tensor],
     load_weights: LoadWeights,
     tensors: Sequence[LogicalTensor],
-    *,
-    model: nn.Module | None = None,
 ) -> LoaderTrace:
     """Record what `load_weights` does with `tensors`.
 
@@ -145,16 +143,17 @@ def trace_loader(
 
     Args:
         parameters: the engine model's parameters by name, on the meta device, with the
-            engine's own loaders attached. Aliases may appear once.
+            engine's own loaders attached. Aliases may appear once. Of `ModelParameters` the
+            model's buffers and tensor attributes are watched as well, and the loader is seen to
+            load one module at a time.
         load_weights: the model's own loader.
         tensors: the tensors that would be fed, in the order in which they would be fed.
-        model: if given, its buffers and tensor attributes are watched as well, and the loader is
-            seen to load one module at a time.
 
     Raises:
         WeightMismatchError: the loader refused a tensor; the text names it.
         UnsupportedError: see `refuse_unless_in_parts`.
     """
+    model = parameters.model if isinstance(parameters, ModelParameters) else None
     loader = _Loader(parameters, load_weights, model)
     alike = AlikeLayers(
         [(tensor.name, (tensor.shape, tensor.dtype)) for tensor in tensors],

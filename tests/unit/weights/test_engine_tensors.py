@@ -11,6 +11,7 @@ from torch import nn
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.coverage import engine_steps
 from engine_plugins.weights.destination import destination_map
+from engine_plugins.weights.engine_tensors import ModelParameters
 from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, trace_loader
 from engine_plugins.weights.meta_parameters import parameters_on_meta
 
@@ -72,7 +73,7 @@ def traced(model: Callable[[], Model], *names: str) -> LoaderTrace:
     with parameters_on_meta():
         made = model()
     told = logical(*(names or SHAPES))
-    return trace_loader(dict(made.named_parameters()), made.load_weights, told, model=made)
+    return trace_loader(ModelParameters(made), made.load_weights, told)
 
 
 def test_a_buffer_that_a_loader_fills_is_covered_and_has_its_place() -> None:
@@ -108,7 +109,7 @@ def test_a_missing_buffer_is_asked_for_under_the_checkpoints_prefix() -> None:
         LogicalTensor(name=f"model.{name}", shape=SHAPES[name], dtype=torch.float32)
         for name in ("norm.weight", "head.weight")
     ]
-    trace = trace_loader(dict(made.named_parameters()), made.load_weights, told, model=made)
+    trace = trace_loader(ModelParameters(made), made.load_weights, told)
     assert trace.parameter_numel["norm.scalar"] == 1
 
 

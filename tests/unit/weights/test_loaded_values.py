@@ -6,8 +6,9 @@ the same engine that was loaded once, with the last weights.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -115,6 +116,21 @@ def engine() -> Iterator[PlayedEngine]:
         yield engine
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Tensors]]:
+    """The folder and the checkpoint of a model of `MODELS`.
+
+    Each is made once: vLLM's Transformers backend changes classes of transformers for good.
+    """
+
+    @functools.cache
+    def made(name: str) -> tuple[Path, Tensors]:
+        folder = tmp_path_factory.mktemp("model")
+        return folder, checkpoint(MODELS[name], folder)
+
+    return made
+
+
 def checkpoint(model: Model, folder: Path) -> dict[str, torch.Tensor]:
     """Random values of a model, saved to a folder and read from there."""
     torch.manual_seed(0)
@@ -167,14 +183,14 @@ def assert_same(model: nn.Module, fresh: Tensors) -> None:
 @pytest.mark.parametrize("first", ["random", "zeros"])
 @pytest.mark.parametrize("name", HERE)
 def test_three_updates_leave_what_one_load_gives(
-    engine: PlayedEngine, tmp_path: Path, name: str, first: str
+    engine: PlayedEngine, saved: Callable[[str], tuple[Path, Tensors]], name: str, first: str
 ) -> None:
-    values = checkpoint(MODELS[name], tmp_path)
+    folder, values = saved(name)
     memory = {key: torch.zeros_like(each) for key, each in values.items()}
     with ExitStack() as stack:
-        with engine.rank(tmp_path, tp_size=1, tp_rank=0) as rank:
+        with engine.rank(folder, tp_size=1, tp_rank=0) as rank:
             fresh = freshly_loaded(rank, values, torch.float32)
-        rank = stack.enter_context(engine.rank(tmp_path, tp_size=1, tp_rank=0))
+        rank = stack.enter_context(engine.rank(folder, tp_size=1, tp_rank=0))
         live = rank.model()
         load_through(live, {key: torch.randn_like(each) for key, each in values.items()})
         trainer = stack.enter_context(offered_tensors(memory))
@@ -189,15 +205,16 @@ def test_three_updates_leave_what_one_load_gives(
 
 @pytest.mark.parametrize("name", [name for name in ("biases", "packed experts") if name in HERE])
 def test_an_engine_in_bf16_is_traced_as_what_it_is(
-    engine: PlayedEngine, tmp_path: Path, name: str
+    engine: PlayedEngine, saved: Callable[[str], tuple[Path, Tensors]], name: str
 ) -> None:
     """Float32 is refused; bfloat16 lands, and gives what a load of the checkpoint does."""
-    values = {key: each.bfloat16() for key, each in checkpoint(MODELS[name], tmp_path).items()}
+    folder, exact = saved(name)
+    values = {key: each.bfloat16() for key, each in exact.items()}
     memory = {key: torch.zeros_like(each) for key, each in values.items()}
     with ExitStack() as stack:
-        with engine.rank(tmp_path, tp_size=1, tp_rank=0, dtype="bfloat16") as rank:
+        with engine.rank(folder, tp_size=1, tp_rank=0, dtype="bfloat16") as rank:
             fresh = freshly_loaded(rank, values, torch.bfloat16)
-        rank = stack.enter_context(engine.rank(tmp_path, tp_size=1, tp_rank=0, dtype="bfloat16"))
+        rank = stack.enter_context(engine.rank(folder, tp_size=1, tp_rank=0, dtype="bfloat16"))
         wide = logical({key: each.float() for key, each in values.items()})
         with pytest.raises(WeightMismatchError, match="wants bfloat16"):
             engine_steps(rank.trace(wide), wide, rank.rules)
