@@ -18,6 +18,9 @@ __all__ = ["Processes", "held"]
 class Processes:
     """The pids of a server that is well.
 
+    They are told apart by who started them and when: names are not there where imports were made
+    before, see `tests.support.preloaded`.
+
     Attributes:
         workers: of every rank.
         core: where vLLM schedules; SGLang's detokenizer, since its schedulers are the workers.
@@ -27,19 +30,19 @@ class Processes:
     def __init__(self, server: EngineServer) -> None:
         until(lambda: bool(server.state()["workers"]), otherwise=server.state)
         self.workers = [int(worker["pid"]) for worker in server.state()["workers"]]
-        children = psutil.Process(server.pid).children(recursive=True)
+        # What only tracks resources or forks has one thread.
+        started = [
+            child.pid
+            for child in sorted(
+                psutil.Process(server.pid).children(), key=psutil.Process.create_time
+            )
+            if child.num_threads() > 1 and child.pid not in self.workers
+        ]
         if server.kind == "vllm":
             self.core = psutil.Process(self.workers[0]).ppid()
-            apis = [each for each in children if _is_api_of_vllm(each, server.pid, self.core)]
         else:
-            self.core = next(each.pid for each in children if "detokenizer" in each.name())
-            apis = [each for each in children if "tokenizer_worker" in each.name()]
-        self.apis = [each.pid for each in apis] or [server.pid]
-
-
-def _is_api_of_vllm(process: psutil.Process, main: int, core: int) -> bool:
-    """Its children are the core, API processes, and processes of one thread that track or fork."""
-    return process.ppid() == main and process.pid != core and process.num_threads() > 1
+            self.core = started[0]  # before those that answer HTTP
+        self.apis = [pid for pid in started if pid != self.core] or [server.pid]
 
 
 @contextlib.contextmanager
