@@ -8,14 +8,16 @@ ranks, so one rank's failure would hang the others.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, cast
 
 import torch
 from sglang.srt.model_executor.model_runner_components import weight_updater
+from torch import nn
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
-from engine_plugins.weights.engine_tensors import ModelParameters
+from engine_plugins.weights.engine_tensors import ModelParameters, tensors_beside
 from engine_plugins.weights.loader_trace import (
     LoaderTrace,
     LoadWeights,
@@ -63,9 +65,8 @@ class SglangWeightInstaller:
             )
         self._refuse_derived_caches()
         with loader_model(self._runner) as model:
-            return trace_loader(
-                ModelParameters(model), cast(LoadWeights, model.load_weights), tensors
-            )
+            parameters = ModelParameters(model, _made_after_loading(model))
+            return trace_loader(parameters, cast(LoadWeights, model.load_weights), tensors)
 
     def _refuse_derived_caches(self) -> None:
         """SGLang's own routes ask this before they write; its loader does not."""
@@ -112,3 +113,21 @@ class SglangWeightInstaller:
     def abandon(self) -> None:
         """As `finish`, over whatever has been loaded; the engine is fenced."""
         self.finish()
+
+
+def _made_after_loading(model: nn.Module) -> AbstractSet[str]:
+    """Names of what the model's fixups derive, as they run; `finish` has them run again."""
+    made: set[str] = set()
+    fix_up = getattr(model, "post_load_weights", None)
+    if fix_up is None:
+        return made
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        before = tensors_beside(model)
+        answer = fix_up(*args, **kwargs)
+        after = tensors_beside(model)
+        made.update(name for name, each in after.items() if each is not before.get(name))
+        return answer
+
+    vars(model)["post_load_weights"] = noting
+    return made

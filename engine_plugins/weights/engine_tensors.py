@@ -7,6 +7,7 @@ derive others from parameters (Gemma's weight + 1).
 from __future__ import annotations
 
 import re
+from collections.abc import Set as AbstractSet
 
 import torch
 from torch import nn
@@ -18,11 +19,18 @@ _NEVER_SAVED = re.compile(r"(^|\.)(_[^.]*|inv_freq|cos_cached|sin_cached|cos_sin
 
 
 class ModelParameters(dict[str, torch.Tensor]):
-    """A model's parameters by name, and the model."""
+    """A model's parameters by name, and the model.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model.
+        made_anew: names of tensors beside them that the engine derives anew at the end of every
+            update; it may grow while the loader runs.
+    """
+
+    def __init__(self, model: nn.Module, made_anew: AbstractSet[str] = frozenset()) -> None:
         super().__init__(model.named_parameters())
         self.model = model
+        self.made_anew = made_anew
 
 
 def tensors_beside(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -215,6 +215,7 @@ class _Loader:
         load_weights: LoadWeights,
         model: nn.Module | None,
     ) -> None:
+        self._given = parameters
         self._parameters = dict(parameters)
         self._load_weights = load_weights
         self._model = model
@@ -239,6 +240,9 @@ class _Loader:
         except Exception as error:  # the engine's loader raises whatever it likes
             raise _refused(feed.current, error) from error
         copies.note_replaced(self.beside())
+        if isinstance(self._given, ModelParameters):
+            made_anew = self._given.made_anew
+            copies.copies = [each for each in copies.copies if each.parameter not in made_anew]
         self._parameters |= self._parameters_now()
         return copies
 
