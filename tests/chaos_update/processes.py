@@ -23,7 +23,7 @@ class Processes:
 
     Attributes:
         workers: of every rank.
-        core: where vLLM schedules; SGLang's detokenizer, since its schedulers are the workers.
+        core: where it is scheduled; on SGLang that is the worker of rank 0.
         apis: those that answer HTTP.
     """
 
@@ -39,10 +39,10 @@ class Processes:
             if child.num_threads() > 1 and child.pid not in self.workers
         ]
         if server.kind == "vllm":
-            self.core = psutil.Process(self.workers[0]).ppid()
+            self.core = beside = psutil.Process(self.workers[0]).ppid()
         else:
-            self.core = started[0]  # before those that answer HTTP
-        self.apis = [pid for pid in started if pid != self.core] or [server.pid]
+            self.core, beside = self.workers[0], started[0]  # the detokenizer begins first
+        self.apis = [pid for pid in started if pid != beside] or [server.pid]
 
 
 @contextlib.contextmanager
