@@ -34,6 +34,10 @@ DRAIN_S = 2.0
 """How long transfers under way may take to end once no more are posted."""
 SPIN_S = 100e-6
 LONGEST_SLEEP_S = 0.3e-3
+PATIENCE = 0.02
+"""Of the time in which nothing moved, what may pass before it is seen to move again. Each look
+takes the interpreter from the engine's own thread, and a pull that hangs must cost it nothing."""
+LONGEST_HANGING_SLEEP_S = 0.1
 
 
 def transfers_of(rows: Descriptors) -> list[Descriptors]:
@@ -160,7 +164,8 @@ class _Run:
             if now - moved_at < SPIN_S:
                 time.sleep(0)
                 continue
-            pause = min(max(2 * pause, SPIN_S / 2, now - before), LONGEST_SLEEP_S)
+            hanging = min(PATIENCE * (now - moved_at), LONGEST_HANGING_SLEEP_S)
+            pause = min(max(2 * pause, SPIN_S / 2, now - before), max(LONGEST_SLEEP_S, hanging))
             time.sleep(min(pause, self._deadline - now))
 
     def step(self) -> bool:

@@ -81,6 +81,17 @@ def test_a_slow_peer_within_the_deadline_is_waited_for_without_burning_a_core() 
     assert not (target.bytes == 0xFF).all()
 
 
+def test_a_transfer_that_hangs_is_looked_at_ever_more_rarely() -> None:
+    """The engine's own thread waits for each look."""
+    peer = InMemoryPeer("trainer", KIB, 1)
+    _, (read,) = reads_of([peer], each=1)
+    peer.stop()
+    looks = count()
+    with pytest.raises(TransferTimeoutError):
+        run_transfers([read], deadline_s=0.5, drain_s=0.0, cancelled=lambda: next(looks) < 0)
+    assert 20 <= next(looks) <= 500
+
+
 def test_peers_take_turns() -> None:
     """However the reads are ordered, every peer's link is in use from the start."""
     peers = [InMemoryPeer(f"trainer-{n}", 8 * KIB, n) for n in range(3)]
