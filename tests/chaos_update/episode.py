@@ -277,7 +277,7 @@ def _repair(
     target: Target, models: Models, folder: Path, answers: list[Answer], result: Result
 ) -> str:
     """A good update by a new trainer; what has become of the engine."""
-    if not target.lives():
+    if not target.lives(killed=result.case.kills):
         return "dead"
     error = ""
     with _new_trainer(target, models, folder) as trainer:
@@ -297,7 +297,7 @@ def _repair(
     if not error and _probe(target, answers, result):
         return "repaired"
     result.notes.append(f"not repaired: {error[:300]}")
-    if not target.lives():
+    if not target.lives(killed=result.case.kills):
         return "dead"
     fence = target.page().fence
     return "fenced" if fence is not None and fence.for_good else "unrepaired"

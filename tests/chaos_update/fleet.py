@@ -66,10 +66,16 @@ class Target:
             pass
         return False
 
-    def lives(self) -> bool:
-        """Whether it answers, and says itself that it is well."""
+    def lives(self, *, killed: bool = False) -> bool:
+        """Whether it answers, and says itself that it is well.
+
+        SGLang does not watch its schedulers: that one was killed shows where it is to generate. A
+        fenced engine would not either, and lives.
+        """
+        asked = killed and self.kind.engine == "sglang" and self.page().state != "fenced"
+        path = "/health_generate" if asked else "/health"
         try:
-            well = httpx.get(self.server.url + "/health", timeout=25).status_code == 200
+            well = httpx.get(self.server.url + path, timeout=25).status_code == 200
             return well and bool(self.server.state()["state"])
         except httpx.HTTPError:
             return False

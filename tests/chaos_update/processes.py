@@ -28,8 +28,13 @@ class Processes:
     """
 
     def __init__(self, server: EngineServer) -> None:
-        until(lambda: bool(server.state()["workers"]), otherwise=server.state)
-        self.workers = [int(worker["pid"]) for worker in server.state()["workers"]]
+        self.workers: list[int] = []
+
+        def told() -> bool:  # a busy engine may leave them out of one state, and of the next
+            self.workers = [int(worker["pid"]) for worker in server.state()["workers"]]
+            return bool(self.workers)
+
+        until(told, otherwise=server.state)
         # What only tracks resources or forks has one thread.
         started = [
             child.pid
