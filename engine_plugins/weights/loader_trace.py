@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
@@ -233,9 +233,10 @@ class _Loader:
         """Run the loader once, and say what it did."""
         self._beside = self.beside()
         copies = WatchedCopies(self._parameters, self._beside, self._parameters_now)
+        making = nullcontext() if self._model is None else parameters_on_meta()
         feed = _Feed(tensors, copies)
         try:
-            with torch.no_grad(), parameters_on_meta(), watch(copies):
+            with torch.no_grad(), making, watch(copies):
                 self._load_weights(iter(feed))
         except Exception as error:  # the engine's loader raises whatever it likes
             raise _refused(feed.current, error) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,17 +14,20 @@ __all__ = ["parameters_on_meta"]
 
 @contextmanager
 def parameters_on_meta() -> Iterator[None]:
-    """Move every parameter to meta as it is registered, so that only one exists at a time.
+    """Move every parameter to meta as this thread registers it, so that only one exists at a time.
 
     The device context `torch.device("meta")` cannot be used instead: it also catches the small
     index tensors that expert parallelism reads back while the model is built.
     """
     register = nn.Module.register_parameter
+    building = threading.get_ident()
 
     def register_on_meta(
         module: nn.Module, name: str, parameter: torch.nn.Parameter | None
     ) -> None:
-        register(module, name, None if parameter is None else _meta_twin(parameter))
+        if parameter is not None and threading.get_ident() == building:
+            parameter = _meta_twin(parameter)
+        register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign,assignment]
     try:

@@ -137,7 +137,7 @@ def _scene(case: Case, target: Target, models: Models, folder: Path, stack: Exit
     return Scene(
         case=case,
         target=target,
-        processes=Processes(target.server),
+        processes=Processes(target.server, case.api_servers),
         proxy=proxy,
         trainer=trainer(proxy.url, case.commit == "two"),
         rival=trainer(target.server.url, False) if case.fault == "two_trainers" else None,

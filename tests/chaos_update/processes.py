@@ -27,22 +27,27 @@ class Processes:
         apis: those that answer HTTP.
     """
 
-    def __init__(self, server: EngineServer) -> None:
+    def __init__(self, server: EngineServer, api_servers: int) -> None:
         self.workers: list[int] = []
+        started: list[int] = []
 
         def told() -> bool:  # a busy engine may leave them out of one state, and of the next
             self.workers = [int(worker["pid"]) for worker in server.state()["workers"]]
             return bool(self.workers)
 
         until(told, otherwise=server.state)
-        # What only tracks resources or forks has one thread.
-        started = [
-            child.pid
-            for child in sorted(
-                psutil.Process(server.pid).children(), key=psutil.Process.create_time
-            )
-            if child.num_threads() > 1 and child.pid not in self.workers
-        ]
+
+        def all_started() -> bool:
+            children = psutil.Process(server.pid).children()
+            started[:] = [
+                child.pid
+                for child in sorted(children, key=psutil.Process.create_time)
+                # What only tracks resources or forks has one thread.
+                if child.num_threads() > 1 and child.pid not in self.workers
+            ]
+            return len(started) > (api_servers if api_servers > 1 else 0)
+
+        until(all_started, otherwise=lambda: started)
         if server.kind == "vllm":
             self.core = beside = psutil.Process(self.workers[0]).ppid()
         else:
