@@ -211,6 +211,7 @@ def test_the_word_is_closed_between_updates(sender: WeightSender, engine: FakeEn
     assert CLOSED not in words
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("two_phase", [False, True])
 def test_an_interrupt_takes_the_memory_back_at_once(
     gateway: BadGateway,

@@ -325,6 +325,7 @@ def test_ways_that_do_not_go_together(
         sender_of(model, engines, transport, **ways)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_push_ends_its_writes_before_it_gives_the_memory_back(
     engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
 ) -> None:
