@@ -1,4 +1,7 @@
-"""A few cases of `make chaos-update` on each engine: those that once served wrong answers."""
+"""A few cases of `make chaos-update` on each engine: those that once served wrong answers.
+
+In bfloat16: the contract suite's servers are those of float32.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ def test_no_wrong_answer_and_no_lying_version(
         tensor_parallel=1,
         api_servers=2,
         wire="tcp",
-        dtype="float32",
+        dtype="bfloat16",
         mode=mode,
         commit=commit,
         phase=phase,
