@@ -120,12 +120,12 @@ def test_a_setting_that_cannot_be_ends_the_start(
     assert "s3cret" not in shown
 
 
-@pytest.mark.parametrize("field", ["data_parallel_size", "pipeline_parallel_size"])
+@pytest.mark.parametrize("field", ["data_parallel_size", "pipeline_parallel_size", "nnodes"])
 def test_what_an_update_would_reach_a_part_of_is_refused(
     arguments: dict[str, Any], field: str
 ) -> None:
     """With our extension; other vLLM servers of the environment are none of our business."""
-    arguments[field] = 2
+    arguments |= {"tensor_parallel_size": 2, field: 2}  # of which several hosts have a part each
     plain = AsyncEngineArgs(**arguments).create_engine_config()
     assert getattr(plain.parallel_config, field) == 2
     made = AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION)
