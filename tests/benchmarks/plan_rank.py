@@ -116,8 +116,11 @@ def _load_alone(rank: PlayedRank, tensors: list[LogicalTensor]) -> None:
     module = sys.modules[type(rank.rules).__module__]
     watched = module.trace_loader
 
-    def alone(parameters: Any, load: Callable[[Any], object], tensors: list[LogicalTensor]) -> None:
+    def alone(
+        parameters: Any, load: Callable[[Any], object], tensors: list[LogicalTensor]
+    ) -> LoaderTrace:
         load((t.name, torch.empty(t.shape, dtype=t.dtype, device="meta")) for t in tensors)
+        return LoaderTrace(copies=(), parameter_numel=dict.fromkeys(parameters, 0))
 
     module.trace_loader = alone  # type: ignore[attr-defined]
     try:
