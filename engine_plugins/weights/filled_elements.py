@@ -6,34 +6,23 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine_plugins.weights.loader_mode import COPY, FILLS, LoaderMode, storage_id
 
 __all__ = ["FilledElements"]
 
-_WRITES = (
-    torch.ops.aten.copy_.default,
-    torch.ops.aten.fill_.Scalar,
-    torch.ops.aten.fill_.Tensor,
-    torch.ops.aten.zero_.default,
-)
 
-
-class FilledElements(TorchDispatchMode):
+class FilledElements(LoaderMode):
     """A context in which copies into tensors and fills of them are counted, with their elements."""
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._watched = list(tensors)
-        self._numel = {_storage_id(tensor): 0 for tensor in self._watched}
+        self._numel = {storage_id(tensor): 0 for tensor in self._watched}
 
     def of(self, tensor: torch.Tensor) -> int | None:
         """Elements that were filled: more than there are if some were twice; None if unwatched."""
-        return self._numel.get(_storage_id(tensor))
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled in a loader, and torch's guard against it is slow."""
-        return False
+        return self._numel.get(storage_id(tensor))
 
     def __torch_dispatch__(
         self,
@@ -42,12 +31,8 @@ class FilledElements(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _WRITES:
-            storage = _storage_id(args[0])
+        if func is COPY or func in FILLS:
+            storage = storage_id(args[0])
             if storage in self._numel:
                 self._numel[storage] += args[0].numel()
         return func(*args, **(kwargs or {}))
-
-
-def _storage_id(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)

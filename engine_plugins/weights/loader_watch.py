@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeGuard
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from engine_plugins.weights.loader_mode import COPY, FILLS, LoaderMode, storage_id
 
 __all__ = ["SourceView", "TracedCopy", "WatchedCopies", "following", "intercepting"]
 
-_COPY = torch.ops.aten.copy_.default
-_FILLS = (torch.ops.aten.fill_.Scalar, torch.ops.aten.fill_.Tensor, torch.ops.aten.zero_.default)
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _FIRST_STAND_IN = 2**52 + 1
 """Numbers that stand in for a placeholder's element: no loader computes with ones so large."""
@@ -90,8 +89,8 @@ class WatchedCopies:
         self._look_again = look_again
         self._alive: list[torch.Tensor] = [*parameters.values(), *self._beside.values()]
         self._placeholders: list[torch.Tensor] = []
-        self._parameters = {_storage_id(p): name for name, p in parameters.items()}
-        self._targets = {_storage_id(t): name for name, t in self._beside.items()}
+        self._parameters = {storage_id(p): name for name, p in parameters.items()}
+        self._targets = {storage_id(t): name for name, t in self._beside.items()}
         self._targets |= self._parameters
         self._sources: dict[int, tuple[str, ...]] = {}
         self._filled: dict[int, dict[str, None]] = {}
@@ -108,11 +107,11 @@ class WatchedCopies:
     def add_source(self, name: str, placeholder: torch.Tensor) -> None:
         """Know a placeholder, before the loader does."""
         self._placeholders.append(placeholder)
-        self._sources[_storage_id(placeholder)] = (name,)
+        self._sources[storage_id(placeholder)] = (name,)
 
     def record(self, target: torch.Tensor, source: torch.Tensor | None) -> bool:
         """Note a copy, or a constant if there is no source; False where it is none of ours."""
-        storage = _storage_id(target)
+        storage = storage_id(target)
         if storage not in self._targets and source is not None and self._names_of(source):
             self._watch_new()
         parameter = self._targets.get(storage)
@@ -181,7 +180,7 @@ class WatchedCopies:
         for leaf in tree_leaves(result):
             if not isinstance(leaf, torch.Tensor):
                 continue
-            storage = _storage_id(leaf)
+            storage = storage_id(leaf)
             known = self._sources.get(storage)
             # Otherwise it is a view of something known, with the same values.
             if known is None or func._schema.is_mutable:
@@ -191,26 +190,26 @@ class WatchedCopies:
 
     def _watch_new(self) -> None:
         for name, tensor in self._look_again().items():
-            if _storage_id(tensor) not in self._targets:
+            if storage_id(tensor) not in self._targets:
                 self._alive.append(tensor)
-                self._parameters[_storage_id(tensor)] = name
-                self._targets[_storage_id(tensor)] = name
+                self._parameters[storage_id(tensor)] = name
+                self._targets[storage_id(tensor)] = name
 
     def _names_of(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
         """Placeholders behind a tensor; None if there are none."""
-        storage = _storage_id(tensor)
+        storage = storage_id(tensor)
         known = self._sources.get(storage)
         if known is None and storage in self._filled:
             return tuple(self._filled[storage])
         return known
 
     def _is_derived(self, tensor: torch.Tensor) -> bool:
-        storage = _storage_id(tensor)
+        storage = storage_id(tensor)
         return storage in self._derived or storage not in self._sources
 
     def _note_change(self, target: torch.Tensor, names: tuple[str, ...]) -> None:
         """A parameter that is changed in place no longer holds what was copied into it."""
-        storage = _storage_id(target)
+        storage = storage_id(target)
         name = self._targets.get(storage)
         sources = tuple(dict.fromkeys((*self._filled.get(storage, ()), *names)))
         if name is None:
@@ -236,7 +235,7 @@ class WatchedCopies:
         )
 
 
-def following(copies: WatchedCopies) -> TorchDispatchMode:
+def following(copies: WatchedCopies) -> LoaderMode:
     """A context in which every operation is seen, and copies into parameters are recorded."""
     return _Follower(copies)
 
@@ -277,17 +276,12 @@ def intercepting(copies: WatchedCopies) -> Iterator[None]:
             delattr(torch.Tensor, name)  # the base class's is seen again
 
 
-class _Follower(TorchDispatchMode):
+class _Follower(LoaderMode):
     """Sees every operation."""
 
     def __init__(self, copies: WatchedCopies) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._copies = copies
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled in a loader, and torch's guard against it is slow."""
-        return False
 
     def __torch_dispatch__(
         self,
@@ -298,9 +292,9 @@ class _Follower(TorchDispatchMode):
     ) -> Any:
         if func.is_view:  # most of what loaders do; the storage stays the one that is known
             return func(*args, **(kwargs or {}))
-        if func is _COPY and self._copies.record(args[0], args[1]):
+        if func is COPY and self._copies.record(args[0], args[1]):
             return _checked(args[0], args[1])
-        if func in _FILLS and self._filled(*args):
+        if func in FILLS and self._filled(*args):
             return args[0]
         number = self._copies.number_for(args[0]) if func is _ITEM else None
         if number is not None:
@@ -354,7 +348,3 @@ def _view(source: Any) -> SourceView:
         shape=tuple(source.shape),
         strides=tuple(source.stride()),
     )
-
-
-def _storage_id(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
