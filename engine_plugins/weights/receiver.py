@@ -17,41 +17,27 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from engine_plugins.errors import ConflictError, UnknownIdError
 from engine_plugins.weights.collector import collector_paused
-from engine_plugins.weights.connection import (
-    Connection,
-    ConnectResult,
-    Direction,
-    rank_plan,
-)
-from engine_plugins.weights.coverage import (
-    engine_steps,
-)
+from engine_plugins.weights.connection import Connection, ConnectResult, Direction, rank_plan
+from engine_plugins.weights.coverage import engine_steps
 from engine_plugins.weights.engine_model import EngineModel
 from engine_plugins.weights.free_memory import surely_free_bytes
-from engine_plugins.weights.live_memory import LiveMemory
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.needed import needed_boxes
 from engine_plugins.weights.peak_memory import PeakMemory
 from engine_plugins.weights.peer_source import PeerSource
 from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.plan import (
-    FetchPlan,
-    Step,
-    logical_tensors,
-)
+from engine_plugins.weights.plan import FetchPlan, Step, logical_tensors
 from engine_plugins.weights.plan_cache import PlanCache
-from engine_plugins.weights.prepared_fetch import PreparedFetch
+from engine_plugins.weights.plan_memory import PlanMemory
 from engine_plugins.weights.prepared_push import PreparedPush
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.source_choice import Reader
 from engine_plugins.weights.staging import StagingRoom
+from engine_plugins.weights.step_install import install_step
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.link import measure_links
-from engine_plugins.weights.transport.meeting import require_same_wire
 from engine_plugins.weights.update_run import PreparedPlan, PullStatus, UpdateRun
 from engine_plugins.weights.weight_installer import WeightInstaller
 
@@ -88,15 +74,13 @@ class WeightReceiver:
         self._measured: set[str] = set()
         self._cache = PlanCache()
         self._make_transport = transport
-        self._transport: Transport | None = None
+        self._memory = PlanMemory(transport)
         self._tp_rank = tp_rank
         self._stall_timeout_s = stall_timeout_s
         self._direct_landing = direct_landing
         self._connected: dict[str, Connection] = {}
-        self._prepared: tuple[str, PreparedPlan] | None = None
         self._run: UpdateRun | None = None
         self._model = EngineModel(installer)
-        self._live: tuple[frozenset[str], LiveMemory] | None = None
         self._lost = False
         self._peers: PeerSource | None = None
 
@@ -165,8 +149,8 @@ class WeightReceiver:
         """Forget a plan and its receive buffer."""
         self._refuse_while_running()
         self._connected.pop(plan_id, None)
-        if self._prepared is not None and self._prepared[0] == plan_id:
-            self._release()
+        if self._memory.of(plan_id) is not None:
+            self._memory.release()
 
     def staging_room(self, plan_id: str) -> StagingRoom:
         """What it would take to stage this plan's next update."""
@@ -175,7 +159,7 @@ class WeightReceiver:
         return StagingRoom(
             tp_rank=self._tp_rank,
             wanted_bytes=plan.total_bytes + plan.scratch_bytes,
-            held_bytes=self._held_bytes(),
+            held_bytes=self._memory.held_bytes,
             free_bytes=surely_free_bytes(),
         )
 
@@ -204,11 +188,11 @@ class WeightReceiver:
         connected = self._connection(plan_id)
         if connected.direction == "pull":
             plan = self._pull_plan(connected, staged=staged)
-            self._kept(plan_id, plan, staged=staged)
-            memory = PeakMemory.start(already_held=self._held_bytes())
+            self._memory.keep(plan_id, plan, staged=staged)
+            memory = PeakMemory.start(already_held=self._memory.held_bytes)
             prepared = self._prepare(plan_id, connected, plan, staged=staged, met=True)
         else:
-            memory = PeakMemory.start(already_held=self._held_bytes())
+            memory = PeakMemory.start(already_held=self._memory.held_bytes)
             prepared = self._push_of(plan_id)
         self._run = UpdateRun(
             prepared,
@@ -311,7 +295,7 @@ class WeightReceiver:
             still_landing = still_landing or not writes_ended
         # First of all: whatever becomes of the engine, this memory must not be used again.
         if still_landing or run.lost_track_of_buffer:
-            self._quarantine()
+            self._memory.quarantine()
         written_to = run.wrote and run.prepared.plan.direct_bytes > 0
         if run.lost_track_of_live or (still_landing and written_to):
             self._lost = True
@@ -340,9 +324,7 @@ class WeightReceiver:
         """Release the arena, the live parameters and the agent."""
         self.abort()
         self._deregister()
-        if self._transport is not None:
-            self._transport.close()
-            self._transport = None
+        self._memory.close()
 
     def _begin(self) -> None:
         """From here on live parameters may be written: peers that read them must see that."""
@@ -351,36 +333,14 @@ class WeightReceiver:
         self._installer.begin()
 
     def _install(self, prepared: PreparedPlan, step: Step, index: int) -> None:
-        """Bring one step, which is here in full, into the model."""
-        if step.direct:
-            self._installer.landed(step.modules)
-            return
-        landing = self._model.landing
-        tensors = prepared.tensors(index)
-        copied = prepared.staged and self._direct_landing and landing.proven >= set(step.modules)
-        if copied:
-            landing.copy(step.modules, dict(tensors))
-            self._installer.landed(step.modules)
-            self._current().staged_bytes += step.bytes_needed
-            return
-        self._installer.install(step.modules, tensors)
-        self._prove(step.modules, dict(tensors))
-
-    def _prove(self, modules: Sequence[str], tensors: Mapping[str, torch.Tensor]) -> None:
-        """Find out of modules that were just loaded whether bytes may land in them.
-
-        Where the new values show nothing, others are loaded for a moment: once in a start, and
-        nearly always for small tensors alone (biases of zero, norms of one).
-        """
-        landing = self._model.landing
-        landing.compare(modules, tensors)
-        pattern = landing.pattern(modules, tensors) if self._direct_landing else {}
-        if not pattern:
-            return
-        shown = {**tensors, **pattern}
-        self._installer.install(modules, list(shown.items()))
-        landing.compare(modules, shown)
-        self._installer.install(modules, list(tensors.items()))
+        self._current().staged_bytes += install_step(
+            self._installer,
+            self._model.landing,
+            prepared,
+            step,
+            index,
+            may_land=self._direct_landing,
+        )
 
     def _pull_plan(self, connected: Connection, *, staged: bool) -> FetchPlan:
         """The plan as it is now: with the modules that have been proven."""
@@ -399,7 +359,7 @@ class WeightReceiver:
         """Drop every plan into live parameters that are no longer where they were."""
         moved = self._model.look_again()
         if moved:
-            self._release()
+            self._memory.release()
             self._forget_plans()
         return moved
 
@@ -409,28 +369,28 @@ class WeightReceiver:
             connected.plans.clear()
 
     def _deregister(self) -> None:
-        self._release()
+        self._memory.release()
         if self._peers is not None:
             self._peers.close()
             self._peers = None
-        if self._live is not None and not self._lost:
-            self._live[1].close()
-            self._live = None
+        if not self._lost:
+            self._memory.deregister_live()
 
     def _push_of(self, plan_id: str) -> PreparedPlan:
         """The memory that the trainers were told of; nothing else will do."""
-        if self._look_again() or self._prepared is None or self._prepared[0] != plan_id:
+        moved, prepared = self._look_again(), self._memory.of(plan_id)
+        if moved or prepared is None:
             raise UnknownIdError(
                 f"rank {self._tp_rank} no longer holds the memory that plan {plan_id} told of",
                 remedy="connect again",
             )
-        return self._prepared[1]
+        return prepared
 
     def _measure_links(self, manifests: Sequence[SourceManifest]) -> None:
         """See what the links to sources give that were not met before, and say so in the log."""
         new = [manifest for manifest in manifests if manifest.agent not in self._measured]
-        if self._transport is not None and new:
-            measure_links(self._transport, new, expected_gbps=self._expected_link_gbps)
+        if new:
+            measure_links(self._memory.transport, new, expected_gbps=self._expected_link_gbps)
         self._measured.update(manifest.agent for manifest in new)
 
     def _refuse_while_running(self) -> None:
@@ -453,13 +413,6 @@ class WeightReceiver:
             )
         return self._connected[plan_id]
 
-    def _current(self) -> UpdateRun:
-        if self._run is None:
-            raise ConflictError(
-                f"rank {self._tp_rank} has no update under way", remedy="start one first"
-            )
-        return self._run
-
     def _prepare(
         self,
         plan_id: str,
@@ -469,68 +422,15 @@ class WeightReceiver:
         staged: bool,
         met: bool = False,
     ) -> PreparedPlan:
-        """The plan with its memory; kept from update to update while it fits."""
-        kept = self._kept(plan_id, plan, staged=staged)
-        if kept is not None:
-            return kept
-        if self._transport is None:
-            self._transport = self._make_transport()
-        for manifest in connected.manifests:
-            require_same_wire(self._transport, manifest)
-        live = self._live_memory() if plan.direct_bytes else None
-        made: PreparedPlan
-        if connected.direction == "push":
-            made = PreparedPush(plan, connected.manifests, self._transport, live=live)
-        else:
-            made = PreparedFetch(
-                plan,
-                connected.manifests,
-                self._transport,
-                staged=staged,
-                live=live,
-                met=met,
-            )
-        self._prepared = (plan_id, made)
-        return made
-
-    def _kept(self, plan_id: str, plan: FetchPlan, *, staged: bool) -> PreparedPlan | None:
-        """What was prepared for just this; anything else is let go."""
-        if self._prepared is not None:
-            known, prepared = self._prepared
-            fits = prepared.staged == staged and prepared.usable
-            if known == plan_id and fits and prepared.plan is plan:
-                return prepared
-        self._release()
-        return None
-
-    def _live_memory(self) -> LiveMemory:
-        """The proven modules' parameters, registered."""
         landing = self._model.landing
-        proven = frozenset(landing.proven)
-        if self._live is None or self._live[0] != proven:
-            if self._live is not None:
-                self._live[1].close()
-                self._live = None
-            if self._transport is None:
-                self._transport = self._make_transport()
-            self._live = (proven, LiveMemory(landing.memory(), self._transport))
-        return self._live[1]
+        return self._memory.prepare(plan_id, connected, plan, landing, staged=staged, met=met)
 
-    def _held_bytes(self) -> int:
-        """Of the receive buffer, what an earlier update has made resident."""
-        if self._prepared is None or not self._prepared[1].touched:
-            return 0
-        return self._prepared[1].arena_bytes
-
-    def _release(self) -> None:
-        known, self._prepared = self._prepared, None
-        if known is not None:
-            known[1].close()
-
-    def _quarantine(self) -> None:
-        if self._prepared is not None:
-            self._prepared[1].quarantine()
-            self._prepared = None
+    def _current(self) -> UpdateRun:
+        if self._run is None:
+            raise ConflictError(
+                f"rank {self._tp_rank} has no update under way", remedy="start one first"
+            )
+        return self._run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,7 +193,7 @@ def test_the_receive_buffer_stays_below_two_of_the_largest_module(
     assert plan.largest_step_bytes <= plan.arena_bytes < 2 * plan.largest_step_bytes
     assert plan.arena_bytes < plan.bytes_needed
     rank.receiver.start("plan", staged=True, timeout_s=10)
-    assert rank.receiver._held_bytes() >= plan.bytes_needed
+    assert rank.receiver._memory.held_bytes >= plan.bytes_needed
     rank.receiver.abort()
 
 
