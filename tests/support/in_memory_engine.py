@@ -108,13 +108,7 @@ class InMemoryEngine(GeneratingEngine):
 
     def serves(self, *, seed: int) -> bool:
         """Whether every rank holds exactly the weights of a seed."""
-        size = len(self.ranks)
-        return all(
-            rank.model.equals(
-                InMemoryModel.loaded(hf_tensors(seed=seed), tp_rank=tp_rank, tp_size=size)
-            )
-            for tp_rank, rank in enumerate(self.ranks)
-        )
+        return all(rank.serves(seed=seed) for rank in self.ranks)
 
     @property
     def weights(self) -> str:

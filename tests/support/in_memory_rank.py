@@ -23,7 +23,7 @@ from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.update_run import PreparedPlan, PullStatus
 from engine_plugins.weights.worker_service import WorkerService
-from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel
+from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel, hf_tensors
 from tests.support.in_memory_regions import InMemoryRegions
 
 __all__ = ["InMemoryRank"]
@@ -126,6 +126,14 @@ class InMemoryRank:
             page=folder / "pull.page",
             calls=sleep.calls,
         )
+
+    def serves(self, *, seed: int) -> bool:
+        """Whether its weights are exactly those of a fresh start from a seed's."""
+        layout = self.model.layout
+        tensors = hf_tensors(seed=seed, layers=layout["layers"], hidden=layout["hidden"])
+        fresh = self.model.twin()
+        fresh.load_weights(tensors.items())
+        return self.model.equals(fresh)
 
     def _transport(self) -> InMemoryTransport:
         self.transports.append(InMemoryTransport(f"engine-{next(_serial)}"))

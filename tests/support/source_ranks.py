@@ -32,6 +32,11 @@ class SourceRank:
     def manifest(self) -> SourceManifest:
         return self.source.manifest
 
+    def hold(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Have the memory that it offers hold other weights, in place, as training does."""
+        for box in self.source._describe():
+            box.data.copy_(tensors[box.name])
+
 
 @contextmanager
 def offered_boxes(

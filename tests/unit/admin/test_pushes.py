@@ -29,12 +29,6 @@ def trainer() -> Iterator[SourceRank]:
         yield made
 
 
-def train(trainer: SourceRank, *, seed: int) -> None:
-    new = hf_tensors(seed=seed)
-    for box in trainer.source._describe():
-        box.data.copy_(new[box.name])
-
-
 @asynccontextmanager
 async def pushed(
     make_server: MakeServer, trainer: SourceRank, **options: object
@@ -101,7 +95,7 @@ async def test_the_old_weights_serve_while_the_trainer_writes(
         assert (kept["direction"], kept["destinations"]) == ("push", [])
         for version in (1, 2):
             old = server.engine.weights
-            train(trainer, seed=version)
+            trainer.hold(hf_tensors(seed=version))
             prepared = (await prepare(server, plan, version)).json()
             assert (prepared["outcome"], prepared["mode"]) == ("prepared", "staged")
             written = write(trainer, plan)
@@ -151,7 +145,7 @@ async def test_the_engine_stands_still_while_live_parameters_are_written(
     async with pushed(make_server, trainer, direct_landing=True) as (server, other, _):
         plan = await proven(server, trainer)
         assert plan.direct_bytes == plan.bytes_needed
-        train(trainer, seed=2)
+        trainer.hold(hf_tensors(seed=2))
         await server.engine.answer(1, 2)
         prepared = (await prepare(server, plan)).json()
         assert (prepared["outcome"], prepared["mode"]) == ("prepared", "in_place")
@@ -173,7 +167,7 @@ async def test_an_abort_after_live_parameters_were_opened_fences(
     """Some bytes may be new. Where the writes have ended, a later push mends it."""
     async with pushed(make_server, trainer, direct_landing=True) as (server, other, _):
         plan = await proven(server, trainer)
-        train(trainer, seed=2)
+        trainer.hold(hf_tensors(seed=2))
         await prepare(server, plan)
         assert (await abort(other, writes_ended=True)).json()["outcome"] == "aborted"
         state = await server.state()

@@ -35,12 +35,6 @@ def trainer() -> Iterator[SourceRank]:
         yield made
 
 
-def train(trainer: SourceRank, *, seed: int) -> None:
-    new = hf_tensors(seed=seed)
-    for box in trainer.source._describe():
-        box.data.copy_(new[box.name])
-
-
 @asynccontextmanager
 async def connected(
     make_server: MakeServer, trainer: SourceRank, **options: object
@@ -205,7 +199,7 @@ async def test_the_next_versions_come_by_the_same_plan(
     """As a trainer does it: step, update, step, update; newest report first."""
     async with connected(make_server, trainer) as (server, plan_id):
         for version in (1, 2, 3):
-            train(trainer, seed=version)
+            trainer.hold(hf_tensors(seed=version))
             assert (await update(server, plan_id, version)).status_code == 200
             assert server.engine.serves(seed=version)
         history = (await server.get("/weights")).json()["history"]
@@ -287,7 +281,7 @@ async def test_a_version_that_is_installed_again_shares_no_kv_with_the_first_tim
     """By force the number may come again with other weights; the cache was kept all along."""
     async with connected(make_server, trainer) as (server, plan_id):
         for seed, version in ((1, 5), (2, 6), (3, 5), (4, 5)):
-            train(trainer, seed=seed)
+            trainer.hold(hf_tensors(seed=seed))
             answer = await update(server, plan_id, version, in_flight_kv="keep", force=True)
             assert answer.status_code == 200
             tokens = await server.engine.answer(1, 2)
@@ -356,7 +350,7 @@ async def test_a_version_that_is_not_newer_needs_force(
     """409 with both numbers and nothing changed; force installs it."""
     async with connected(make_server, trainer) as (server, plan_id):
         assert (await update(server, plan_id, 5)).status_code == 200
-        train(trainer, seed=2)
+        trainer.hold(hf_tensors(seed=2))
         for version in (5, 4, 0):
             answer = await update(server, plan_id, version)
             assert (answer.status_code, answer.json()["code"]) == (409, "stale_version")
@@ -376,7 +370,7 @@ async def test_a_repeated_request_is_answered_and_not_carried_out_again(
         second = make_server(engine=server.engine)
         async with second.http:
             first = await update(server, plan_id, 1, request_id="once/../\n")
-            train(trainer, seed=2)
+            trainer.hold(hf_tensors(seed=2))
             for each in (server, second):
                 again = await update(each, plan_id, 1, request_id="once/../\n")
                 assert (again.status_code, again.json()) == (200, first.json())
@@ -584,7 +578,7 @@ async def test_a_failure_after_a_write_fences_the_engine_until_an_update_complet
     async with connected(make_server, trainer, tp_size=2) as (server, plan_id):
         second = make_server(engine=server.engine)
         assert (await update(server, plan_id, 2)).status_code == 200
-        train(trainer, seed=2)
+        trainer.hold(hf_tensors(seed=2))
         held = server.engine.submit(1, 2)
         await asyncio.sleep(0.01)
         break_it(server, failing)
@@ -653,7 +647,7 @@ async def test_a_newer_version_or_an_older_one_by_force_lifts_the_fence(
             assert (await update(server, plan_id, 7, force=force)).json()["state"] == "fenced"
             break_install(server, 0)
             assert (await update(server, plan_id, 7)).json()["state"] == "fenced"
-            train(trainer, seed=version)
+            trainer.hold(hf_tensors(seed=version))
             assert (await update(server, plan_id, version, force=force)).status_code == 200
             assert server.engine.serves(seed=version)
             assert (await server.state())["state"] == "serving"

@@ -9,6 +9,21 @@ import pytest
 import torch
 
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.fake_engine import FakeEngine, served
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeEngine]:
+    """A fake engine, which the tests of a module share."""
+    with served(FakeEngine()) as engine:
+        yield engine
+
+
+@pytest.fixture
+def engine(server: FakeEngine) -> FakeEngine:
+    """The same as if it had just started."""
+    server.reset()
+    return server
 
 
 @pytest.fixture

@@ -18,22 +18,10 @@ from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.version_word import CLOSED
 from tests.support.bad_gateway import FAULTS, BadGateway, bad_gateway
-from tests.support.fake_engine import TOKEN, FakeEngine, served
+from tests.support.fake_engine import TOKEN, FakeEngine
 from tests.support.waiting import until
 
 BROKEN = [*FAULTS, "reset", "cut"]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeEngine]:
-    with served(FakeEngine()) as engine:
-        yield engine
-
-
-@pytest.fixture
-def engine(server: FakeEngine) -> FakeEngine:
-    server.reset()
-    return server
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.version_word import WORD_BYTES
-from tests.support.fake_engine import TOKEN, FakeEngine, served
+from tests.support.fake_engine import TOKEN, FakeEngine
 
 NBYTES = 1 << 20
 
@@ -46,18 +46,6 @@ def recorder() -> Iterator[Recorder]:
     transport = Recorder("trainer")
     yield transport
     transport.close()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FakeEngine]:
-    with served(FakeEngine()) as engine:
-        yield engine
-
-
-@pytest.fixture
-def engine(server: FakeEngine) -> FakeEngine:
-    server.reset()
-    return server
 
 
 @pytest.fixture

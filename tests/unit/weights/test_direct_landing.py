@@ -35,18 +35,6 @@ def trainer() -> Iterator[SourceRank]:
         yield made
 
 
-def serves(rank: InMemoryRank, *, seed: int) -> bool:
-    """Whether the rank's weights are exactly those of a fresh start."""
-    return rank.model.equals(InMemoryModel.loaded(hf_tensors(seed=seed, layers=LAYERS)))
-
-
-def train(trainer: SourceRank, *, seed: int) -> None:
-    """Have the trainer's memory hold the weights of a seed, in place."""
-    new = hf_tensors(seed=seed, layers=LAYERS)
-    for box in trainer.source._describe():
-        box.data.copy_(new[box.name])
-
-
 def proven(rank: InMemoryRank, trainer: SourceRank) -> None:
     """Connect and take the first update, which the loader installs and which proves the map."""
     rank.receiver.connect("plan", [trainer.manifest])
@@ -62,10 +50,10 @@ def test_the_first_update_proves_the_map_and_the_next_lands_directly(
     """No byte of it passes a receive buffer, but for rows that are spread from scratch."""
     proven(rank, trainer)
     for seed in (2, 3):
-        train(trainer, seed=seed)
+        trainer.hold(hf_tensors(seed=seed, layers=LAYERS))
         rank.receiver.start("plan", staged=False, timeout_s=10)
         report = rank.install_all()
-        assert serves(rank, seed=seed)
+        assert rank.serves(seed=seed)
         assert report.direct_bytes == report.bytes_moved == trainer.source.nbytes
         assert report.loader_bytes == report.staged_bytes == 0
         assert len(rank.installer.landings) == MODULES
@@ -80,28 +68,28 @@ def test_nothing_lands_before_the_engine_stands_still(
 ) -> None:
     """The pull says that it can go no further, and waits."""
     proven(rank, trainer)
-    train(trainer, seed=2)
+    trainer.hold(hf_tensors(seed=2, layers=LAYERS))
     rank.receiver.start("plan", staged=False, timeout_s=10)
     until = time.monotonic() + 5
     while not (status := rank.receiver.poll()).may_begin:
         assert time.monotonic() < until
     time.sleep(0.05)
     assert (status.steps_ready, status.bytes_done, status.wrote) == (0, 0, False)
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
     aborted = rank.receiver.abort()
     assert (aborted.wrote, aborted.lost) == (False, False)
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_staged_copies_to_where_the_loader_would(rank: InMemoryRank, trainer: SourceRank) -> None:
     """The old weights serve until everything is here; then no loader is asked."""
     proven(rank, trainer)
-    train(trainer, seed=2)
+    trainer.hold(hf_tensors(seed=2, layers=LAYERS))
     rank.receiver.start("plan", staged=True, timeout_s=10)
     assert rank.wait().may_begin
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
     report = rank.install_all()
-    assert serves(rank, seed=2)
+    assert rank.serves(seed=2)
     assert (report.direct_bytes, report.staged_bytes) == (0, trainer.source.nbytes)
 
 
@@ -130,7 +118,7 @@ def test_another_source_of_the_same_model_need_not_prove_the_map_again(
         assert result.plan.direct_bytes == other.source.nbytes
         rank.receiver.start("other", staged=False, timeout_s=10)
         rank.install_all()
-    assert serves(rank, seed=2)
+    assert rank.serves(seed=2)
 
 
 def test_parameters_that_moved_have_to_be_proven_anew(
@@ -141,10 +129,10 @@ def test_parameters_that_moved_have_to_be_proven_anew(
     with torch.no_grad():
         for parameter in rank.model.parameters():
             parameter.data = parameter.data.clone()
-    train(trainer, seed=2)
+    trainer.hold(hf_tensors(seed=2, layers=LAYERS))
     rank.receiver.start("plan", staged=False, timeout_s=10)
     report = rank.install_all()
-    assert serves(rank, seed=2)
+    assert rank.serves(seed=2)
     assert (report.direct_bytes, report.loader_bytes) == (0, trainer.source.nbytes)
 
 
@@ -160,7 +148,7 @@ def test_a_trainer_that_died_is_found_before_anything_is_written(
     status = rank.wait()
     assert isinstance(status.error, PeerLostError)
     assert not rank.receiver.abort().wrote
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_a_read_that_never_ends_makes_live_memory_unusable_for_good(
@@ -213,19 +201,19 @@ def test_a_push_fills_the_receive_buffer_and_then_live_parameters(
     status = rank.receiver.start("push", staged=True, timeout_s=10)
     assert not status.wrote
     push(rank, trainer, destination)
-    assert serves(rank, seed=0)
+    assert rank.serves(seed=0)
     rank.receiver.written()
     report = rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
     assert (report.direct_bytes, report.loader_bytes) == (0, trainer.source.nbytes)
 
-    train(trainer, seed=2)
+    trainer.hold(hf_tensors(seed=2, layers=LAYERS))
     destination = connected(rank, trainer, "direct")
     assert rank.receiver.start("direct", staged=True, timeout_s=10).wrote
     written = push(rank, trainer, destination)
     rank.receiver.written()
     report = rank.install_all()
-    assert serves(rank, seed=2)
+    assert rank.serves(seed=2)
     assert report.direct_bytes == written == trainer.source.nbytes
 
 

@@ -74,12 +74,6 @@ def trainer() -> Iterator[SourceRank]:
         yield made
 
 
-def train(trainer: SourceRank, *, seed: int) -> None:
-    new = hf_tensors(seed=seed)
-    for box in trainer.source._describe():
-        box.data.copy_(new[box.name])
-
-
 @pytest.mark.parametrize(("parent_size", "child_size"), [(1, 1), (1, 2), (2, 1), (2, 2)])
 def test_an_engine_that_was_updated_feeds_another(
     trainer: SourceRank, parent_size: int, child_size: int
@@ -97,7 +91,7 @@ def test_a_chain_of_engines_hands_on_what_the_trainer_gave_once(trainer: SourceR
     with engine(2) as first, engine(1) as second, engine(2) as third:
         seen = set()
         for seed in (1, 2, 3):
-            train(trainer, seed=seed)
+            trainer.hold(hf_tensors(seed=seed))
             first.update([trainer.source.manifest_bytes])
             second.update(first.manifests())
             third.update(second.manifests())

@@ -54,18 +54,6 @@ def trainer() -> Iterator[SourceRank]:
         yield made
 
 
-def serves(rank: InMemoryRank, *, seed: int) -> bool:
-    """Whether the rank's weights are exactly those of a fresh start."""
-    return rank.model.equals(InMemoryModel.loaded(hf_tensors(seed=seed, layers=LAYERS)))
-
-
-def train(trainer: SourceRank, *, seed: int) -> None:
-    """Have the trainer's memory hold the weights of a seed, in place."""
-    new = hf_tensors(seed=seed, layers=LAYERS)
-    for box in trainer.source._describe():
-        box.data.copy_(new[box.name])
-
-
 def connect(rank: InMemoryRank, *trainers: SourceRank, plan_id: str = "plan") -> None:
     rank.receiver.connect(plan_id, [trainer.manifest for trainer in trainers])
 
@@ -84,7 +72,7 @@ def test_staging_more_than_the_machine_holds_is_refused(
         rank.receiver.start("plan", staged=True, timeout_s=10)
     rank.receiver.start("plan", staged=False, timeout_s=10)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -98,9 +86,9 @@ def test_an_update_leaves_exactly_the_trainers_weights(
     assert result.plan.steps == 2 * LAYERS + 2
     rank.receiver.start("plan", staged=staged, timeout_s=10)
     rank.wait(steps=None if staged else 1)
-    assert serves(rank, seed=0), "pulling alone must not touch what serves"
+    assert rank.serves(seed=0), "pulling alone must not touch what serves"
     report = rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
     assert report.bytes_moved == trainer.source.nbytes
     assert report.wire_s > 0
     assert report.install_s > 0
@@ -143,13 +131,13 @@ def test_no_step_is_overwritten_before_it_is_installed(
     connect(rank, trainer)
     rank.installer.install_s = 0.005
     for seed in (1, 2, 3):
-        train(trainer, seed=seed)
+        trainer.hold(hf_tensors(seed=seed, layers=LAYERS))
         started = rank.receiver.start("plan", staged=False, timeout_s=10)
         time.sleep(0.02)
         waiting = rank.receiver.poll()
         assert 0 < waiting.steps_ready < started.steps_total, "the ring is smaller than the model"
         rank.install_all()
-        assert serves(rank, seed=seed)
+        assert rank.serves(seed=seed)
 
 
 def test_an_update_repeats_the_prepared_reads_and_sees_the_new_bytes(
@@ -161,16 +149,16 @@ def test_an_update_repeats_the_prepared_reads_and_sees_the_new_bytes(
     regions = set(agent._regions._starts)
     prepared = _count_preparations(agent)
     for seed in (5, 6):
-        train(trainer, seed=seed)
+        trainer.hold(hf_tensors(seed=seed, layers=LAYERS))
         rank.receiver.start("plan", staged=False, timeout_s=10)
         assert rank.install_all().bytes_moved == trainer.source.nbytes
-        assert serves(rank, seed=seed)
+        assert rank.serves(seed=seed)
     assert prepared == []
     assert set(agent._regions._starts) == regions
     rank.receiver.start("plan", staged=True, timeout_s=10)
     assert prepared, "another arena needs other reads"
     rank.install_all()
-    assert serves(rank, seed=6)
+    assert rank.serves(seed=6)
 
 
 def _count_preparations(agent: InMemoryTransport) -> list[str]:
@@ -205,14 +193,14 @@ def test_plans_are_kept_side_by_side(rank: InMemoryRank, trainer: SourceRank) ->
         for plan_id, seed in (("first", 1), ("second", 2), ("first", 1)):
             rank.receiver.start(plan_id, staged=False, timeout_s=10)
             rank.install_all()
-            assert serves(rank, seed=seed)
+            assert rank.serves(seed=seed)
         rank.receiver.drop("first")
         rank.receiver.drop("never heard of")
         with pytest.raises(UnknownIdError, match="first"):
             rank.receiver.start("first", staged=False, timeout_s=10)
         rank.receiver.start("second", staged=False, timeout_s=10)
         rank.install_all()
-        assert serves(rank, seed=2)
+        assert rank.serves(seed=2)
 
 
 # -- offers that do not fit -------------------------------------------------------------------
@@ -243,10 +231,10 @@ def test_an_offer_that_does_not_fit_changes_nothing(
             rank.receiver.connect("bad", [manifest])
     with pytest.raises(UnknownIdError):
         rank.receiver.start("bad", staged=False, timeout_s=10)
-    assert serves(rank, seed=0)
+    assert rank.serves(seed=0)
     rank.receiver.start("good", staged=False, timeout_s=10)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 @pytest.mark.parametrize("direction", ["pull", "push"])
@@ -257,7 +245,7 @@ def test_a_source_on_another_wire_is_refused(
     foreign = msgspec.structs.replace(trainer.manifest, transport="nixl")
     with pytest.raises(UnsupportedError, match=r"over 'nixl', .* over 'in_memory'"):
         rank.receiver.connect("plan", [foreign], direction=direction)
-    assert serves(rank, seed=0)
+    assert rank.serves(seed=0)
     connect(rank, trainer)
 
 
@@ -298,7 +286,7 @@ def test_calls_out_of_order_are_refused_and_break_nothing(
         with pytest.raises(ConflictError, match="in the middle of an update"):
             again()
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_finishing_half_way_is_refused(rank: InMemoryRank, trainer: SourceRank) -> None:
@@ -311,7 +299,7 @@ def test_finishing_half_way_is_refused(rank: InMemoryRank, trainer: SourceRank) 
     with pytest.raises(ConflictError, match=r"rank 0 has 1 of 14 modules"):
         rank.receiver.finish()
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_an_advance_gives_the_engine_back_when_its_time_is_over(
@@ -330,7 +318,7 @@ def test_an_advance_gives_the_engine_back_when_its_time_is_over(
     assert time.monotonic() - began < 2, "a poll never waits for bytes"
     trainer.transport.bytes_per_s = None
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 # -- failures ---------------------------------------------------------------------------------
@@ -363,7 +351,7 @@ def test_a_peer_that_dies_in_mid_pull_is_named_with_what_it_was_giving(
         connect(rank, successor, plan_id="again")
         rank.receiver.start("again", staged=False, timeout_s=10)
         rank.install_all()
-    assert serves(rank, seed=3)
+    assert rank.serves(seed=3)
     assert quarantined_bytes() == before, "a lost peer writes no more: its buffer can be reused"
 
 
@@ -403,12 +391,12 @@ def test_a_stalled_peer_ends_in_a_timeout_that_names_everything(trainer: SourceR
     assert f"of {trainer.source.nbytes} bytes" in error.message
     assert rank.receiver.abort().wrote is False
     assert quarantined_bytes() - before == held
-    assert serves(rank, seed=0)
+    assert rank.serves(seed=0)
 
     trainer.transport.bytes_per_s = None
     rank.receiver.start("plan", staged=False, timeout_s=60)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
     assert quarantined_bytes() - before == held
     rank.close()
 
@@ -441,7 +429,7 @@ def test_a_pull_that_moves_is_no_stall_however_slow(
     assert rank.wait().error is None
     assert time.monotonic() - began > 1.0
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
     rank.close()
 
 
@@ -463,7 +451,7 @@ def test_an_update_past_its_time_costs_no_memory_of_a_healthy_peer(
     trainer.transport.bytes_per_s = None
     rank.receiver.start("plan", staged=True, timeout_s=10)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_a_buffer_is_given_up_even_where_the_engine_cannot_be_put_right(
@@ -501,7 +489,7 @@ def test_a_source_that_took_its_memory_back_fails_the_update_and_not_the_next(
     with WeightSource(boxes, trainer.transport):
         rank.receiver.start("plan", staged=False, timeout_s=10)
         rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_an_abort_before_the_first_install_leaves_the_old_weights(
@@ -515,12 +503,12 @@ def test_an_abort_before_the_first_install_leaves_the_old_weights(
     began = time.monotonic()
     assert rank.receiver.abort().wrote is False
     assert time.monotonic() - began < 2.5
-    assert serves(rank, seed=0)
+    assert rank.serves(seed=0)
     assert not rank.installer.loading
     assert not [each for each in threading.enumerate() if each.name == "weight-pull"]
     rank.receiver.start("plan", staged=False, timeout_s=60)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_an_abort_after_the_first_install_says_so_and_leaves_a_loadable_engine(
@@ -533,12 +521,12 @@ def test_an_abort_after_the_first_install_says_so_and_leaves_a_loadable_engine(
     assert rank.receiver.advance(budget_s=0.01).steps_installed == 1
     assert rank.receiver.abort().wrote is True
     assert not rank.installer.loading
-    assert not serves(rank, seed=0)
-    assert not serves(rank, seed=1)
+    assert not rank.serves(seed=0)
+    assert not rank.serves(seed=1)
     rank.installer.install_s = 0.0
     rank.receiver.start("plan", staged=False, timeout_s=60)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 @pytest.mark.parametrize("method", ["begin", "install", "finish"])
@@ -554,7 +542,7 @@ def test_an_engine_that_fails_to_load_counts_as_written(
     assert rank.receiver.abort().wrote is True
     rank.receiver.start("plan", staged=False, timeout_s=60)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_any_failure_of_the_wire_is_told_to_whoever_polls(

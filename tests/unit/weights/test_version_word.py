@@ -36,16 +36,6 @@ def trainer() -> Iterator[SourceRank]:
         yield made
 
 
-def serves(rank: InMemoryRank, *, seed: int) -> bool:
-    return rank.model.equals(InMemoryModel.loaded(hf_tensors(seed=seed, layers=LAYERS)))
-
-
-def train(trainer: SourceRank, *, seed: int) -> None:
-    new = hf_tensors(seed=seed, layers=LAYERS)
-    for box in trainer.source._describe():
-        box.data.copy_(new[box.name])
-
-
 def begun(rank: InMemoryRank, trainer: SourceRank, *, staged: bool, word: int | None) -> None:
     """An update in the middle of its reads, which go on by and by."""
     rank.receiver.connect("plan", [trainer.manifest])
@@ -69,7 +59,7 @@ def proven(rank: InMemoryRank, trainer: SourceRank) -> None:
     rank.receiver.connect("plan", [trainer.manifest])
     rank.receiver.start("plan", staged=False, timeout_s=10)
     rank.install_all()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -82,7 +72,7 @@ def test_a_staged_update_that_is_revoked_in_the_middle_leaves_the_old_weights(
     """
     begun(rank, trainer, staged=True, word=offered(trainer) if told else None)
     trainer.source.revoke()
-    train(trainer, seed=2)
+    trainer.hold(hf_tensors(seed=2, layers=LAYERS))
     trainer.transport.bytes_per_s = None
     error = rank.wait().error
     assert isinstance(error, SourceRevokedError)
@@ -90,10 +80,10 @@ def test_a_staged_update_that_is_revoked_in_the_middle_leaves_the_old_weights(
         assert said in error.message
     aborted = rank.receiver.abort()
     assert (aborted.wrote, aborted.lost) == (False, False)
-    assert serves(rank, seed=0)
+    assert rank.serves(seed=0)
     rank.receiver.start("plan", staged=True, timeout_s=10, word=offered(trainer))
     rank.install_all()
-    assert serves(rank, seed=2)
+    assert rank.serves(seed=2)
 
 
 def test_live_weights_that_were_mixed_are_told_and_the_next_update_mends_them(
@@ -107,14 +97,14 @@ def test_live_weights_that_were_mixed_are_told_and_the_next_update_mends_them(
         assert time.monotonic() < until
         time.sleep(0.001)
     trainer.source.revoke()
-    train(trainer, seed=2)
+    trainer.hold(hf_tensors(seed=2, layers=LAYERS))
     with pytest.raises(SourceRevokedError):
         rank.install_all()
     aborted = rank.receiver.abort()
     assert (aborted.wrote, aborted.lost) == (True, False)
     rank.receiver.start("plan", staged=False, timeout_s=10, word=offered(trainer))
     rank.install_all()
-    assert serves(rank, seed=2)
+    assert rank.serves(seed=2)
 
 
 @pytest.mark.parametrize("direct", [True, False])
@@ -128,13 +118,13 @@ def test_a_request_that_comes_late_is_refused_before_anything_is_touched(
         rank.receiver.connect("plan", [trainer.manifest])
     late = offered(trainer)
     offered(trainer)
-    train(trainer, seed=2)
+    trainer.hold(hf_tensors(seed=2, layers=LAYERS))
     rank.receiver.start("plan", staged=False, timeout_s=10, word=late)
     status = rank.wait()
     assert isinstance(status.error, SourceRevokedError)
     assert (status.steps_ready, status.may_begin) == (0, False)
     assert not rank.receiver.abort().wrote
-    assert serves(rank, seed=1 if direct else 0)
+    assert rank.serves(seed=1 if direct else 0)
 
 
 def test_a_word_that_moves_before_the_version_is_published_refuses_it(
@@ -154,7 +144,7 @@ def test_a_word_that_moves_before_the_version_is_published_refuses_it(
             with pytest.raises(SourceRevokedError, match="before the version was published"):
                 rank.receiver.finish()
             rank.receiver.abort()
-    assert serves(rank, seed=1)
+    assert rank.serves(seed=1)
 
 
 def test_a_word_that_cannot_be_read_after_the_last_byte_proves_nothing(
