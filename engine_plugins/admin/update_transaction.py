@@ -244,7 +244,7 @@ class UpdateTransaction:
         self._show("pause", None)
         left = max(self._record.deadline - time.monotonic(), 0.1)
         with self._timed("pause_s"):
-            await pause_within(self._control, self._body.pause, left)
+            await pause_within(self._control, self._shared, self._body.pause, left)
         self._record.paused_here = True
         self._record.still_since = time.monotonic()
 
