@@ -8,7 +8,6 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine_plugins.admin.auth import TokenScope
 from engine_plugins.admin.gzip_body import unpacked
 from engine_plugins.admin.schemas import (
     AbortBody,
@@ -28,6 +27,7 @@ from engine_plugins.admin.schemas import (
     WeightsView,
 )
 from engine_plugins.admin.service import AdminService
+from engine_plugins.admin.token_book import TokenScope
 
 __all__ = ["SCOPES", "SOURCES_PATH", "admin_router"]
 
