@@ -1,0 +1,79 @@
+"""The table of the results, kept as lines of JSON so that parts add up to one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.liveness.result import Result
+from tests.liveness.rows import Row
+
+__all__ = ["keep", "kept", "line", "summary", "table"]
+
+_COLUMNS = (
+    *("engine", "TP", "APIs", "state made", "at", "timeout_s", "told s", "culprit"),
+    *("/state", "true s", "no request held s", "ended", "repaired s", "left", "holds"),
+)
+
+
+def keep(file: Path, result: Result) -> None:
+    """Add a result to a file of them; the last of a row counts."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as lines:
+        lines.write(json.dumps(asdict(result)) + "\n")
+
+
+def kept(file: Path) -> dict[Row, Result]:
+    """All results of a file."""
+    found: dict[Row, Result] = {}
+    for each in file.read_text().splitlines() if file.exists() else ():
+        told = json.loads(each)
+        row = Row(**told.pop("row"))
+        found[row] = Result(**told, row=row)
+    return found
+
+
+def line(result: Result) -> str:
+    """One row of the table."""
+    row = result.row
+    ended = result.gone_s is not None
+    cells = [
+        *(row.engine, row.tensor_parallel, row.api_servers, row.fault.replace("_", " ")),
+        *(row.phase, f"{row.timeout_s:g}"),
+        f"{_s(result.told_s)} (installed)" if result.told == "installed" else _s(result.told_s),
+        {None: "-", True: "named", False: "not named"}[result.named],
+        "-" if ended else result.state,
+        "-" if ended else _s(result.true_s),
+        "-" if ended else _s(result.door_s),
+        f"{_s(result.gone_s)} s, status {result.ended}" if ended else "-",
+        "restart" if result.for_good else _s(result.repaired_s),
+        ", ".join([*result.left, *result.unfinished]) or "nothing",
+        "yes" if result.holds else "**" + "; ".join(result.violations()) + "**",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def table(results: Iterable[Result]) -> str:
+    """All of them in Markdown."""
+    head = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
+    return "\n".join([*head, *map(line, results)])
+
+
+def summary(results: Iterable[Result]) -> str:
+    """The sums."""
+    found = list(results)
+    told = {
+        "rows": len(found),
+        "not reached": sum(not each.reached for each in found),
+        "do not hold": sum(not each.holds for each in found),
+        "answers": sum(each.answers for each in found),
+        "wrong": sum(each.wrong for each in found),
+        "under a lying version": sum(each.lying for each in found),
+    }
+    return ", ".join(f"{count} {what}" for what, count in told.items())
+
+
+def _s(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds:.1f}"
