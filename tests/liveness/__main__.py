@@ -23,6 +23,7 @@ from tests.liveness.episode import run_row
 from tests.liveness.rows import ENGINES, Row, rows
 from tests.liveness.servers import LiveFleet, folder_of_its_own_disk
 from tests.support.engine_server import ROOT
+from tests.support.sglang_server import SGLANG_SHIMS
 
 OUT = Path("build") / "liveness"
 
@@ -33,7 +34,7 @@ def main() -> None:
     if chosen.engine is None:
         codes = [_in_environment(engine) for engine in ENGINES]
         raise SystemExit(any(codes))
-    if find_spec(chosen.engine) is None:
+    if not _is_here(chosen.engine):
         raise SystemExit(_in_environment())
     wanted = _chosen(chosen)
     if chosen.list:
@@ -76,12 +77,25 @@ def _places() -> Iterator[tuple[Path, Path]]:
             yield folder, disk
 
 
+def _is_here(engine: str) -> bool:
+    """Whether this process is in the environment of an engine."""
+    shims = [] if engine == "vllm" else [str(SGLANG_SHIMS)]
+    return find_spec(engine) is not None and sys.path[1 : 1 + len(shims)] == shims
+
+
 def _in_environment(engine: str | None = None) -> int:
     """Do the same in the environment of an engine; the exit code."""
     arguments = sys.argv[1:] if engine is None else [*sys.argv[1:], "--engine", engine]
     engine = engine or arguments[arguments.index("--engine") + 1]
+    shims = [] if engine == "vllm" else [SGLANG_SHIMS]
+    environment = {
+        **os.environ,
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "PYTHONPATH": os.pathsep.join(map(str, [*shims, ROOT, ROOT / "kernels"])),
+    }
     python = ROOT / ".venv" / engine / "bin" / "python"
-    return subprocess.run([str(python), "-m", "tests.liveness", *arguments]).returncode
+    command = [str(python), "-m", "tests.liveness", *arguments]
+    return subprocess.run(command, env=environment).returncode
 
 
 def _arguments() -> argparse.Namespace:

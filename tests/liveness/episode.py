@@ -14,11 +14,13 @@ from tests.chaos_update.fleet import Fleet, Target
 from tests.chaos_update.judge import Answer
 from tests.chaos_update.models import VARIANTS
 from tests.chaos_update.processes import Processes, held
+from tests.liveness.calls import CALLS, begin_call
 from tests.liveness.leftovers import Owned
 from tests.liveness.result import TRUE_S, Result
 from tests.liveness.rows import Row
 from tests.liveness.strikes import Mend, Stage, culprits, struck
 from tests.liveness.watch import Watch, exit_status
+from tests.support.waiting import until
 
 __all__ = ["ended", "repaired", "run_row"]
 
@@ -89,8 +91,10 @@ def _hurt(stage: Stage, owned: Owned, result: Result, folder: Path) -> None:
     row = result.row
     if row.stepping:
         (folder / "steps" / "fail-0-3").write_text(LONG_TEXT)
-    if row.phase == "before":
-        version = 0
+    version = 0
+    if row.phase in CALLS:
+        mend = _called(stage)
+    elif row.phase == "before":
         mend = struck(stage)
         if not row.ends_server:
             version = _begin(stage, row)
@@ -105,6 +109,22 @@ def _hurt(stage: Stage, owned: Owned, result: Result, folder: Path) -> None:
             mend = struck(stage)
     result.reached = True
     _watch(stage, owned, result, mend, version)
+
+
+def _called(stage: Stage) -> Mend:
+    """What is frozen is so before it is called; an API process is killed with the call."""
+    server, phase = stage.target.server, stage.row.phase
+    if phase == "wake":
+        error = begin_call(server, "sleep").outcome(60).error
+        assert not error, error
+    if stage.row.fault != "api_killed":
+        mend = struck(stage)
+        stage.call = begin_call(server, phase)
+        return mend
+    stage.call = begin_call(server, phase)
+    if phase == "drain":
+        until(lambda: stage.target.page().holding, otherwise=stage.target.page)
+    return struck(stage)
 
 
 def _begin(stage: Stage, row: Row) -> int:
@@ -122,7 +142,7 @@ def _begin(stage: Stage, row: Row) -> int:
 def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int) -> None:
     row = result.row
     names = culprits(stage)
-    hears = stage.trainer if row.tells else None
+    hears = stage.caller if row.tells else None
     watch = Watch(stage.target, owned, hears)
     if row.fault == "no_descriptors":  # nobody can be answered before there are some again
         watch.wait(row.timeout_s, for_trainer=True)
@@ -134,14 +154,14 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
     result.state = str(watch.state.get("state"))
     fence = watch.state.get("fence") or {}
     said = f"{watch.told} {fence.get('detail', '')}"
-    if names and watch.told != "installed":
+    if names and watch.told != "done":
         result.named = any(name in said for name in names if name)
     result.notes += [f"told: {watch.told[:600]}", f"fence: {fence}"[:600], watch.changes]
     mend()
     if watch.gone_s is None:
         watch.settle(TRUE_S)
         published = watch.state.get("weights", {}).get("version")
-        result.late = published == version and watch.told not in ("", "installed")
+        result.late = published == version and watch.told not in ("", "done")
         if result.late or result.true_s is None:
             result.notes.append(f"after the cause was gone: {watch.changes}")
     watch.close()
@@ -150,8 +170,15 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
 def repaired(
     stage: Stage, fleet: Fleet, folder: Path, answers: list[Answer], result: Result
 ) -> None:
-    """A good update by a new trainer, which must succeed the first time."""
+    """A good update by a new trainer, or the wake once more; either must succeed the first time."""
     target = stage.target
+    began = time.monotonic()
+    if stage.row.phase == "wake":
+        if error := begin_call(target.server, "wake").outcome(REPAIR_S).error:
+            result.notes.append(f"the wake that was repeated failed: {error}")
+        elif probe(target, answers, result):
+            result.repaired_s = time.monotonic() - began
+        return
     trainer = trainer_of(target, fleet.models, folder, target.server.url)
     began = time.monotonic()
     try:

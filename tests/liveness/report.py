@@ -42,7 +42,7 @@ def line(result: Result) -> str:
     cells = [
         *(row.engine, row.tensor_parallel, row.api_servers, row.fault.replace("_", " ")),
         *(row.phase, f"{row.timeout_s:g}"),
-        f"{_s(result.told_s)} (installed)" if result.told == "installed" else _s(result.told_s),
+        f"{_s(result.told_s)} (done)" if result.told == "done" else _s(result.told_s),
         {None: "-", True: "named", False: "not named"}[result.named],
         "-" if ended else result.state,
         "-" if ended else _s(result.true_s),

@@ -17,6 +17,8 @@ PREPARED_S = 30.0
 
 _STILL = ("worker_stopped", "worker_killed", "core_stopped", "core_killed", "api_killed")
 _STARVED = ("disk_full", "no_descriptors", "folder_deleted")
+UNHEARD = ("hold", "drain")
+"""Of a held pause the answer is there already; who drains is killed with the answer."""
 LONG_ERROR = "long_error"
 
 
@@ -46,7 +48,7 @@ class Row(Case):
     def tells(self) -> bool:
         """Whether a trainer waits to be told."""
         before = self.ends_server and self.phase == "before"
-        return self.fault != "trainer_killed" and not before
+        return self.fault != "trainer_killed" and not before and self.phase not in UNHEARD
 
     @property
     def server(self) -> ServerKind:
@@ -75,6 +77,9 @@ def rows(engine: str) -> list[Row]:
         *_at(one, "terminated", "before", "install"),
         *_at(one, "group_terminated", "before"),
         *_at(two_ranks, "worker_stopped", "pull", "pause", "install", "prepared"),
+        *_at(two_ranks, "worker_stopped", "sleep", "wake"),
+        *_at(one, "core_stopped", "sleep"),
+        *_at(one, "no_memory", "sleep"),
         *_at(two_ranks, "worker_killed", "pull", "pause", "install", "prepared"),
         *_at(two_apis, "core_stopped", "install"),
         *_at(two_apis, "disk_full", "install"),
@@ -86,6 +91,8 @@ def rows(engine: str) -> list[Row]:
     if engine == "vllm":  # SGLang's scheduler of one rank is its worker
         found += _at(one, "worker_stopped", "pull", "install")
         found += _at(one, "worker_killed", "pull", "install")
+    else:  # whose server goes on without that process
+        found += _at(two_apis, "api_killed", *UNHEARD)
     servers = list(dict.fromkeys(row.server for row in found))
     return sorted(found, key=lambda row: (servers.index(row.server), row.ends_server))
 

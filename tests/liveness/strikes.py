@@ -16,6 +16,7 @@ import psutil
 from tests.chaos_update.fleet import Target
 from tests.chaos_update.processes import Processes
 from tests.chaos_update.trainer import Trainer
+from tests.liveness.calls import Call
 from tests.liveness.rows import Row
 
 __all__ = ["Mend", "Stage", "culprits", "struck"]
@@ -23,6 +24,8 @@ __all__ = ["Mend", "Stage", "culprits", "struck"]
 Mend = Callable[[], None]
 LOW_DESCRIPTORS = 8
 """All below it are taken from the start, so nothing more can be opened; what is open stays."""
+ROOM_BYTES = 4 << 20
+"""What a process without memory may still map: less than its weights."""
 
 
 @dataclass(kw_only=True)
@@ -33,7 +36,8 @@ class Stage:
         row: which.
         target: the server.
         processes: its pids.
-        trainer: in the middle of an update.
+        trainer: in the middle of an update, if it is about one.
+        call: what was asked instead.
         still: API processes that go on once the state is made.
     """
 
@@ -41,7 +45,13 @@ class Stage:
     target: Target
     processes: Processes
     trainer: Trainer
+    call: Call | None = None
     still: set[int] = field(default_factory=set)
+
+    @property
+    def caller(self) -> Trainer | Call:
+        """Who waits for an answer."""
+        return self.call or self.trainer
 
 
 def struck(stage: Stage) -> Mend:
@@ -53,7 +63,10 @@ def struck(stage: Stage) -> Mend:
     if fault == "disk_full":
         return _filled(stage.target.runtime_dir.parent)
     if fault == "no_descriptors":
-        return _starved(stage.processes.apis)
+        apis = stage.processes.apis
+        return _limited(apis, resource.RLIMIT_NOFILE, lambda _: LOW_DESCRIPTORS)
+    if fault == "no_memory":
+        return _limited(stage.processes.workers, resource.RLIMIT_AS, _memory)
     if fault == "folder_deleted":
         shutil.rmtree(stage.target.runtime_dir)
         return _nothing
@@ -86,19 +99,23 @@ def culprits(stage: Stage) -> tuple[str, ...]:
         "no_descriptors": ("open files", "descriptor"),
         "folder_deleted": ("untime director", "No such file"),
         "long_error": ("told to fail",),
+        "no_memory": ("memory",),
     }.get(fault, ())
 
 
 def _carrying(stage: Stage) -> int:
-    """The API process that has the trainer's connection; it carries the update."""
+    """The API process that has the caller's connection; it carries what was asked."""
     apis = stage.processes.apis
     if len(apis) == 1:
         return apis[0]
-    theirs = {own for own, _ in _ports(stage.trainer.process.pid)}
+    if isinstance(stage.caller, Trainer):
+        theirs = {own for own, _ in _ports(stage.caller.process.pid)}
+    else:
+        theirs = {stage.caller.port}
     for pid in apis:
         if any(other in theirs for _, other in _ports(pid)):
             return pid
-    raise RuntimeError("no API process has a connection of the trainer's")
+    raise RuntimeError("no API process has a connection of the caller's")
 
 
 def _ports(pid: int) -> list[tuple[int, int]]:
@@ -137,17 +154,22 @@ def _filled(folder: Path) -> Mend:
     return ballast.unlink
 
 
-def _starved(pids: list[int]) -> Mend:
-    before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids}
+def _limited(pids: list[int], what: int, limit_of: Callable[[int], int]) -> Mend:
+    """Lower a limit of processes to what they may have from now on."""
+    before = {pid: resource.prlimit(pid, what) for pid in pids}
     for pid, (_, hard) in before.items():
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (LOW_DESCRIPTORS, hard))
+        resource.prlimit(pid, what, (limit_of(pid), hard))
 
     def mend() -> None:
         for pid, limits in before.items():
             with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+                resource.prlimit(pid, what, limits)
 
     return mend
+
+
+def _memory(pid: int) -> int:
+    return psutil.Process(pid).memory_info().vms + ROOM_BYTES
 
 
 def _nothing() -> None:

@@ -14,7 +14,7 @@ import httpx
 from tests.chaos_update.clients import ask
 from tests.chaos_update.fleet import Target
 from tests.chaos_update.models import SHORT
-from tests.chaos_update.trainer import Trainer
+from tests.liveness.calls import Waiting
 from tests.liveness.leftovers import Owned
 from tests.support.engine_server import TOKEN, EngineServer
 
@@ -55,7 +55,7 @@ class Watch:
         gone_s: when all processes of the server had ended.
     """
 
-    def __init__(self, target: Target, owned: Owned, trainer: Trainer | None) -> None:
+    def __init__(self, target: Target, owned: Owned, trainer: Waiting | None) -> None:
         self._target, self._owned, self._trainer = target, owned, trainer
         self._began = time.monotonic()
         self._states, self._door = _Line(), _Line()
@@ -152,7 +152,7 @@ class Watch:
             self.gone_s = self.now
         if self._trainer is not None and self.told_s is None and self._trainer.answered:
             self.told_s = self.now
-            self.told = self._trainer.outcome(0).error or "installed"
+            self.told = self._trainer.outcome(0).error or "done"
 
 
 def exit_status(server: EngineServer) -> int | None:
