@@ -9,7 +9,7 @@ MUTMUT_SEES_VLLM := .venv/mutants/lib/python3.11/site-packages/vllm.pth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos-gate chaos-update liveness families mutants next-release \
+.PHONY: help demo test check lint bench chaos-gate chaos-update liveness soak families mutants next-release \
   fmt setup setup-vllm \
   setup-sglang setup-megatron no-such-engine clean
 
@@ -42,6 +42,9 @@ chaos-update: setup ## weight updates under load and faults, every token judged 
 
 liveness: setup ## stuck states made on real engines, and how each of them ends (ARGS="--engine vllm --part 1/4")
 	$(VLLM_PYTHON) -m tests.liveness $(ARGS)
+
+soak: setup ## what 300 updates and 100 sleeps under load leave behind (ARGS="--engine sglang --updates 100")
+	$(VLLM_PYTHON) -m tests.soak $(ARGS)
 
 families: setup ## tiny models of 70 families, updated on each engine and held against fresh loads (ARGS="--engine vllm --part 1/2")
 	$(VLLM_PYTHON) -m tests.families.run $(ARGS)

@@ -155,6 +155,7 @@ class Fleet:
             **options.pop("environment", {}),
         }
         here = find_spec(kind.engine) is not None
+        options = {"preload": here, **options}
         model, ranks, apis = self.models.folder(0), kind.tensor_parallel, kind.api_servers
         if kind.engine == "vllm":
             return vllm_server(
@@ -164,7 +165,6 @@ class Fleet:
                 api_servers=apis,
                 arguments=["--enable-scale-out", "--dtype", kind.dtype],
                 environment=environment,
-                preload=here,
                 **options,
             )
         return sglang_server(
@@ -175,6 +175,5 @@ class Fleet:
             arguments=["--engine-plugins-enable", "--dtype", kind.dtype],
             environment=environment,
             python=None if here else _SGLANG,
-            preload=here,
             **options,
         )

@@ -9,21 +9,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from tests.chaos_update.cases import part_of
 from tests.liveness import report
 from tests.liveness.episode import run_row
-from tests.liveness.rows import ENGINES, Row, rows
+from tests.liveness.rows import Row, rows
 from tests.liveness.servers import LiveFleet, folder_of_its_own_disk
-from tests.support.engine_server import ROOT
-from tests.support.sglang_server import SGLANG_SHIMS
+from tests.liveness.storms import run_storm, storms
+from tests.support.environments import ENGINES, in_environment, is_here
 
 OUT = Path("build") / "liveness"
 
@@ -32,10 +29,10 @@ def main() -> None:
     """Run the rows that are asked for, each engine's in its own environment."""
     chosen = _arguments()
     if chosen.engine is None:
-        codes = [_in_environment(engine) for engine in ENGINES]
+        codes = [in_environment("tests.liveness", engine) for engine in ENGINES]
         raise SystemExit(any(codes))
-    if not _is_here(chosen.engine):
-        raise SystemExit(_in_environment())
+    if not is_here(chosen.engine):
+        raise SystemExit(in_environment("tests.liveness"))
     wanted = _chosen(chosen)
     if chosen.list:
         for number, row in wanted:
@@ -47,25 +44,34 @@ def main() -> None:
 
 
 def _holds(chosen: argparse.Namespace, wanted: list[tuple[int, Row]]) -> bool:
-    kept, began, holds = chosen.out / "results.jsonl", time.monotonic(), True
+    kept, began = chosen.out / "results.jsonl", time.monotonic()
+    storms_held: list[bool] = []
     with _places() as (folder, disk):
         fleet = LiveFleet(folder, disk)
         try:
             for number, row in wanted:
                 result = run_row(row, fleet, folder)
-                holds = holds and result.holds
                 report.keep(kept, result)
                 print(number, report.line(result), f"{result.took_s:.0f} s", flush=True)
                 if not result.holds or chosen.verbose:
                     print("    " + "\n    ".join(result.notes), flush=True)
+            for storm in storms(chosen.engine) if chosen.storms else ():
+                blown = run_storm(storm, fleet, folder)
+                storms_held.append(blown.holds)
+                print(report.storm_line(blown), flush=True)
+                if not blown.holds:
+                    print("    " + "\n    ".join(blown.notes), flush=True)
         finally:
             fleet.close()
     if fleet.stale:
         print(f"the next start left what dead servers had: {sorted(fleet.stale)}")
-    results = report.kept(kept).values()
-    (chosen.out / "table.md").write_text(f"{report.table(results)}\n\n{report.summary(results)}\n")
-    print(f"{report.summary(results)}; {time.monotonic() - began:.0f} s; in {chosen.out}/table.md")
-    return holds and not fleet.stale
+    results = report.kept(kept)
+    if results:
+        told = f"{report.table(results.values())}\n\n{report.summary(results.values())}\n"
+        (chosen.out / "table.md").write_text(told)
+    ran = [results[row] for _, row in wanted]
+    print(f"{report.summary(ran)}; {time.monotonic() - began:.0f} s; in {chosen.out}/table.md")
+    return all(each.holds for each in ran) and all(storms_held) and not fleet.stale
 
 
 @contextlib.contextmanager
@@ -77,33 +83,13 @@ def _places() -> Iterator[tuple[Path, Path]]:
             yield folder, disk
 
 
-def _is_here(engine: str) -> bool:
-    """Whether this process is in the environment of an engine."""
-    shims = [] if engine == "vllm" else [str(SGLANG_SHIMS)]
-    return find_spec(engine) is not None and sys.path[1 : 1 + len(shims)] == shims
-
-
-def _in_environment(engine: str | None = None) -> int:
-    """Do the same in the environment of an engine; the exit code."""
-    arguments = sys.argv[1:] if engine is None else [*sys.argv[1:], "--engine", engine]
-    engine = engine or arguments[arguments.index("--engine") + 1]
-    shims = [] if engine == "vllm" else [SGLANG_SHIMS]
-    environment = {
-        **os.environ,
-        "SGLANG_USE_CPU_ENGINE": "1",
-        "PYTHONPATH": os.pathsep.join(map(str, [*shims, ROOT, ROOT / "kernels"])),
-    }
-    python = ROOT / ".venv" / engine / "bin" / "python"
-    command = [str(python), "-m", "tests.liveness", *arguments]
-    return subprocess.run(command, env=environment).returncode
-
-
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make liveness", description=__doc__)
     parser.add_argument("--engine", choices=ENGINES, help="only this engine")
     parser.add_argument("--part", default="1/1", help="such as 2/4: one of an engine's parts")
     parser.add_argument("--rows", help="numbers of rows, such as 3,17, of all")
     parser.add_argument("--fault", help="only rows of this stuck state")
+    parser.add_argument("--storms", action="store_true", help="updates beside others' calls")
     parser.add_argument("--list", action="store_true", help="print the rows, make none")
     parser.add_argument("--verbose", action="store_true", help="tell what trainers were told")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of results and table")
@@ -111,6 +97,8 @@ def _arguments() -> argparse.Namespace:
 
 
 def _chosen(chosen: argparse.Namespace) -> list[tuple[int, Row]]:
+    if chosen.storms:
+        return []
     part, parts = map(int, chosen.part.split("/"))
     numbered = part_of(rows(chosen.engine), part, parts)
     if chosen.rows:

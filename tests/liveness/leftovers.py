@@ -12,7 +12,7 @@ import psutil
 
 from tests.chaos_update.fleet import Target
 
-__all__ = ["Owned", "group_of"]
+__all__ = ["Owned", "group_of", "shared_by"]
 
 PATIENCE_S = 3.0
 _SHARED = "/dev/shm/"
@@ -24,7 +24,7 @@ class Owned:
     def __init__(self, target: Target) -> None:
         self._runtime_dir = target.runtime_dir
         self.members = list(group_of(target.server.pid))
-        self._shared = {path for each in self.members for path in _shared_by(each.pid)}
+        self._shared = {path for each in self.members for path in shared_by(each.pid)}
 
     def running(self) -> bool:
         """Whether any of its processes still runs."""
@@ -60,7 +60,7 @@ def _runs(process: psutil.Process) -> bool:
     return False
 
 
-def _shared_by(pid: int) -> set[str]:
+def shared_by(pid: int) -> set[str]:
     """Paths of shared memory that a process has mapped or open."""
     found: set[str] = set()
     with suppress(OSError):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from tests.liveness.result import Result
 from tests.liveness.rows import Row
+from tests.liveness.storms import StormResult
 
-__all__ = ["keep", "kept", "line", "summary", "table"]
+__all__ = ["keep", "kept", "line", "storm_line", "storm_table", "summary", "table"]
 
 _COLUMNS = (
     *("engine", "TP", "APIs", "state made", "at", "timeout_s", "told s", "culprit"),
@@ -59,6 +60,31 @@ def table(results: Iterable[Result]) -> str:
     """All of them in Markdown."""
     head = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     return "\n".join([*head, *map(line, results)])
+
+
+def storm_table(results: Iterable[StormResult]) -> str:
+    """What became of updates beside others' calls, in Markdown."""
+    columns = (
+        *("engine", "APIs", "beside", "updates", "failed", "longest s"),
+        *("others' calls by status", "serves after", "holds"),
+    )
+    head = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*head, *map(storm_line, results)])
+
+
+def storm_line(result: StormResult) -> str:
+    """One of them."""
+    storm = result.storm
+    failed = "; ".join(f"{count} x {what}" for what, count in result.failed.most_common(3))
+    cells = [
+        *(storm.engine, storm.api_servers, storm.calls, result.updates),
+        f"**{failed}**" if failed else 0,
+        _s(result.longest_s),
+        ", ".join(f"{count} x {status}" for status, count in sorted(result.calls.items())) or "-",
+        "yes" if result.serves else "**no**",
+        "yes" if result.holds else f"**no** ({result.wrong} wrong, {result.lying} lying)",
+    ]
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def summary(results: Iterable[Result]) -> str:

@@ -95,6 +95,9 @@ class Result(Verdicts):
                 yield "requests held for too long"
         if self.late:
             yield "published after it was told to have failed"
+        starved = self.row.fault in ("disk_full", "no_descriptors", "folder_deleted", "no_memory")
+        if starved and self.state == "fenced" and self.row.phase != "install":
+            yield "fenced although nothing was touched"
         if self.unfinished:
             yield f"unfinished files: {', '.join(self.unfinished)}"
         if not self.row.ends_server and self.repaired_s is None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 from tests.chaos_update.cases import Case, ServerKind
 
-__all__ = ["ENGINES", "PREPARED_S", "TIMEOUT_S", "Row", "SteppingKind", "rows"]
+__all__ = ["PREPARED_S", "TIMEOUT_S", "Row", "SteppingKind", "rows"]
 
-ENGINES = ("vllm", "sglang")
 TIMEOUT_S = 6.0
 """Of the update that is hurt."""
 PREPARED_S = 30.0
