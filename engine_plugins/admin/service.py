@@ -14,6 +14,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine_plugins.admin.background import Background
+from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
 from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.schemas import (
@@ -81,15 +82,15 @@ class AdminService:
     """The admin contract over one engine, in one of its API processes."""
 
     def __init__(self, control: EngineControl, shared: SharedState, settings: Settings) -> None:
-        self._control = control
+        self._control = bounded(control, shared)
         self._shared = shared
-        self._workers = WorkerCalls(control)
+        self._workers = WorkerCalls(self._control)
         self._reading = asyncio.Lock()
         """One manifest at a time: each thread that computes makes the event loop wait its turn."""
         self._sources = Sources(shared, max_entries=settings.max_manifest_entries)
         self._background = Background()
-        self._updates = Updates(control, shared, settings, self._background)
-        self._sleeping = Sleeping(control, shared, settings)
+        self._updates = Updates(self._control, shared, settings, self._background)
+        self._sleeping = Sleeping(self._control, shared, settings)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
 
@@ -144,13 +145,16 @@ class AdminService:
 
     async def resume(self) -> StateView:
         """Schedule again."""
+        await self._background.to_the_end(self._resume())
+        return await self.state()
+
+    async def _resume(self) -> None:
         async with self._operation("resume"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="resume")
             if state.state == "paused":
                 await self._control.resume()
                 self._shared.change(lambda now: moved(now, "serving", pause=None))
-        return await self.state()
 
     async def sleep(self, body: SleepBody) -> SleepAnswer:
         """Release memory, measure what is left, and say whether it may be.
@@ -212,6 +216,9 @@ class AdminService:
 
     async def flush(self, body: FlushBody) -> list[str]:
         """Empty caches, whatever the engine is doing short of an update."""
+        return await self._background.to_the_end(self._flush(body))
+
+    async def _flush(self, body: FlushBody) -> list[str]:
         async with self._operation("flush"):
             require(self._shared.read(), "serving", "paused", doing="flush")
             return await self._control.flush(
@@ -225,6 +232,9 @@ class AdminService:
 
     async def connect(self, body: ConnectBody) -> PlanSummary:
         """Plan an update from sources, on every rank, and meet the peers."""
+        return await self._background.to_the_end(self._connect(body))
+
+    async def _connect(self, body: ConnectBody) -> PlanSummary:
         async with self._operation("connect"):
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", "asleep", doing="connect")
@@ -257,6 +267,9 @@ class AdminService:
             ConflictError: no update of ours has been installed, or an engine's parameters do not
                 hold what its loader copies; the text names them.
         """
+        return await self._background.to_the_end(self._manifest())
+
+    async def _manifest(self) -> EngineOffer:
         async with self._operation("offer the weights"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="offer the weights")

@@ -13,18 +13,22 @@ from collections.abc import Awaitable
 import msgspec
 
 from engine_plugins.admin.background import Background
+from engine_plugins.admin.bounded_control import bounded
+from engine_plugins.admin.call_limits import UPDATE_GRACE_S
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.schemas import AbortBody, UpdateBody
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.staging_claims import StagingClaims
-from engine_plugins.admin.state import EngineState, require, require_weights_mapped
+from engine_plugins.admin.state import EngineState, moved, require, require_weights_mapped
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
+from engine_plugins.admin.update_outcome import stands_still
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.update_transaction import UpdateTransaction
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
+    EngineStuckError,
     StaleVersionError,
     UnknownIdError,
     UnsupportedError,
@@ -33,7 +37,7 @@ from engine_plugins.errors import (
 )
 from engine_plugins.settings import Settings
 from engine_plugins.weights.report import PlanSummary, UpdateReport
-from engine_plugins.weights.staging import ModeChoice, choose_mode, newly_taken
+from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode, newly_taken
 
 __all__ = ["Updates"]
 
@@ -50,8 +54,7 @@ class Updates:
         settings: Settings,
         background: Background,
     ) -> None:
-        self._control = control
-        self._workers = WorkerCalls(control)
+        self._control = bounded(control, shared)
         self._claims = StagingClaims()
         self._shared = shared
         self._settings = settings
@@ -161,13 +164,24 @@ class Updates:
             return await self._run(body, plan)
 
     async def _run(self, body: UpdateBody, plan: PlanSummary) -> UpdateReport:
-        rooms = [] if body.mode == "in_place" else await self._workers.staging_room(body.plan_id)
+        rooms = [] if body.mode == "in_place" else await self._rooms(body)
         with self._claims.claimed(newly_taken(rooms)) as others:
             mode = choose_mode(body.mode, rooms, self._settings.staging_bytes, others)
             transaction = self._begin(body, plan, mode)
             report = await self._carried(transaction, transaction.run())
         self._ended(report)
         return report
+
+    async def _rooms(self, body: UpdateBody) -> list[StagingRoom]:
+        ends_at = time.monotonic() + body.timeout_s + UPDATE_GRACE_S
+        try:
+            workers = WorkerCalls(self._control.until(lambda: ends_at))
+            return await workers.staging_room(body.plan_id)
+        except EngineStuckError as error:
+            fence = stands_still(body.version, error, error, touched=False)
+            self._shared.change(lambda state: moved(state, "fenced", fence=fence))
+            error.remedy = f"the engine is fenced; {fence.remedy}"
+            raise
 
     async def _prepare(self, body: UpdateBody) -> UpdateReport:
         with self._shared.operation("prepare"):
