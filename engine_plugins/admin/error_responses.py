@@ -32,6 +32,8 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.MemoryPressureError: 503,
     errors.EngineDeadError: 503,
     errors.EngineStuckError: 504,
+    errors.OutdatedError: 503,
+    errors.WriterStoppedError: 503,
     errors.PauseTimeoutError: 504,
     errors.TransferTimeoutError: 504,
     errors.ResidualMemoryError: 507,
