@@ -17,7 +17,7 @@ from engine_plugins.admin.engine_control import EngineControl, EngineInfo, Pause
 from engine_plugins.admin.engine_health import EngineHealth
 from engine_plugins.admin.engine_processes import EngineProcesses
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.errors import EngineCallError
+from engine_plugins.errors import EngineCallError, OutdatedError
 
 __all__ = ["BoundedControl", "bounded"]
 
@@ -29,6 +29,7 @@ class BoundedControl:
 
     Args:
         control: the engine's own.
+        shared: tells whether another process has taken the place of whoever calls.
         health: shared by all that call this engine from this process.
         ends_at: when calls end, by the monotonic clock; None for each call's own limit.
     """
@@ -36,16 +37,18 @@ class BoundedControl:
     def __init__(
         self,
         control: EngineControl,
+        shared: SharedState,
         health: EngineHealth,
         ends_at: Callable[[], float] | None = None,
     ) -> None:
         self._control = control
+        self.shared = shared
         self.health = health
         self._ends_at = ends_at
 
     def until(self, ends_at: Callable[[], float]) -> BoundedControl:
         """The same engine for the calls of an update, which end when that does."""
-        return BoundedControl(self._control, self.health, ends_at)
+        return BoundedControl(self._control, self.shared, self.health, ends_at)
 
     def closing(self) -> BoundedControl:
         """The same engine for giving up: it is told, and not waited for where it owes answers."""
@@ -123,9 +126,15 @@ class BoundedControl:
             stopped_s: how long to wait for a process that is seen to be stopped.
 
         Raises:
+            OutdatedError: another process has taken the caller's place; nothing was asked.
             EngineDeadError: a process of the engine has ended.
             EngineStuckError: there was no answer in time.
         """
+        try:
+            self.shared.require_newest()
+        except OutdatedError:
+            work.close()
+            raise
         asked = moved_at = time.monotonic()
         ends_at = max(ends_at, asked + STILL_S)
         task = asyncio.create_task(work)
@@ -154,4 +163,4 @@ def bounded(control: EngineControl, shared: SharedState) -> BoundedControl:
     if isinstance(control, BoundedControl):
         return control
     processes = EngineProcesses(shared.runtime_dir)
-    return BoundedControl(control, EngineHealth(processes, control.death))
+    return BoundedControl(control, shared, EngineHealth(processes, control.death))
