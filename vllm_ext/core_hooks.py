@@ -13,6 +13,7 @@ from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import Request, RequestStatus
 
+from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.shared_state import SharedState
@@ -106,6 +107,8 @@ def hook_gate() -> None:
         original(self, *args, **kwargs)
         config = self.vllm_config
         ours = has_extension(config.parallel_config.worker_extension_cls)
+        if ours:
+            sign_in(shared_state().runtime_dir, "engine core")
         settings = settings_of(config.additional_config, ours=ours)
         if settings.prefill_gate != "off" or ours:
             setattr(self, _GATE, _gate_or_reason(self, settings))

@@ -30,6 +30,8 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.PeerLostError: 503,
     errors.SourceRevokedError: 503,
     errors.MemoryPressureError: 503,
+    errors.EngineDeadError: 503,
+    errors.EngineStuckError: 504,
     errors.OutdatedError: 503,
     errors.WriterStoppedError: 503,
     errors.PauseTimeoutError: 504,
