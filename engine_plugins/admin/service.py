@@ -46,7 +46,7 @@ from engine_plugins.admin.state import (
     require,
     require_weights_mapped,
 )
-from engine_plugins.admin.updates import Updates
+from engine_plugins.admin.updates import MOST_WAIT_S, Updates
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
@@ -77,6 +77,8 @@ BUSY_WAIT_S = 0.05
 """How long /state waits for an engine that may be busy; what it has not said then is unknown."""
 RETRY_S = 0.05
 FAILED_RETRY_S = 1.0
+WAIT_S = 5.0
+"""How long a call waits for another to end."""
 
 
 class AdminService:
@@ -237,7 +239,7 @@ class AdminService:
         return await self._background.to_the_end(self._connect(body))
 
     async def _connect(self, body: ConnectBody) -> PlanSummary:
-        async with self._operation("connect"):
+        async with self._place_for_connect():
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", "asleep", doing="connect")
             require_weights_mapped(state, doing="connect")
@@ -342,8 +344,23 @@ class AdminService:
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:
-        """Hold the operation lock, over an engine that no dead process has left updating."""
-        with self._shared.operation(name):
+        """Hold the operation lock, over an engine that no dead process has left updating.
+
+        Another call is waited for, but an update may take long, and is not.
+        """
+
+        def hopeless(state: EngineState) -> None:
+            if state.state == "updating":
+                raise self._shared.occupied(name)
+
+        async with self._shared.operation(name, wait_s=WAIT_S, unless=hopeless):
+            await self._updates.recover()
+            await end_left_pause(self._control, self._shared)
+            yield
+
+    @asynccontextmanager
+    async def _place_for_connect(self) -> AsyncIterator[None]:
+        async with self._updates.place("connect", MOST_WAIT_S):
             await self._updates.recover()
             await end_left_pause(self._control, self._shared)
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Literal
 
@@ -21,13 +22,21 @@ __all__ = [
     "StateName",
     "UpdateProgress",
     "WeightsInstalled",
+    "carrier_stopped",
     "moved",
     "not_now",
     "overdue",
     "refusal",
+    "refuse_for_good",
     "require",
     "require_weights_mapped",
+    "short",
 ]
+
+logger = logging.getLogger(__name__)
+
+MOST_TEXT_BYTES = 4 << 10
+"""Of one text on the page, whatever an engine's error says: the page has room for all of them."""
 
 StateName = Literal["serving", "paused", "updating", "asleep", "fenced"]
 
@@ -38,6 +47,28 @@ _WAY_OUT: dict[StateName, str] = {
     "asleep": "POST /admin/v1/wake",
     "fenced": "complete a weight update: POST /admin/v1/weights/update",
 }
+
+
+def short(text: str) -> str:
+    """A text that fits the page and can be encoded; what is cut off is in the log."""
+    if len(text) <= MOST_TEXT_BYTES // 4 and text.isascii():
+        return text
+    body = text.encode(errors="backslashreplace")
+    if len(body) <= MOST_TEXT_BYTES:
+        return body.decode()
+    logger.warning("a text of %d bytes is cut for the state; the whole: %s", len(body), text)
+    note = f" ... (cut: {len(body)} bytes, all of them in the server's log)"
+    return body[: MOST_TEXT_BYTES - len(note)].decode(errors="ignore") + note
+
+
+class _ShortTexts(msgspec.Struct, frozen=True, kw_only=True):
+    """A part of the state whose texts are cut, so that writing it cannot fail for its size."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            text = getattr(self, name)
+            if isinstance(text, str):
+                msgspec.structs.force_setattr(self, name, short(text))
 
 
 class Pause(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +110,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
         return self.started is None or start_ticks(self.pid) == self.started
 
 
-class WeightsInstalled(msgspec.Struct, frozen=True, kw_only=True):
+class WeightsInstalled(_ShortTexts, frozen=True, kw_only=True):
     """The weights that serve; `version` is None for those that the engine was started with."""
 
     version: int | None = None
@@ -88,7 +119,7 @@ class WeightsInstalled(msgspec.Struct, frozen=True, kw_only=True):
     digest: str | None = None
 
 
-class Fence(msgspec.Struct, frozen=True, kw_only=True):
+class Fence(_ShortTexts, frozen=True, kw_only=True):
     """Why the engine refuses to serve."""
 
     code: str
@@ -100,7 +131,7 @@ class Fence(msgspec.Struct, frozen=True, kw_only=True):
     """Whether only a restart of the engine helps."""
 
 
-class UpdateProgress(msgspec.Struct, frozen=True, kw_only=True):
+class UpdateProgress(_ShortTexts, frozen=True, kw_only=True):
     """The update under way."""
 
     request_id: str
@@ -110,7 +141,7 @@ class UpdateProgress(msgspec.Struct, frozen=True, kw_only=True):
     bytes_total: int
 
 
-class Sleep(msgspec.Struct, frozen=True, kw_only=True):
+class Sleep(_ShortTexts, frozen=True, kw_only=True):
     """A sleep that has not ended."""
 
     level: int
@@ -171,14 +202,46 @@ def overdue(state: EngineState, now: float) -> bool:
     return state.state == "paused" and ends_at is not None and now >= ends_at
 
 
+def carrier_stopped(state: EngineState, *, since: float) -> EngineState:
+    """The state whose process does not answer any more, until its successor has said more."""
+    doing = "a call" if state.update is None else f"the update to version {state.update.version}"
+    attempted = state.weights.version if state.update is None else state.update.version
+    fence = Fence(
+        code="carrier_stopped",
+        detail=f"the process that carried {doing} does not answer, and another takes its place",
+        remedy="GET /admin/v1/state again; if it stays so, complete a weight update",
+        attempted_version=attempted or 0,
+    )
+    if state.fence is not None and state.fence.for_good:
+        fence = state.fence
+    return msgspec.structs.replace(
+        state,
+        state="fenced",
+        since=since,
+        fence=fence,
+        update=None,
+        weights=WeightsInstalled(),
+    )
+
+
 def require(state: EngineState, *allowed: StateName, doing: str) -> None:
     """Refuse a move that is illegal in this state.
 
     Raises:
         ConflictError: the text names the state, the reason of a fence, and the way out.
     """
-    fence = state.fence
-    if state.state not in allowed or (fence is not None and fence.for_good):
+    refuse_for_good(state, doing=doing)
+    if state.state not in allowed:
+        raise not_now(state, doing=doing)
+
+
+def refuse_for_good(state: EngineState, *, doing: str) -> None:
+    """Refuse what no wait makes possible.
+
+    Raises:
+        ConflictError: only a restart of the engine helps.
+    """
+    if state.fence is not None and state.fence.for_good:
         raise not_now(state, doing=doing)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -257,7 +258,7 @@ async def test_a_pause_whose_time_ends_during_another_call_ends_after_it(
     server = make_server()
     async with server.running():
         await server.post("/pause", hold_s=0.5)
-        with server.shared.operation("update"):
+        async with server.shared.operation("update"):
             await asyncio.sleep(0.6)
             assert server.shared.read().state == "paused"
         await server.until("serving")
@@ -307,10 +308,11 @@ async def test_an_illegal_move_is_409_with_the_state_and_the_way_out(
         assert server.engine.calls == calls
 
 
-async def test_whatever_changes_the_state_is_refused_while_another_call_does(
-    make_server: MakeServer,
+async def test_whatever_changes_the_state_is_refused_while_an_update_does(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once and by name, from any process; reading goes on."""
+    """By name, from any process, and soon; reading goes on."""
+    monkeypatch.setattr(service_module, "MOST_WAIT_S", 0.1)
     first = make_server()
     second = make_server(engine=first.engine)
     async with first.running(), second.http:
@@ -323,20 +325,21 @@ async def test_whatever_changes_the_state_is_refused_while_another_call_does(
                 ),
             )
         )
-        with first.shared.operation("update"):
+        async with first.shared.operation("update"):
             for path, body in (
                 ("/pause", {}),
                 ("/resume", {}),
                 ("/flush", {}),
                 ("/weights/connect", {"source_ids": ["x"]}),
-                ("/weights/update", UPDATE),
+                ("/weights/update", UPDATE | {"timeout_s": 0.1}),
             ):
                 for server in (first, second):
                     began = time.monotonic()
                     answer = await server.post(path, **body)
                     assert time.monotonic() - began < 5
                     assert answer.status_code == 409
-                    assert "version 7 is under way" in answer.json()["detail"]
+                    assert "the update to version 7 (pull;" in answer.json()["detail"]
+                    assert f"process {os.getpid()}, for" in answer.json()["detail"]
             state = await second.state()
             assert state["update"]["bytes_total"] == 2
             assert (await second.get("/weights")).status_code == 200
