@@ -34,17 +34,8 @@ _SHOWN = 80
 
 def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
     """The whole admin contract as one ASGI application, to be mounted at `PREFIX`."""
-    app = DocumentedApi(
-        SCOPES,
-        title="engine-plugins admin",
-        description="Drives one inference server: its state, its memory and its weights.",
-        version="1",
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,  # a redirect goes wherever the request's Host header says
-        # An included router would hide its routes from the table below, from FastAPI 0.137 on.
-        routes=admin_router(service, max_manifest_bytes=settings.max_manifest_bytes).routes,
-    )
+    router = admin_router(service, max_manifest_bytes=settings.max_manifest_bytes)
+    app = DocumentedApi(router.routes, SCOPES)
     _answer_errors(app, service)
 
     routes = RouteTable(app.routes)

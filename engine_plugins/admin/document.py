@@ -12,6 +12,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
+from starlette.routing import BaseRoute
 
 from engine_plugins.admin.error_responses import codes_of
 from engine_plugins.admin.route_table import RouteKey
@@ -60,15 +61,24 @@ _REQUEST_ID = {
 
 
 class DocumentedApi(FastAPI):
-    """The routes with their whole document.
+    """The routes of the admin contract with their whole document.
 
     Args:
-        scopes: the scope that each route needs.
-        **options: as FastAPI takes them.
+        routes: of the admin router.
+        scopes: the scope that each of them needs.
     """
 
-    def __init__(self, scopes: Mapping[RouteKey, TokenScope], **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, routes: list[BaseRoute], scopes: Mapping[RouteKey, TokenScope]) -> None:
+        super().__init__(
+            title="engine-plugins admin",
+            description="Drives one inference server: its state, its memory and its weights.",
+            version="1",
+            docs_url=None,
+            redoc_url=None,
+            redirect_slashes=False,  # a redirect goes wherever the request's Host header says
+            # An included router would hide its routes from the route table, from FastAPI 0.137 on.
+            routes=routes,
+        )
         self._scopes = scopes
         self._document: Json | None = None
 
