@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -27,17 +27,19 @@ _EXACT = 1 << 53
 """Below it every number of JSON is exact, wherever it is read."""
 _DAY_S = 86_400.0
 _MAX_ID = 256
+
 Seconds = Annotated[float, Field(gt=0, le=_DAY_S)]
 Version = Annotated[int, Field(ge=0, lt=_EXACT)]
 RequestId = Annotated[str, Field(min_length=1, max_length=_MAX_ID)]
 Id = Annotated[str, Field(max_length=_MAX_ID)]
-_GATE = Field(strict=True, gt=-_EXACT, lt=_EXACT)
-"""Of numbers whose values are for the gate's own settings to refuse (422)."""
+
+# Of the gate, the document has the bounds, and the server's own settings enforce them (422).
+_Exact = Field(strict=True, gt=-_EXACT, lt=_EXACT)
 _CapBytes = Annotated[
-    int, _GATE, WithJsonSchema({"type": "integer", "minimum": 1, "exclusiveMaximum": _EXACT})
+    int, _Exact, WithJsonSchema({"type": "integer", "minimum": 1, "exclusiveMaximum": _EXACT})
 ]
 _MarginBytes = Annotated[
-    int, _GATE, WithJsonSchema({"type": "integer", "minimum": 0, "exclusiveMaximum": _EXACT})
+    int, _Exact, WithJsonSchema({"type": "integer", "minimum": 0, "exclusiveMaximum": _EXACT})
 ]
 _Quantile = Annotated[
     float, WithJsonSchema({"type": "number", "exclusiveMinimum": 0, "maximum": 1})
@@ -53,8 +55,14 @@ class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def _example(body: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
 class PauseBody(_Body):
     """How to pause."""
+
+    model_config = _example({"mode": "keep", "timeout_s": 30.0, "hold_s": None})
 
     mode: PauseMode = Field(
         default="keep",
@@ -69,12 +77,18 @@ class PauseBody(_Body):
 class FlushBody(_Body):
     """Which caches to empty."""
 
+    model_config = _example({"prefix_cache": True, "multimodal_cache": False})
+
     prefix_cache: bool = Field(default=True, description="KV that prompts share")
     multimodal_cache: bool = Field(default=True, description="encoded images, sound and video")
 
 
 class ConnectBody(_Body):
     """Which sources to plan an update from."""
+
+    model_config = _example(
+        {"source_ids": ["source-0123456789abcdef01234567"], "direction": "pull"}
+    )
 
     source_ids: list[Id] = Field(
         min_length=1, max_length=65536, description="as POST /weights/sources gave them"
@@ -89,6 +103,10 @@ class ConnectBody(_Body):
 
 class UpdateBody(_Body):
     """Which weights to install, and how."""
+
+    model_config = _example(
+        {"plan_id": "plan-0123456789abcdef", "version": 7, "request_id": "step-7"}
+    )
 
     plan_id: Id = Field(description="as POST /weights/connect gave it")
     version: Version = Field(description="of the weights; greater than the installed one")
@@ -131,11 +149,15 @@ class UpdateBody(_Body):
 class CommitBody(_Body):
     """Which prepared update to install."""
 
+    model_config = _example({"request_id": "step-7"})
+
     request_id: RequestId = Field(description="as it was prepared under")
 
 
 class AbortBody(CommitBody):
     """Which prepared update to give up."""
+
+    model_config = _example({"request_id": "step-7", "writes_ended": True})
 
     writes_ended: bool = Field(
         default=False,
@@ -146,6 +168,8 @@ class AbortBody(CommitBody):
 
 class SleepBody(_Body):
     """How deep to sleep, and what to release."""
+
+    model_config = _example({"level": 1, "tags": ["weights", "kv_cache"]})
 
     level: int = Field(  # to a Literal, true would be 1
         default=1,
@@ -165,6 +189,8 @@ class SleepBody(_Body):
 class WakeBody(_Body):
     """What to map again."""
 
+    model_config = _example({"tags": None})
+
     tags: list[MemoryTag] | None = Field(
         default=None, min_length=1, description="null: everything that is released"
     )
@@ -175,6 +201,8 @@ class GateBody(_Body):
 
     The types are checked here, the values where the server's own settings are.
     """
+
+    model_config = _example({"mode": "observe", "margin_quantile": 0.99})
 
     mode: _Mode = Field(
         default_factory=str, description="whether prefills are judged, and held to it"
