@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 import httpx
 
+from tests.support.documented import check_answer
 from tests.support.preloaded import Nursery, PreloadedProcess
 
 __all__ = [
@@ -200,6 +201,7 @@ def _client(url: str, token: str | None) -> httpx.Client:
         timeout=120,
         limits=httpx.Limits(max_keepalive_connections=0),
         headers={} if token is None else {"Authorization": f"Bearer {token}"},
+        event_hooks={"response": [] if token != TOKEN else [check_answer]},
     )
 
 
