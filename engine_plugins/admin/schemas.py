@@ -250,6 +250,13 @@ class RequestsView(BaseModel):
     waiting: int | None
 
 
+class AbsentView(BaseModel):
+    """An optional part of ours that this server has to do without."""
+
+    part: str
+    reason: str
+
+
 class StateView(BaseModel):
     """The engine as it is now."""
 
@@ -263,6 +270,7 @@ class StateView(BaseModel):
     update: ProgressView | None
     requests: RequestsView
     workers: list[WorkerView]
+    absent: list[AbsentView] = []
 
 
 class SleepAnswer(StateView):
