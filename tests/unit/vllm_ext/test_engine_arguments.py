@@ -15,10 +15,12 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
 
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.errors import SettingsError, UnsupportedError
 from tests.support.megatron_hf import dense_config
 from tests.support.vllm_server import EXTENSION
 from tests.unit.vllm_ext.test_kv_scales import SERVED
+from vllm_ext import asked
 from vllm_ext.engine_arguments import _refuse_stores
 from vllm_ext.plugin import watch_arguments
 
@@ -227,3 +229,40 @@ def test_kernels_by_shape_are_bounded_where_memory_is_watched(
     monkeypatch.setenv("ENGINE_PLUGINS_PREFILL_GATE", gate)
     AsyncEngineArgs(**arguments).create_engine_config()
     assert os.environ.get(KERNELS) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "server"),
+    [
+        ({}, "none"),
+        ({"worker_extension_cls": EXTENSION}, "its own"),
+        ({"worker_extension_cls": EXTENSION, "_api_process_count": 2}, "its parent's"),
+        (
+            {
+                "worker_extension_cls": EXTENSION,
+                "_api_process_count": 2,
+                "_api_process_rank": -1,
+            },
+            "its own",
+        ),
+    ],
+    ids=["not-ours", "ours", "one-of-two-apis", "above-two-apis"],
+)
+def test_a_server_of_a_launcher_has_its_own_runtime_directory(
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Any],
+    server: str,
+) -> None:
+    """Whatever was inherited from a launcher that is a server itself, or has configured one."""
+    monkeypatch.setenv(RUNTIME_DIR, str(tmp_path))
+    monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", str(os.getppid()))
+    AsyncEngineArgs(**arguments, **more).create_engine_config()
+    found = os.environ.get(RUNTIME_DIR)
+    assert server == {None: "none", str(tmp_path): "its parent's"}.get(found, "its own")
+
+
+def test_the_names_in_a_servers_environment_are_the_same_everywhere() -> None:
+    """The plugin's own are written out, since it imports nothing of ours."""
+    assert asked.RUNTIME_DIR == RUNTIME_DIR
