@@ -27,7 +27,8 @@ _UPDATES = EngineNames(
     },
     used={
         "vllm.engine.arg_utils": (
-            "EngineArgs: additional_config, enable_sleep_mode, worker_extension_cls",
+            "EngineArgs: _api_process_count, _api_process_rank, additional_config, "
+            "enable_sleep_mode, worker_extension_cls",
         ),
         "vllm.engine.protocol": ("EngineClient",),
         "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),

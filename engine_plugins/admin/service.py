@@ -13,12 +13,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from engine_plugins.admin.absent_parts import absent_parts
 from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
 from engine_plugins.admin.pausing import end_left_pause, end_overdue, new_pause, pause_within
 from engine_plugins.admin.schemas import (
     AbortBody,
+    AbsentView,
     CommitBody,
     ConnectBody,
     EngineView,
@@ -121,6 +123,10 @@ class AdminService:
             ),
             requests=RequestsView(running=counts.running, waiting=counts.waiting),
             workers=await self._worker_views(state),
+            absent=[
+                AbsentView(part=part, reason=reason)
+                for part, reason in absent_parts(self._shared.runtime_dir).items()
+            ],
             **plain,
         )
 
