@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import httpx
 import msgspec
 
 from engine_plugins.admin_answers import Direction, UpdateRequest
@@ -43,6 +44,11 @@ class EngineLink:
     def url(self) -> str:
         """The engine's base url, which names it everywhere."""
         return self.client.url
+
+    @property
+    def host(self) -> str:
+        """Name or address of the engine's host, as its url has it."""
+        return httpx.URL(self.url).host
 
     def publish(self, manifest: Callable[[], bytes]) -> str:
         """Offer this process's manifest, unless the engine has it already."""

@@ -55,8 +55,9 @@ class UpdateRounds:
             word: the version word of this update, the same on every rank.
 
         Raises:
-            SourceError: a tensor that can no longer be offered.
+            SourceError: a tensor that can no longer be offered; see also `TrainerOffer.reach`.
         """
+        self._mine.reach([link.host for link in self._links.values()])
         if self._mine.refresh(word):
             for link in self._links.values():
                 link.forget()
