@@ -20,6 +20,7 @@ __all__ = [
     "ManifestError",
     "MemoryPressureError",
     "NotConfiguredError",
+    "OutdatedError",
     "PauseTimeoutError",
     "PeerError",
     "PeerLostError",
@@ -40,6 +41,7 @@ __all__ = [
     "UpdateEndUnknownError",
     "UpdateFailedError",
     "WeightMismatchError",
+    "WriterStoppedError",
 ]
 
 
@@ -112,6 +114,18 @@ class StaleVersionError(ConflictError):
     """The version offered is not newer than the one installed."""
 
     code = "stale_version"
+
+
+class OutdatedError(EnginePluginError):
+    """Another process has taken the place of a call that did not go on; it changes nothing more."""
+
+    code = "outdated"
+
+
+class WriterStoppedError(EnginePluginError):
+    """A process of the server stopped while it wrote the state; another can take its place."""
+
+    code = "writer_stopped"
 
 
 class UpdateAbortedError(ConflictError):

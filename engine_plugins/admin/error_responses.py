@@ -30,6 +30,8 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.PeerLostError: 503,
     errors.SourceRevokedError: 503,
     errors.MemoryPressureError: 503,
+    errors.OutdatedError: 503,
+    errors.WriterStoppedError: 503,
     errors.PauseTimeoutError: 504,
     errors.TransferTimeoutError: 504,
     errors.ResidualMemoryError: 507,

@@ -32,7 +32,12 @@ from engine_plugins.admin.state import (
 from engine_plugins.admin.update_outcome import half_way, lost_memory, report_of
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.worker_calls import WorkerCalls
-from engine_plugins.errors import EnginePluginError, TransferTimeoutError, UpdateAbortedError
+from engine_plugins.errors import (
+    EnginePluginError,
+    OutdatedError,
+    TransferTimeoutError,
+    UpdateAbortedError,
+)
 from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
 from engine_plugins.weights.staging import ModeChoice
 from engine_plugins.weights.transport.transfers import DRAIN_S
@@ -77,6 +82,8 @@ class UpdateTransaction:
         body: UpdateBody,
         plan: PlanSummary,
         mode: ModeChoice,
+        *,
+        waited_s: float = 0.0,
     ) -> Self:
         """A new update of the engine as it is now.
 
@@ -86,17 +93,20 @@ class UpdateTransaction:
             body: what was asked.
             plan: the plan that it names.
             mode: whether every byte is here before the engine is paused.
+            waited_s: for another call to end; it counts against `timeout_s`.
         """
         now = time.monotonic()
+        asked_at = now - waited_s
         record = UpdateRecord(
             asked=body.model_dump(),
             plan=plan,
             staged=mode.staged,
             mode_reason=mode.reason,
             before=shared.read(),
-            began=now,
-            deadline=now + body.timeout_s,
+            began=asked_at,
+            deadline=asked_at + body.timeout_s,
             still_since=now,
+            seconds={"wait_s": waited_s},
         )
         UpdateRecords(shared).keep(record)
         return cls(control, shared, record)
@@ -189,6 +199,8 @@ class UpdateTransaction:
     async def _or_give_up(self) -> AsyncIterator[None]:
         try:
             yield
+        except OutdatedError:
+            raise  # whoever took this one's place has said what the engine holds
         except EnginePluginError as error:
             await self.give_up(error)
             raise
@@ -232,7 +244,7 @@ class UpdateTransaction:
         self._show("pause", None)
         left = max(self._record.deadline - time.monotonic(), 0.1)
         with self._timed("pause_s"):
-            await pause_within(self._control, self._body.pause, left)
+            await pause_within(self._control, self._shared, self._body.pause, left)
         self._record.paused_here = True
         self._record.still_since = time.monotonic()
 

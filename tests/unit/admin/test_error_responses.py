@@ -26,6 +26,7 @@ STATUS = {
     "ManifestError": 422,
     "MemoryPressureError": 503,
     "NotConfiguredError": 503,
+    "OutdatedError": 503,
     "PauseTimeoutError": 504,
     "PeerError": 422,
     "PeerLostError": 503,
@@ -46,6 +47,7 @@ STATUS = {
     "UpdateAbortedError": 409,
     "UpdateFailedError": 500,
     "WeightMismatchError": 422,
+    "WriterStoppedError": 503,
 }
 """As the contract says; 500 where the fault is the server's own, or a client's class."""
 

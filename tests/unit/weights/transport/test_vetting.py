@@ -15,7 +15,7 @@ import pytest
 from engine_plugins.errors import PeerError, TransportError
 from engine_plugins.weights.transport import vetting
 from engine_plugins.weights.transport.nixl import NixlTransport
-from tests.support.nixl_peer import PeerProcess
+from tests.support.nixl_peer import PeerProcess, damaged
 
 ROOT = Path(__file__).parents[4]
 LOADS_IT_ITSELF = """
@@ -40,13 +40,6 @@ def transport() -> Iterator[NixlTransport]:
     made = NixlTransport(f"vets-{os.getpid()}")
     yield made
     made.close()
-
-
-def damaged(metadata: bytes) -> bytes:
-    """With a kind of memory that there is not; NIXL takes it as an index, unchecked."""
-    tag = b"nixlSDList|t"
-    kind = metadata.index(tag) + len(tag) + 8
-    return metadata[:kind] + b"\xff" + metadata[kind + 1 :]
 
 
 def test_metadata_that_crashes_is_refused_by_name_and_the_process_lives(
