@@ -20,6 +20,8 @@ from engine_plugins.errors import (
     UpdateFailedError,
 )
 from engine_plugins.sender.access import EngineAccess
+from engine_plugins.sender.busy_engine import once_it_is_free
+from engine_plugins.sender.held_weights import held_by
 from engine_plugins.sender.known_end import answer_or_end
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.report import PlanSummary, UpdateReport
@@ -82,8 +84,12 @@ class EngineLink:
             UpdateEndUnknownError: what became of it cannot be found out.
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
-        self._connect(source_ids, model, "pull")
-        return self._carried(request, self.client.update)
+
+        def connected(request: UpdateRequest) -> UpdateReport:
+            self._connect(source_ids, model, "pull")
+            return self._carried(request, self.client.update)
+
+        return once_it_is_free(request, connected)
 
     def prepare(
         self,
@@ -97,8 +103,12 @@ class EngineLink:
         Raises:
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
-        self._connect(source_ids, model, direction)
-        return self._carried(request, self.client.prepare)
+
+        def connected(request: UpdateRequest) -> UpdateReport:
+            self._connect(source_ids, model, direction)
+            return self._carried(request, self.client.prepare)
+
+        return once_it_is_free(request, connected)
 
     def commit(self, request: UpdateRequest) -> UpdateReport:
         """Have the engine install what it prepared.
@@ -194,7 +204,7 @@ def failure_of(link: EngineLink, error: EnginePluginError, *, where: str = "") -
     """Describe a failure together with what the engine says it holds now."""
     detail = error.detail if isinstance(error, AdminAnswerError) else error.message
     return EngineFailure(
-        code=error.code, detail=where + detail, remedy=error.remedy, holds=_holds(link)
+        code=error.code, detail=where + detail, remedy=error.remedy, holds=held_by(link.client)
     )
 
 
@@ -206,14 +216,3 @@ def _reported(report: UpdateReport) -> UpdateFailedError:
     )
     error.code = told.get("code", error.code)
     return error
-
-
-def _holds(link: EngineLink) -> str:
-    try:
-        state = link.client.state()
-    except EnginePluginError as error:
-        return f"unknown weights, /state gave no answer ({error.code})"
-    version = state.weights.version
-    weights = "the weights it started with" if version is None else f"version {version}"
-    fence = f": {state.fence.get('detail', '')}" if state.fence else ""
-    return f"{weights}, {state.state}{fence}"
