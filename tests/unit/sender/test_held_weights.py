@@ -26,7 +26,7 @@ KEPT = {"level": 1, "released": ["weights"], "weights_lost": False}
         ({"state": "asleep", "sleep": LOST}, "no weights: a sleep discarded them, asleep"),
         # Awake again, and paused until an update brings weights.
         ({"state": "paused", "sleep": LOST}, "no weights: a sleep discarded them, paused"),
-        ({"state": "fenced", "fence": FENCE}, "no whole version, fenced: " + FENCE["detail"]),
+        ({"state": "fenced", "fence": FENCE}, "no whole version, fenced: " + str(FENCE["detail"])),
         (
             {"state": "updating", "update": PULL},
             "{before}, and an update to version 9 is at pull",
