@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from engine_plugins.admin_client import AdminClient
@@ -48,6 +50,12 @@ def wake(server: EngineServer, tags: Sequence[str] | None = None) -> dict[str, A
     answer = server.admin.post("/wake", json={"tags": tags})
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
+
+
+def hang_up(server: EngineServer, route: str) -> None:
+    """Send a call, and be gone before the answer."""
+    with contextlib.suppress(httpx.ReadTimeout):
+        server.admin.post(route, timeout=httpx.Timeout(10, read=0.005))
 
 
 def resident(server: EngineServer) -> int:
@@ -142,7 +150,7 @@ def test_weights_that_were_discarded_have_to_come_from_an_update(awake: Served) 
     refused = server.admin.post("/resume")
     assert "weights were discarded" in problem(refused, 409, "illegal_state")
     assert "/weights/update" in refused.json()["remedy"]
-    assert problem(server.admin.post("/wake"), 409, "illegal_state")
+    assert wake(server)["sleep"] == mapped["sleep"], "there is nothing left to map"
     report = awake.install(NEW)
     assert (report["outcome"], server.state()["state"]) == ("installed", "serving")
     assert held.result() == NEW.expected()[0]
@@ -207,28 +215,51 @@ def test_an_update_of_weights_that_sleep_kept(awake: Served) -> None:
 
 
 @on(DENSE)
-def test_what_is_illegal_is_refused_with_the_way_out(awake: Served) -> None:
-    """Double sleep, unmatched wake, anything else while asleep: 409, and nothing has changed."""
+def test_a_call_whose_answer_was_lost_is_repeated(awake: Served) -> None:
+    """The same call again is 200 with what it was to bring, also after a caller that hung up."""
     server = awake.server
-    assert "/sleep" not in problem(server.admin.post("/wake"), 409, "illegal_state")
+    held = Stream(server, PROMPT, TOKENS)
+    first = sleep(server)
+    again = sleep(server)
+    assert again["sleep"] == first["sleep"]
+    assert again["memory"].keys() == first["memory"].keys()
+    assert (again["memory"]["verdict"], again["state"]) == ("pass", "asleep")
+    for tags in (["weights"], ["weights"]):
+        assert wake(server, tags)["sleep"]["released"] == ["kv_cache"]
+    hang_up(server, "/wake")
+    for _ in range(2):
+        assert wake(server)["state"] == "serving"
+    assert held.result() == server.greedy(PROMPT, TOKENS)
+    hang_up(server, "/sleep")
+    assert sleep(server, tags=["kv_cache"])["sleep"]["released"] == ["weights", "kv_cache"]
+    assert wake(server)["state"] == "serving"
+    for route, state in (("/pause", "paused"), ("/resume", "serving")):
+        hang_up(server, route)
+        for _ in range(2):
+            assert server.admin.post(route).json()["state"] == state
+    assert OLD.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+def test_what_is_illegal_is_refused_with_the_way_out(awake: Served) -> None:
+    """A sleep of another level, anything else while asleep: 409, and nothing has changed."""
+    server = awake.server
     assert problem(server.admin.post("/sleep", json={"tags": ["gold"]}), 400, "malformed_request")
     assert problem(server.admin.post("/sleep", json={"tags": []}), 400, "malformed_request")
     graphs = server.admin.post("/sleep", json={"tags": ["cuda_graph"]})
     assert "cannot release 'cuda_graph'" in problem(graphs, 422, "unsupported")
     assert server.state()["state"] == "serving"
     sleep(server, tags=["kv_cache"])
-    again = server.admin.post("/sleep")
-    assert "sleeps already" in problem(again, 409, "illegal_state")
-    twice = server.admin.post("/sleep", json={"tags": ["kv_cache"]})
-    assert "released already" in problem(twice, 409, "illegal_state")
-    unmatched = server.admin.post("/wake", json={"tags": ["weights"]})
-    assert "cannot wake weights" in problem(unmatched, 409, "illegal_state")
     for route in ("/pause", "/resume", "/flush"):
         refused = server.admin.post(route)
         assert "asleep" in problem(refused, 409, "illegal_state")
         assert "/wake" in refused.json()["remedy"]
     state = server.state()
     assert (state["state"], state["sleep"]["released"]) == ("asleep", ["kv_cache"])
+    sleep(server)
+    discard = server.admin.post("/sleep", json={"level": 2})
+    assert "released already, and kept" in problem(discard, 409, "illegal_state")
+    assert "/wake" in discard.json()["remedy"]
     assert wake(server)["state"] == "serving"
     assert OLD.wrong_answers(server.greedy) == []
 
@@ -257,7 +288,9 @@ def test_nobody_sleeps_while_an_update_is_under_way(
     until(lambda: server.state()["state"] == "updating", within_s=5, otherwise=server.state)
     refused = server.admin.post("/sleep")
     trainer.signal(signal.SIGCONT)
-    assert f"version {version} is under way" in problem(refused, 409, "illegal_state")
+    told = problem(refused, 409, "illegal_state")
+    assert f"version {version}" in told
+    assert "is under way" in told
     assert pull.result(30).status_code == 200
     assert NEW.wrong_answers(server.greedy) == []
 
