@@ -209,6 +209,8 @@ class WorkerService:
         calls: further calls of an engine, by name; what they return must be plain data.
         clear_kv: clears this rank's KV pages of what an engine's flush leaves there; told whether
             requests go on with what the pages hold.
+        reach: told this server's address as its callers see it, before a plan is made; says
+            whether the agents made so far cannot be reached there.
     """
 
     def __init__(
@@ -219,8 +221,10 @@ class WorkerService:
         page: Path | None,
         calls: Mapping[str, Callable[..., Any]] | None = None,
         clear_kv: Callable[[bool], None] | None = None,
+        reach: Callable[[str], bool] | None = None,
     ) -> None:
         self._clear_kv = clear_kv
+        self._reach = reach
         self._receiver = receiver
         self._tp_rank = tp_rank
         self._page_path = page
@@ -271,9 +275,14 @@ class WorkerService:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())
 
     def _connect(
-        self, plan_id: str, manifests: Sequence[bytes | str], direction: Direction = "pull"
+        self,
+        plan_id: str,
+        manifests: Sequence[bytes | str],
+        direction: Direction = "pull",
+        reached_at: str | None = None,
     ) -> ConnectAnswer:
         """Manifests come as they are, or as paths of files on this host."""
+        self._be_reachable(reached_at)
         decoder = msgspec.msgpack.Decoder(SourceManifest)
         bodies = (Path(each).read_bytes() if isinstance(each, str) else each for each in manifests)
         offers = [decoder.decode(body) for body in bodies]
@@ -286,8 +295,15 @@ class WorkerService:
             destination=result.destination,
         )
 
-    def _manifest(self, model: dict[str, str | int | bool], word: int) -> bytes:
+    def _manifest(
+        self, model: dict[str, str | int | bool], word: int, reached_at: str | None = None
+    ) -> bytes:
+        self._be_reachable(reached_at)
         return self._receiver.manifest(model, word)
+
+    def _be_reachable(self, address: str | None) -> None:
+        if address is not None and self._reach is not None and self._reach(address):
+            self._receiver.renew_agent()
 
     def _drop(self, plan_id: str) -> None:
         self._receiver.drop(plan_id)
