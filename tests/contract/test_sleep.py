@@ -16,6 +16,8 @@ import pytest
 from engine_plugins.admin_client import AdminClient
 from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, SIZED, on
 from tests.support.engine_server import TOKEN, EngineServer
+from tests.support.engines import SGLANG, VLLM, only
+from tests.support.hf_reference import greedy, reference_model
 from tests.support.problems import problem
 from tests.support.served import Served
 from tests.support.stepping import Steps
@@ -238,6 +240,54 @@ def test_a_call_whose_answer_was_lost_is_repeated(awake: Served) -> None:
         for _ in range(2):
             assert server.admin.post(route).json()["state"] == state
     assert OLD.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+@only(VLLM, SGLANG)
+def test_requests_of_every_kind_outlive_a_sleep(
+    awake: Served, background: ThreadPoolExecutor
+) -> None:
+    """In a prefill, a stream, several sequences, and new ones; who hangs up frees the request."""
+    server = awake.server
+    stream = Stream(server, PROMPT, 120)
+    several = background.submit(_four_sequences, server, 60)
+    stream.wait_for(5)
+    prompts = [[2 + (each + 7 * index) % 300 for index in range(400)] for each in range(3)]
+    prefills = [background.submit(server.greedy, prompt, 4) for prompt in prompts]
+    sleep(server)
+    held = len(stream.ids)
+    new = background.submit(server.greedy, PROMPT)
+    with pytest.raises(httpx.ReadTimeout):
+        _post(server, PROMPT, 200, timeout=0.5)
+    assert not new.done()
+    assert len(stream.ids) == held < 120
+    assert wake(server)["state"] == "serving"
+    model = reference_model(OLD.folder)
+    assert stream.result() == greedy(model, PROMPT, 120)
+    assert new.result(30) == OLD.expected()[0]
+    assert [each.result(30) for each in prefills] == [greedy(model, each, 4) for each in prompts]
+    assert several.result(30) == [greedy(model, PROMPT, 60)] * 4
+    idle = {"running": 0, "waiting": 0}
+    until(lambda: server.state()["requests"] == idle, within_s=5, otherwise=server.state)
+
+
+def _post(
+    server: EngineServer, prompt: Sequence[int], tokens: int, *, n: int = 1, timeout: float = 60
+) -> httpx.Response:
+    sampling: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "n": n}
+    if server.kind == "sglang":
+        sampling["max_new_tokens"] = tokens
+        body = {"input_ids": prompt, "sampling_params": sampling}
+        return server.http.post("/generate", json=body, timeout=timeout)
+    body = {"prompt": prompt, "max_tokens": tokens, "return_token_ids": True, **sampling}
+    return server.http.post("/v1/completions", json=body, timeout=timeout)
+
+
+def _four_sequences(server: EngineServer, tokens: int) -> list[list[int]]:
+    answer = _post(server, PROMPT, tokens, n=4).raise_for_status().json()
+    if server.kind == "sglang":
+        return [each["output_ids"] for each in answer]
+    return [each["token_ids"] for each in answer["choices"]]
 
 
 @on(DENSE)
