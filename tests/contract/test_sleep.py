@@ -277,7 +277,7 @@ def _post(
     sampling: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "n": n}
     if server.kind == "sglang":
         sampling["max_new_tokens"] = tokens
-        body = {"input_ids": prompt, "sampling_params": sampling}
+        body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling}
         return server.http.post("/generate", json=body, timeout=timeout)
     body = {"prompt": prompt, "max_tokens": tokens, "return_token_ids": True, **sampling}
     return server.http.post("/v1/completions", json=body, timeout=timeout)
