@@ -361,6 +361,7 @@ def _problem(url: str, response: httpx.Response) -> AdminAnswerError:
         detail=problem.detail or problem.title or "no detail",
         remedy=remedy,
         by_engine=problem.type.startswith(PROBLEM),
+        retry_after="retry-after" in response.headers,
     )
 
 
@@ -376,6 +377,13 @@ def _base_url(url: str) -> httpx.URL:
         raise SettingsError(
             f"{shown} is not an engine's url",
             remedy="give http://host:port, without user, password or query",
+        )
+    if parts.path.rstrip("/").endswith("/v1") and not parts.path.rstrip("/").endswith(PREFIX):
+        plain = parts.copy_with(path=parts.path.rstrip("/").removesuffix("/v1") or "/")
+        raise SettingsError(
+            f"{parts} is the url of the engine's OpenAI routes, and /v1 does not belong there: "
+            "the admin routes are beside it",
+            remedy=f"give {str(plain).rstrip('/')}",
         )
     return parts
 

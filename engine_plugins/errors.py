@@ -13,7 +13,9 @@ __all__ = [
     "BodyTooLargeError",
     "ConflictError",
     "EngineCallError",
+    "EngineDeadError",
     "EnginePluginError",
+    "EngineStuckError",
     "EngineTlsError",
     "EngineUnreachableError",
     "HookModeError",
@@ -152,6 +154,21 @@ class EngineCallError(EnginePluginError):
     code = "engine_call_failed"
 
 
+class EngineDeadError(EngineCallError):
+    """A process of the engine has ended, so nothing that it was asked will be answered."""
+
+    code = "engine_dead"
+
+
+class EngineStuckError(EnginePluginError):
+    """The engine did not answer a call in time; the text names the process that stands still.
+
+    It may still do what it was asked, once it goes on; nothing that comes late is published.
+    """
+
+    code = "engine_stuck"
+
+
 class SourceError(EnginePluginError):
     """The trainer's tensors cannot be described as a source (unknown name, odd layout)."""
 
@@ -276,6 +293,7 @@ class AdminAnswerError(EnginePluginError):
         detail: str,
         remedy: str,
         by_engine: bool = True,
+        retry_after: bool = False,
     ) -> None:
         at = f"{status} {code}" + (f", {state}" if state else "")
         super().__init__(f"{url} answered {at}: {detail}", remedy=remedy)
@@ -285,6 +303,7 @@ class AdminAnswerError(EnginePluginError):
         self.state = state
         self.detail = detail
         self.by_engine = by_engine
+        self.retry_after = retry_after
 
 
 class SleepRefusedError(EnginePluginError):

@@ -15,6 +15,7 @@ from typing import Any
 import torch.distributed
 from sglang.utils import TypeBasedDispatcher
 
+from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.engine_release import GATE, UPDATES
@@ -100,7 +101,9 @@ def attach_to_scheduler(result: None, scheduler: Any) -> None:
     lost = [*missing(UPDATES), *(missing(GATE) if settings.prefill_gate != "off" else [])]
     extension = SchedulerExtension(scheduler, _gate(scheduler, settings, complete=not lost))
     scheduler._request_dispatcher += TypeBasedDispatcher([(EngineCall, extension.answer)])
-    report_present(torch.distributed.get_rank(scheduler.tp_cpu_group), lost)
+    tp_rank = torch.distributed.get_rank(scheduler.tp_cpu_group)
+    sign_in(shared_state().runtime_dir, "scheduler", tp_rank)
+    report_present(tp_rank, lost)
 
 
 def _gate(scheduler: Any, settings: Settings, *, complete: bool) -> EngineGate | GateOnDemand:

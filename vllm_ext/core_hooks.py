@@ -17,6 +17,7 @@ from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import Request, RequestStatus
 
+from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir, shared_state
 from engine_plugins.admin.shared_state import SharedState
@@ -125,6 +126,8 @@ def hook_gate() -> None:
     @functools.wraps(original)
     def initialize(self: EngineCore, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
+        if has_extension(self.vllm_config.parallel_config.worker_extension_cls):
+            sign_in(shared_state().runtime_dir, "engine core")
         settings = _settings(self)
         if settings.prefill_gate != "off":
             setattr(self, _GATE, _make_gate(self, settings))

@@ -49,7 +49,7 @@ _UPDATES = EngineNames(
             "CompletionOutput: index, token_ids, finish_reason, stop_reason",
         ),
         "vllm.v1.engine.async_llm": (
-            "AsyncLLM: engine_core, vllm_config",
+            "AsyncLLM: engine_core, errored, vllm_config",
             "async AsyncLLM.pause_generation(self, *, mode, clear_cache)",
             "async AsyncLLM.resume_generation(self)",
             "async AsyncLLM.reset_prefix_cache(self, *, reset_running_requests)",

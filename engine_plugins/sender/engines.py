@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import httpx
 import msgspec
 
 from engine_plugins.admin_answers import Direction, UpdateRequest
@@ -19,6 +20,8 @@ from engine_plugins.errors import (
     UpdateFailedError,
 )
 from engine_plugins.sender.access import EngineAccess
+from engine_plugins.sender.busy_engine import once_it_is_free
+from engine_plugins.sender.held_weights import held_by
 from engine_plugins.sender.known_end import answer_or_end
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.report import PlanSummary, UpdateReport
@@ -43,6 +46,11 @@ class EngineLink:
     def url(self) -> str:
         """The engine's base url, which names it everywhere."""
         return self.client.url
+
+    @property
+    def host(self) -> str:
+        """Name or address of the engine's host, as its url has it."""
+        return httpx.URL(self.url).host
 
     def publish(self, manifest: Callable[[], bytes]) -> str:
         """Offer this process's manifest, unless the engine has it already."""
@@ -76,8 +84,12 @@ class EngineLink:
             UpdateEndUnknownError: what became of it cannot be found out.
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
-        self._connect(source_ids, model, "pull")
-        return self._carried(request, self.client.update)
+
+        def connected(request: UpdateRequest) -> UpdateReport:
+            self._connect(source_ids, model, "pull")
+            return self._carried(request, self.client.update)
+
+        return once_it_is_free(request, connected)
 
     def prepare(
         self,
@@ -91,8 +103,12 @@ class EngineLink:
         Raises:
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
-        self._connect(source_ids, model, direction)
-        return self._carried(request, self.client.prepare)
+
+        def connected(request: UpdateRequest) -> UpdateReport:
+            self._connect(source_ids, model, direction)
+            return self._carried(request, self.client.prepare)
+
+        return once_it_is_free(request, connected)
 
     def commit(self, request: UpdateRequest) -> UpdateReport:
         """Have the engine install what it prepared.
@@ -188,7 +204,7 @@ def failure_of(link: EngineLink, error: EnginePluginError, *, where: str = "") -
     """Describe a failure together with what the engine says it holds now."""
     detail = error.detail if isinstance(error, AdminAnswerError) else error.message
     return EngineFailure(
-        code=error.code, detail=where + detail, remedy=error.remedy, holds=_holds(link)
+        code=error.code, detail=where + detail, remedy=error.remedy, holds=held_by(link.client)
     )
 
 
@@ -200,14 +216,3 @@ def _reported(report: UpdateReport) -> UpdateFailedError:
     )
     error.code = told.get("code", error.code)
     return error
-
-
-def _holds(link: EngineLink) -> str:
-    try:
-        state = link.client.state()
-    except EnginePluginError as error:
-        return f"unknown weights, /state gave no answer ({error.code})"
-    version = state.weights.version
-    weights = "the weights it started with" if version is None else f"version {version}"
-    fence = f": {state.fence.get('detail', '')}" if state.fence else ""
-    return f"{weights}, {state.state}{fence}"

@@ -112,6 +112,28 @@ def test_what_is_no_engine_url_is_refused(url: str) -> None:
     assert "p@" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("url", "instead"),
+    [
+        ("http://engine:8000/v1", "give http://engine:8000"),
+        ("https://engine/v1/", "give https://engine"),
+        ("http://gateway/engine-3/v1", "give http://gateway/engine-3"),
+    ],
+)
+def test_an_openai_base_url_is_refused_with_the_right_one(url: str, instead: str) -> None:
+    """It would be a 404, and with a key of the engine's a 401, of another route."""
+    with pytest.raises(SettingsError, match="/v1 does not belong there") as caught:
+        AdminClient(url)
+    assert caught.value.remedy == instead
+
+
+@pytest.mark.parametrize("path", ["", "/", "/admin/v1", "/admin/v1/", "/engine-3"])
+def test_other_paths_of_an_engine_are_welcome(path: str) -> None:
+    """The whole url of the contract too: it is what the docs name."""
+    with AdminClient(f"http://engine:8000{path}") as client:
+        assert client.url.removesuffix("/engine-3") == "http://engine:8000"
+
+
 def test_tokens_come_from_the_argument_the_variable_or_the_file(
     engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
