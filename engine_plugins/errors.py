@@ -13,7 +13,9 @@ __all__ = [
     "BodyTooLargeError",
     "ConflictError",
     "EngineCallError",
+    "EngineDeadError",
     "EnginePluginError",
+    "EngineStuckError",
     "EngineTlsError",
     "EngineUnreachableError",
     "HookModeError",
@@ -150,6 +152,21 @@ class EngineCallError(EnginePluginError):
     """A worker of the engine answered a call with an error of its own."""
 
     code = "engine_call_failed"
+
+
+class EngineDeadError(EngineCallError):
+    """A process of the engine has ended, so nothing that it was asked will be answered."""
+
+    code = "engine_dead"
+
+
+class EngineStuckError(EnginePluginError):
+    """The engine did not answer a call in time; the text names the process that stands still.
+
+    It may still do what it was asked, once it goes on; nothing that comes late is published.
+    """
+
+    code = "engine_stuck"
 
 
 class SourceError(EnginePluginError):

@@ -67,6 +67,10 @@ class SglangEngineControl:
         """What the engine is."""
         return self._info
 
+    def death(self) -> str | None:
+        """An API process of SGLang's is told of no scheduler's end."""
+        return None
+
     async def pause(self, mode: PauseMode) -> None:
         """Freeze requests in the engine, let them finish, or abort them.
 

@@ -14,7 +14,13 @@ _UPDATES = EngineNames(
         "sglang.srt.entrypoints.http_server": (
             "_setup_and_run_http_server(server_args, tokenizer_manager, *args, **kwargs)",
         ),
+        "sglang.srt.entrypoints.engine": (
+            "Engine._launch_scheduler_processes(cls, server_args, *args, **kwargs)",
+        ),
         "sglang.srt.utils.auth": ("add_api_key_middleware(app, **keys)",),
+        "sglang.srt.utils.common": (
+            "kill_process_tree(parent_pid, include_parent=..., *args, **kwargs)",
+        ),
         "sglang.srt.utils.torch_memory_saver_adapter": (
             "_TorchMemorySaverAdapterReal.configure_subprocess(self)",
         ),
@@ -37,6 +43,7 @@ _UPDATES = EngineNames(
         "sglang.srt.plugins": ("load_plugins()",),
         "sglang.srt.plugins.hook_registry": (
             "HookRegistry: _patched",
+            "HookRegistry.apply_hooks(cls)",
             "HookRegistry.register(cls, target, hook, hook_type)",
             "HookType: AFTER, AROUND, BEFORE",
         ),

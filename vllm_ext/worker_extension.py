@@ -12,19 +12,24 @@ from typing import Any
 
 from vllm.config import set_current_vllm_config
 
-from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir
 from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, refuse
 from vllm_ext.draft_model import draft_of
 from vllm_ext.engine_memory import memory_backend, tagged_tensors
+from vllm_ext.hooks import install, speak_through_vllm
 from vllm_ext.memory_baseline import memory_of
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 __all__ = ["EnginePluginsWorkerExtension"]
 
 _SERVICE = "_engine_plugins_service"
+
+# A worker resolves its extension before it loads the model: only workers with ours are measured.
+speak_through_vllm()
+install("vllm_ext.memory_baseline", "hook_load_model", needed=False)
 
 
 class EnginePluginsWorkerExtension:
@@ -53,6 +58,8 @@ def _make_service(worker: Any) -> WorkerService:
     runner = worker.model_runner
     tensors = tagged_tensors(worker)
     runtime_dir = os.environ.get(RUNTIME_DIR)
+    if runtime_dir is not None:
+        hold_runtime_dir()
     return make_rank_service(
         VllmWeightInstaller(config, runner.get_model(), draft_of(runner, config)),
         memory_of(worker),

@@ -13,11 +13,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from engine_plugins.admin.absent_parts import absent_parts
 from engine_plugins.admin.background import Background
+from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
 from engine_plugins.admin.pausing import end_left_pause, end_overdue, new_pause, pause_within
 from engine_plugins.admin.schemas import (
     AbortBody,
+    AbsentView,
     CommitBody,
     ConnectBody,
     EngineView,
@@ -85,15 +88,15 @@ class AdminService:
     """The admin contract over one engine, in one of its API processes."""
 
     def __init__(self, control: EngineControl, shared: SharedState, settings: Settings) -> None:
-        self._control = control
+        self._control = bounded(control, shared)
         self._shared = shared
-        self._workers = WorkerCalls(control)
+        self._workers = WorkerCalls(self._control)
         self._reading = asyncio.Lock()
         """One manifest at a time: each thread that computes makes the event loop wait its turn."""
         self._sources = Sources(shared, max_entries=settings.max_manifest_entries)
         self._background = Background()
-        self._updates = Updates(control, shared, settings, self._background)
-        self._sleeping = Sleeping(control, shared, settings)
+        self._updates = Updates(self._control, shared, settings, self._background)
+        self._sleeping = Sleeping(self._control, shared, settings)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
 
@@ -120,6 +123,10 @@ class AdminService:
             ),
             requests=RequestsView(running=counts.running, waiting=counts.waiting),
             workers=await self._worker_views(state),
+            absent=[
+                AbsentView(part=part, reason=reason)
+                for part, reason in absent_parts(self._shared.runtime_dir).items()
+            ],
             **plain,
         )
 

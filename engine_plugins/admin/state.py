@@ -220,7 +220,6 @@ def carrier_stopped(state: EngineState, *, since: float) -> EngineState:
         since=since,
         fence=fence,
         update=None,
-        holding=False,
         weights=WeightsInstalled(),
     )
 

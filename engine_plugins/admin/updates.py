@@ -14,23 +14,28 @@ from contextlib import AbstractAsyncContextManager
 import msgspec
 
 from engine_plugins.admin.background import Background
+from engine_plugins.admin.bounded_control import bounded
+from engine_plugins.admin.call_limits import UPDATE_GRACE_S
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.schemas import AbortBody, UpdateBody
 from engine_plugins.admin.shared_state import Held, SharedState
 from engine_plugins.admin.staging_claims import StagingClaims
 from engine_plugins.admin.state import (
     EngineState,
+    moved,
     refuse_for_good,
     require,
     require_weights_mapped,
 )
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
+from engine_plugins.admin.update_outcome import stands_still
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.update_transaction import UpdateTransaction
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
+    EngineStuckError,
     OutdatedError,
     StaleVersionError,
     UnknownIdError,
@@ -40,7 +45,7 @@ from engine_plugins.errors import (
 )
 from engine_plugins.settings import Settings
 from engine_plugins.weights.report import PlanSummary, UpdateReport
-from engine_plugins.weights.staging import ModeChoice, choose_mode, newly_taken
+from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode, newly_taken
 
 __all__ = ["Updates"]
 
@@ -59,8 +64,7 @@ class Updates:
         settings: Settings,
         background: Background,
     ) -> None:
-        self._control = control
-        self._workers = WorkerCalls(control)
+        self._control = bounded(control, shared)
         self._claims = StagingClaims()
         self._shared = shared
         self._settings = settings
@@ -185,13 +189,24 @@ class Updates:
             return await self._run(body, plan, held.waited_s)
 
     async def _run(self, body: UpdateBody, plan: PlanSummary, waited_s: float) -> UpdateReport:
-        rooms = [] if body.mode == "in_place" else await self._workers.staging_room(body.plan_id)
+        rooms = [] if body.mode == "in_place" else await self._rooms(body)
         with self._claims.claimed(newly_taken(rooms)) as others:
             mode = choose_mode(body.mode, rooms, self._settings.staging_bytes, others)
             transaction = self._begin(body, plan, mode, waited_s)
             report = await self._carried(transaction, transaction.run())
         self._ended(report)
         return report
+
+    async def _rooms(self, body: UpdateBody) -> list[StagingRoom]:
+        ends_at = time.monotonic() + body.timeout_s + UPDATE_GRACE_S
+        try:
+            workers = WorkerCalls(self._control.until(lambda: ends_at))
+            return await workers.staging_room(body.plan_id)
+        except EngineStuckError as error:
+            fence = stands_still(body.version, error, error, touched=False)
+            self._shared.change(lambda state: moved(state, "fenced", fence=fence))
+            error.remedy = f"the engine is fenced; {fence.remedy}"
+            raise
 
     async def _prepare(self, body: UpdateBody) -> UpdateReport:
         async with self.place("prepare", body.timeout_s) as held:

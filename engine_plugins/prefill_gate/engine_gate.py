@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -36,11 +36,12 @@ from engine_plugins.settings import Settings
 __all__ = [
     "EngineGate",
     "Keep",
+    "Samples",
     "StepFigures",
     "calibration_file",
+    "changed",
     "make_engine_gate",
     "no_gate",
-    "refused_calls",
     "require_cap",
 ]
 
@@ -210,10 +211,7 @@ class EngineGate:
         Raises:
             SettingsError: a value that makes no sense here; nothing has changed.
         """
-        settings = replace(
-            self._settings,
-            **{f"prefill_{_SETTING.get(name, name)}": changes[name] for name in changes},
-        )
+        settings = changed(self._settings, changes)
         require_cap(settings, self._ranks.device_bytes())
         self.gate.configure(settings)
         self._take_settings(settings)
@@ -278,6 +276,17 @@ class EngineGate:
         self._board.publish(self._limits, self.report())
 
 
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings with those of the gate changed, by their names in `GateSettings`.
+
+    Raises:
+        SettingsError: a value that makes no sense anywhere.
+    """
+    return replace(
+        settings, **{f"prefill_{_SETTING.get(name, name)}": changes[name] for name in changes}
+    )
+
+
 def make_engine_gate(
     model: ModelMemory,
     settings: Settings,
@@ -337,15 +346,6 @@ def no_gate(error: Exception) -> EnginePluginError:
         f"this engine has no prefill gate: {type(error).__name__}: {error}",
         remedy="see the server's log",
     )
-
-
-def refused_calls(why: EnginePluginError) -> dict[str, Callable[..., Any]]:
-    """The calls of an engine without a gate; all raise."""
-
-    def refuse(**arguments: Any) -> NoReturn:
-        raise why
-
-    return dict.fromkeys(("gate_report", "gate_configure", "gate_reset"), refuse)
 
 
 def require_cap(settings: Settings, device_bytes: int | None = None) -> None:

@@ -229,6 +229,17 @@ class WeightReceiver:
         run.prepared.confirm()
         return run.status()
 
+    def look(self) -> PullStatus:
+        """See whether the trainers are there, while what is here waits for its commit.
+
+        Raises:
+            PeerLostError: one is gone.
+            SourceRevokedError: one took its offer back.
+        """
+        run = self._current()
+        run.prepared.look()
+        return run.status()
+
     def poll(self) -> PullStatus:
         """Where the update stands; never blocks."""
         return self._current().status()

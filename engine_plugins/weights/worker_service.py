@@ -18,7 +18,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine_plugins import errors
-from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
+from engine_plugins.errors import (
+    AdminRequestError,
+    EngineCallError,
+    EnginePluginError,
+    OutdatedError,
+)
 from engine_plugins.shared_page import SharedPage
 from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.destinations import Destination
@@ -29,6 +34,7 @@ from engine_plugins.weights.staging import StagingRoom
 from engine_plugins.weights.update_run import PullStatus
 
 __all__ = [
+    "GENERATION",
     "AbortAnswer",
     "ConnectAnswer",
     "Failure",
@@ -46,6 +52,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+GENERATION = "_generation"
+"""Beside a call's arguments: the generation of the operation that makes it, see `SharedState`."""
 _PAGE_BYTES = 64 << 10
 _MESSAGE_CHARACTERS = 3000
 """Of an error: a status has to fit its page, of which half is one status, in any alphabet."""
@@ -150,14 +158,31 @@ def refuse(error: EnginePluginError) -> bytes:
 
 
 def answer_call(
-    calls: Mapping[str, Callable[..., Any]], name: str, arguments: bytes, *, who: str
+    calls: Mapping[str, Callable[..., Any]],
+    name: str,
+    arguments: bytes,
+    *,
+    who: str,
+    admit: Callable[[int], None] = lambda generation: None,
 ) -> bytes:
-    """Answer one call of those that there are; never raises. Errors name `who` met them."""
+    """Answer one call of those that there are; never raises. Errors name `who` met them.
+
+    Args:
+        calls: what can be called.
+        name: of the call.
+        arguments: from `encode_call`.
+        who: answers.
+        admit: raises where a call of this generation comes too late.
+    """
     try:
         method = calls.get(name)
         if method is None:
             raise AdminRequestError(f"{who} knows no call {name!r}")
-        value = msgspec.msgpack.encode(method(**msgspec.msgpack.decode(arguments)))
+        given = msgspec.msgpack.decode(arguments)
+        generation = given.pop(GENERATION, None)
+        if generation is not None:
+            admit(generation)
+        value = msgspec.msgpack.encode(method(**given))
     except EnginePluginError as error:
         return refuse(error)
     except Exception as error:  # whatever the engine raised must travel as data
@@ -206,6 +231,7 @@ class WorkerService:
             self._page = SharedPage(page)
         self._telling = threading.Lock()
         self._pull_number = 0
+        self._generation = 0
         self._calls: dict[str, Callable[..., Any]] = {
             "describe": self._describe,
             "connect": self._connect,
@@ -215,6 +241,7 @@ class WorkerService:
             "start": self._start,
             "poll": self._poll,
             "confirm": self._confirm,
+            "look": self._look,
             "written": self._written,
             "advance": self._advance,
             "finish": self._finish,
@@ -224,7 +251,22 @@ class WorkerService:
 
     def call(self, name: str, arguments: bytes) -> bytes:
         """Answer one call; never raises."""
-        return answer_call(self._calls, name, arguments, who=f"rank {self._tp_rank}")
+        who = f"rank {self._tp_rank}"
+        return answer_call(self._calls, name, arguments, who=who, admit=self._admit)
+
+    def _admit(self, generation: int) -> None:
+        """Refuse what a stopped process asks when it wakes up: another carries on for it.
+
+        Raises:
+            OutdatedError: the other one has called already.
+        """
+        if generation < self._generation:
+            raise OutdatedError(
+                f"rank {self._tp_rank} takes calls of generation {self._generation} by now, and "
+                f"this one is of generation {generation}: another process has taken its place",
+                remedy="GET /admin/v1/state says what the engine holds now",
+            )
+        self._generation = generation
 
     def _describe(self) -> WorkerDescription:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())
@@ -291,6 +333,9 @@ class WorkerService:
 
     def _confirm(self) -> StatusAnswer:
         return self._answer(self._receiver.confirm())
+
+    def _look(self) -> StatusAnswer:
+        return self._answer(self._receiver.look())
 
     def _poll(self) -> StatusAnswer:
         return self._answer(self._receiver.poll())

@@ -123,7 +123,7 @@ def _called(stage: Stage) -> Mend:
         return mend
     stage.call = begin_call(server, phase)
     if phase == "drain":
-        until(lambda: stage.target.page().holding, otherwise=stage.target.page)
+        until(lambda: stage.target.page().holding is not None, otherwise=stage.target.page)
     return struck(stage)
 
 

@@ -17,7 +17,7 @@ from vllm_ext.core_hooks import _salt_new_requests
 def salt_of(shared: SharedState, monkeypatch: pytest.MonkeyPatch) -> str:
     """What a request without a salt is hashed with."""
     monkeypatch.setattr(EngineCore, "preprocess_add_request", lambda self, request: request)
-    _salt_new_requests(shared)
+    _salt_new_requests(lambda core: shared)
     add: Any = EngineCore.preprocess_add_request
     return str(add(None, SimpleNamespace(cache_salt=None)).cache_salt)
 
