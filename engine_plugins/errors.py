@@ -13,13 +13,16 @@ __all__ = [
     "BodyTooLargeError",
     "ConflictError",
     "EngineCallError",
+    "EngineDeadError",
     "EnginePluginError",
+    "EngineStuckError",
     "EngineTlsError",
     "EngineUnreachableError",
     "HookModeError",
     "ManifestError",
     "MemoryPressureError",
     "NotConfiguredError",
+    "OutdatedError",
     "PauseTimeoutError",
     "PeerError",
     "PeerLostError",
@@ -40,6 +43,7 @@ __all__ = [
     "UpdateEndUnknownError",
     "UpdateFailedError",
     "WeightMismatchError",
+    "WriterStoppedError",
 ]
 
 
@@ -114,6 +118,18 @@ class StaleVersionError(ConflictError):
     code = "stale_version"
 
 
+class OutdatedError(EnginePluginError):
+    """Another process has taken the place of a call that did not go on; it changes nothing more."""
+
+    code = "outdated"
+
+
+class WriterStoppedError(EnginePluginError):
+    """A process of the server stopped while it wrote the state; another can take its place."""
+
+    code = "writer_stopped"
+
+
 class UpdateAbortedError(ConflictError):
     """An update that was prepared was given up: by its caller, or because no commit came."""
 
@@ -136,6 +152,21 @@ class EngineCallError(EnginePluginError):
     """A worker of the engine answered a call with an error of its own."""
 
     code = "engine_call_failed"
+
+
+class EngineDeadError(EngineCallError):
+    """A process of the engine has ended, so nothing that it was asked will be answered."""
+
+    code = "engine_dead"
+
+
+class EngineStuckError(EnginePluginError):
+    """The engine did not answer a call in time; the text names the process that stands still.
+
+    It may still do what it was asked, once it goes on; nothing that comes late is published.
+    """
+
+    code = "engine_stuck"
 
 
 class SourceError(EnginePluginError):
@@ -262,6 +293,7 @@ class AdminAnswerError(EnginePluginError):
         detail: str,
         remedy: str,
         by_engine: bool = True,
+        retry_after: bool = False,
     ) -> None:
         at = f"{status} {code}" + (f", {state}" if state else "")
         super().__init__(f"{url} answered {at}: {detail}", remedy=remedy)
@@ -271,6 +303,7 @@ class AdminAnswerError(EnginePluginError):
         self.state = state
         self.detail = detail
         self.by_engine = by_engine
+        self.retry_after = retry_after
 
 
 class SleepRefusedError(EnginePluginError):

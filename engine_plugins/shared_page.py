@@ -12,7 +12,10 @@ import struct
 import tempfile
 import time
 import zlib
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Self
 
 from engine_plugins.errors import EnginePluginError
 
@@ -32,18 +35,24 @@ class SharedPage:
     Two slots by turns: a writer that dies half way has spoiled only the one that nobody reads.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, memory: memoryview | None = None) -> None:
         self._path = path
-        with path.open("r+b") as file:
-            self._page = mmap.mmap(file.fileno(), 0)
+        self._page = _mapped(path) if memory is None else memory
         self._slot_bytes = (len(self._page) - _FIRST_SLOT) // 2
-        self._sequence = memoryview(self._page)[:8].cast("Q")
+        self._sequence = self._page[:8].cast("Q")
         """How often the bytes were replaced, which also says the slot that holds them.
 
         A memory view stores its item at once; `struct` zeroes the bytes before it fills them.
         """
-        self.gauges = memoryview(self._page)[8:_FIRST_SLOT].cast("q")
+        self.gauges = self._page[8:_FIRST_SLOT].cast("q")
         """Seven numbers beside the bytes, each replaced by itself."""
+
+    @classmethod
+    def parts(cls, path: Path, sizes: Sequence[int]) -> list[Self]:
+        """Several pages that lie in one file, mapped once; sizes are multiples of 8."""
+        memory = _mapped(path)
+        ends = accumulate(sizes)
+        return [cls(path, memory[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
 
     @staticmethod
     def create(path: Path, *, nbytes: int) -> None:
@@ -75,7 +84,7 @@ class SharedPage:
             slot = self._slot(sequence)
             written, length, checksum = _SLOT_HEADER.unpack_from(self._page, slot)
             first = slot + _SLOT_HEADER.size
-            payload = self._page[first : first + length]
+            payload = bytes(self._page[first : first + length])
             if sequence == 0:
                 return 0, b""
             if written == sequence and _checksum(sequence, payload) == checksum:
@@ -83,8 +92,13 @@ class SharedPage:
             time.sleep(0.0001)  # two writers passed while we read; look again
         raise EnginePluginError(f"the page {self._path} cannot be read")
 
-    def write(self, payload: bytes) -> None:
+    def write(self, payload: bytes, before_it_shows: Callable[[], None] | None = None) -> None:
         """Replace the bytes; no other process may be writing.
+
+        Args:
+            payload: the new bytes.
+            before_it_shows: called when they lie there and nobody reads them yet; what it raises
+                leaves the old ones.
 
         Raises:
             EnginePluginError: they do not fit.
@@ -97,10 +111,17 @@ class SharedPage:
         _SLOT_HEADER.pack_into(self._page, slot, sequence, len(payload), checksum)
         first = slot + _SLOT_HEADER.size
         self._page[first : first + len(payload)] = payload
+        if before_it_shows is not None:
+            before_it_shows()
         self._sequence[0] = sequence
 
     def _slot(self, sequence: int) -> int:
         return _FIRST_SLOT + self._slot_bytes * (sequence % 2)
+
+
+def _mapped(path: Path) -> memoryview:
+    with path.open("r+b") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0))
 
 
 def _checksum(sequence: int, payload: bytes) -> int:

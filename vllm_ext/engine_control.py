@@ -48,6 +48,10 @@ class VllmEngineControl:
         """What the engine is."""
         return self._info
 
+    def death(self) -> str | None:
+        """VLLM's client learns it from the core's last message, or from its process's end."""
+        return "vLLM's engine core has ended" if self._client.errored else None
+
     async def pause(self, mode: PauseMode) -> None:
         """Pause without touching caches: an update flushes after the new weights are in."""
         await _vllm(self._client.pause_generation(mode=mode, clear_cache=False))

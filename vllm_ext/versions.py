@@ -27,7 +27,8 @@ _UPDATES = EngineNames(
     },
     used={
         "vllm.engine.arg_utils": (
-            "EngineArgs: additional_config, enable_sleep_mode, worker_extension_cls",
+            "EngineArgs: _api_process_count, _api_process_rank, additional_config, "
+            "enable_sleep_mode, worker_extension_cls",
         ),
         "vllm.engine.protocol": ("EngineClient",),
         "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),
@@ -48,7 +49,7 @@ _UPDATES = EngineNames(
             "CompletionOutput: index, token_ids, finish_reason, stop_reason",
         ),
         "vllm.v1.engine.async_llm": (
-            "AsyncLLM: engine_core, vllm_config",
+            "AsyncLLM: engine_core, errored, vllm_config",
             "async AsyncLLM.pause_generation(self, *, mode, clear_cache)",
             "async AsyncLLM.resume_generation(self)",
             "async AsyncLLM.reset_prefix_cache(self, *, reset_running_requests)",
@@ -63,6 +64,7 @@ _UPDATES = EngineNames(
         "vllm.v1.engine": ("EngineCoreRequest: cache_salt", "FinishReason: ERROR"),
         "vllm.v1.engine.core": (
             "EngineCore: scheduler, vllm_config",
+            "EngineCoreProc._handle_request_preproc_error(self, request)",
             "EngineCoreProc._send_finish_outputs_to_client"
             "(self, req_ids, client_index, finish_reason)",
         ),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from engine_plugins.errors import EnginePluginError
+
 __all__ = ["Background"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -18,17 +23,32 @@ class Background:
         self._tasks: set[asyncio.Task[Any]] = set()
 
     def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Start work that ends by itself. Its error is for whoever awaits the task, if anybody."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._forget)
+        """Start work that ends by itself. Its error goes to the log, and to whoever awaits it."""
+        task = self._start(work)
+        task.add_done_callback(_log_error)
         return task
 
     async def to_the_end(self, work: Coroutine[Any, Any, T]) -> T:
         """Await work that a caller who hangs up must not stop half way."""
-        return await asyncio.shield(self.keep(work))
+        task = self._start(work)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_log_error)  # its caller is gone
+            raise
 
-    def _forget(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled():
-            task.exception()  # whoever asked was told; asyncio need not complain
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _log_error(task: asyncio.Task[Any]) -> None:
+    if task.cancelled():
+        return
+    error, what = task.exception(), task.get_coro()
+    if isinstance(error, EnginePluginError):
+        logger.warning("%s: %s", getattr(what, "__qualname__", what), error)
+    elif error is not None:
+        logger.error("%s failed", getattr(what, "__qualname__", what), exc_info=error)

@@ -58,6 +58,10 @@ class EngineControl(Protocol):
         """What the engine is."""
         ...
 
+    def death(self) -> str | None:
+        """Why the engine's own client holds it for dead; None while it does not."""
+        ...
+
     async def pause(self, mode: PauseMode) -> None:
         """Stop scheduling; returns when generation stands still. New requests are held."""
         ...

@@ -160,15 +160,15 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         return SourceAccepted(source_id=await service.add_source(body, kind))
 
     @router.post("/weights/connect", **_told("connectSources", "weights", answer=PlanSummary))
-    async def connect(body: ConnectBody) -> Response:
+    async def connect(body: ConnectBody, request: Request) -> Response:
         """Plan an update from sources, and meet them or say where they are to write."""
-        plan = await service.connect(body)
+        plan = await service.connect(body, reached_at=_reached_at(request))
         return await asyncio.to_thread(_json, plan)  # of a push it may have many rows
 
     @router.get("/weights/manifest", **_told("getManifest", "weights", answer=EngineOffer))
-    async def manifest() -> Response:
+    async def manifest(request: Request) -> Response:
         """Offer the version that serves to other engines: one manifest for each rank."""
-        offer = await service.manifest()
+        offer = await service.manifest(reached_at=_reached_at(request))
         return await asyncio.to_thread(_json, offer)
 
     @router.post("/weights/update", **_told("updateWeights", "weights", answer=UpdateReport))
@@ -197,6 +197,12 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         return await asyncio.to_thread(service.weights)
 
     return router
+
+
+def _reached_at(request: Request) -> str | None:
+    """The address that the caller's connection ends at; None over a Unix socket."""
+    server = request.scope.get("server")
+    return str(server[0]) if server and server[1] is not None else None
 
 
 def _json(value: Any) -> Response:

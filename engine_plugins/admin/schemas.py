@@ -181,6 +181,13 @@ class RequestsView(_Answer):
     waiting: int | None
 
 
+class AbsentView(_Answer):
+    """An optional part of ours that this server has to do without."""
+
+    part: str
+    reason: str
+
+
 class StateView(_Answer):
     """The engine as it is now."""
 
@@ -196,6 +203,8 @@ class StateView(_Answer):
     requests: RequestsView
     workers: list[WorkerView]
     """Empty while they cannot be asked."""
+    absent: list[AbsentView] = []
+    """Optional parts of ours that this server does without."""
 
 
 class SleepAnswer(StateView):

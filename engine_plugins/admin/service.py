@@ -13,11 +13,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from engine_plugins.admin.absent_parts import absent_parts
 from engine_plugins.admin.background import Background
+from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
-from engine_plugins.admin.pausing import pause_within
+from engine_plugins.admin.pausing import end_left_pause, end_overdue, new_pause, pause_within
 from engine_plugins.admin.schemas import (
     AbortBody,
+    AbsentView,
     CommitBody,
     ConnectBody,
     EngineView,
@@ -42,10 +45,11 @@ from engine_plugins.admin.state import (
     Pause,
     WeightsInstalled,
     moved,
+    overdue,
     require,
     require_weights_mapped,
 )
-from engine_plugins.admin.updates import Updates
+from engine_plugins.admin.updates import MOST_WAIT_S, Updates
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
@@ -75,21 +79,24 @@ MAX_PLANS = 8
 BUSY_WAIT_S = 0.05
 """How long /state waits for an engine that may be busy; what it has not said then is unknown."""
 RETRY_S = 0.05
+FAILED_RETRY_S = 1.0
+WAIT_S = 5.0
+"""How long a call waits for another to end."""
 
 
 class AdminService:
     """The admin contract over one engine, in one of its API processes."""
 
     def __init__(self, control: EngineControl, shared: SharedState, settings: Settings) -> None:
-        self._control = control
+        self._control = bounded(control, shared)
         self._shared = shared
-        self._workers = WorkerCalls(control)
+        self._workers = WorkerCalls(self._control)
         self._reading = asyncio.Lock()
         """One manifest at a time: each thread that computes makes the event loop wait its turn."""
         self._sources = Sources(shared, max_entries=settings.max_manifest_entries)
         self._background = Background()
-        self._updates = Updates(control, shared, settings, self._background)
-        self._sleeping = Sleeping(control, shared, settings)
+        self._updates = Updates(self._control, shared, settings, self._background)
+        self._sleeping = Sleeping(self._control, shared, settings)
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
 
@@ -116,6 +123,10 @@ class AdminService:
             ),
             requests=RequestsView(running=counts.running, waiting=counts.waiting),
             workers=await self._worker_views(state),
+            absent=[
+                AbsentView(part=part, reason=reason)
+                for part, reason in absent_parts(self._shared.runtime_dir).items()
+            ],
             **plain,
         )
 
@@ -135,22 +146,26 @@ class AdminService:
                     remedy="POST /admin/v1/resume first",
                 )
             if state.state == "serving":
-                await pause_within(self._control, body.mode, body.timeout_s)
-            until = None if body.hold_s is None else time.time() + body.hold_s
-            pause = Pause(mode=body.mode, until=until)
+                await pause_within(self._control, self._shared, body.mode, body.timeout_s)
+            asked = new_pause(body.mode, body.hold_s)
+            pause = asked.beside(state.pause)
             self._shared.change(lambda now: moved(now, "paused", pause=pause))
-        if body.hold_s is not None:
-            self._background.keep(self._end_pause(pause, body.hold_s))
+        if pause.ends_at is not None:
+            self._background.keep(self._end_pause(pause))
 
     async def resume(self) -> StateView:
-        """Schedule again."""
-        async with self._operation("resume"):
-            state = self._shared.read()
-            require(state, "serving", "paused", doing="resume")
-            if state.state == "paused":
-                await self._control.resume()
-                self._shared.change(lambda now: moved(now, "serving", pause=None))
+        """Schedule again; this ends every caller's pause."""
+        await self._background.to_the_end(self._resume())
         return await self.state()
+
+    async def _resume(self) -> None:
+        async with self._operation("resume"):
+            require(self._shared.read(), "serving", "paused", doing="resume")
+            # Also of an engine that counts as serving: should it stand still, this is the way out.
+            await self._control.resume()
+            self._shared.change(
+                lambda now: moved(now, "serving", pause=None) if now.state == "paused" else now
+            )
 
     async def sleep(self, body: SleepBody) -> SleepAnswer:
         """Release memory, measure what is left, and say whether it may be.
@@ -212,6 +227,9 @@ class AdminService:
 
     async def flush(self, body: FlushBody) -> list[str]:
         """Empty caches, whatever the engine is doing short of an update."""
+        return await self._background.to_the_end(self._flush(body))
+
+    async def _flush(self, body: FlushBody) -> list[str]:
         async with self._operation("flush"):
             require(self._shared.read(), "serving", "paused", doing="flush")
             return await self._control.flush(
@@ -223,9 +241,17 @@ class AdminService:
         async with self._reading:
             return await asyncio.to_thread(self._sources.add, body, content_type)
 
-    async def connect(self, body: ConnectBody) -> PlanSummary:
-        """Plan an update from sources, on every rank, and meet the peers."""
-        async with self._operation("connect"):
+    async def connect(self, body: ConnectBody, *, reached_at: str | None = None) -> PlanSummary:
+        """Plan an update from sources, on every rank, and meet the peers.
+
+        Args:
+            body: the call.
+            reached_at: this server's address, as the caller sees it.
+        """
+        return await self._background.to_the_end(self._connect(body, reached_at))
+
+    async def _connect(self, body: ConnectBody, reached_at: str | None) -> PlanSummary:
+        async with self._place_for_connect():
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", "asleep", doing="connect")
             require_weights_mapped(state, doing="connect")
@@ -236,7 +262,9 @@ class AdminService:
             compare_facts(body.model, facts, who="the connect call")
             plan_id = "plan-" + secrets.token_hex(8)
             try:
-                answers = await self._workers.connect(plan_id, manifests, direction=body.direction)
+                answers = await self._workers.connect(
+                    plan_id, manifests, direction=body.direction, reached_at=reached_at
+                )
                 _refuse_unused(answers)
             except EnginePluginError:
                 await self._workers.drop(plan_id)
@@ -250,13 +278,19 @@ class AdminService:
                 self._shared.drop("used", old)
         return plan
 
-    async def manifest(self) -> EngineOffer:
+    async def manifest(self, *, reached_at: str | None = None) -> EngineOffer:
         """The version that serves as a source for other engines.
+
+        Args:
+            reached_at: this server's address, as the caller sees it.
 
         Raises:
             ConflictError: no update of ours has been installed, or an engine's parameters do not
                 hold what its loader copies; the text names them.
         """
+        return await self._background.to_the_end(self._manifest(reached_at))
+
+    async def _manifest(self, reached_at: str | None) -> EngineOffer:
         async with self._operation("offer the weights"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="offer the weights")
@@ -268,7 +302,8 @@ class AdminService:
                     remedy="update this engine first",
                 )
             word = _word_of(state.weights)
-            manifests = await self._workers.manifests(self._control.info.model_facts, word)
+            facts = self._control.info.model_facts
+            manifests = await self._workers.manifests(facts, word, reached_at=reached_at)
         return EngineOffer(
             version=version,
             request_id=state.weights.request_id,
@@ -327,25 +362,45 @@ class AdminService:
 
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:
-        """Hold the operation lock, over an engine that no dead process has left updating."""
-        with self._shared.operation(name):
+        """Hold the operation lock, over an engine that no dead process has left updating.
+
+        Another call is waited for, but an update may take long, and is not.
+        """
+
+        def hopeless(state: EngineState) -> None:
+            if state.state == "updating":
+                raise self._shared.occupied(name)
+
+        async with self._shared.operation(name, wait_s=WAIT_S, unless=hopeless):
             await self._updates.recover()
+            await end_left_pause(self._control, self._shared)
             yield
 
-    async def _end_pause(self, pause: Pause, hold_s: float) -> None:
-        """End a pause whose holder said how long to hold it, if it is still that pause.
+    @asynccontextmanager
+    async def _place_for_connect(self) -> AsyncIterator[None]:
+        async with self._updates.place("connect", MOST_WAIT_S):
+            await self._updates.recover()
+            await end_left_pause(self._control, self._shared)
+            yield
 
-        An update may be under way just then: the pause ends when that has.
+    async def _end_pause(self, pause: Pause) -> None:
+        """End a pause whose time is over, if it is still that pause.
+
+        The engine may be asleep or updating just then: the pause ends when it is paused again.
         """
-        await asyncio.sleep(hold_s)
         while self._shared.read().pause == pause:
+            left = (pause.ends_at or 0.0) - time.monotonic()
+            await asyncio.sleep(max(left, RETRY_S))
+            if not overdue(self._shared.read(), time.monotonic()):
+                continue
             try:
-                await self.resume()
+                async with self._operation("resume"):
+                    await end_overdue(self._control, self._shared)
             except ConflictError:
-                await asyncio.sleep(RETRY_S)
+                continue  # another call, which ends
             except EnginePluginError:
-                logger.exception("a pause of %g s could not be ended", hold_s)
-                return
+                logger.exception("a pause whose time is over could not be ended")
+                await asyncio.sleep(FAILED_RETRY_S)
 
 
 def _summary(

@@ -8,10 +8,14 @@ from typing import Literal
 
 from engine_plugins.admin.state import Fence
 from engine_plugins.admin.update_record import UpdateRecord
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EngineDeadError, EnginePluginError, EngineStuckError
 from engine_plugins.weights.report import Outcome, Phases, RankReport, UpdateReport
+from engine_plugins.weights.worker_service import StatusAnswer
 
-__all__ = ["half_way", "lost_memory", "report_of"]
+__all__ = ["behind", "half_way", "lost_memory", "report_of", "stands_still"]
+
+NAMED = 4
+"""Of ranks that are equally far behind, so many are named."""
 
 
 def report_of(
@@ -82,3 +86,46 @@ def lost_memory(version: int, error: EnginePluginError) -> Fence:
         attempted_version=version,
         for_good=True,
     )
+
+
+def stands_still(
+    version: int,
+    error: EnginePluginError,
+    silent: EngineStuckError | EngineDeadError,
+    *,
+    touched: bool,
+) -> Fence:
+    """The fence of an engine that does not answer, in the middle of an update.
+
+    Args:
+        version: that of the update.
+        error: why it was given up.
+        silent: what was seen of the engine when it was told to give up.
+        touched: whether live weights may have been written.
+    """
+    dead = isinstance(silent, EngineDeadError)
+    how = "failed half way" if touched else "was given up"
+    go_on = "let the process that stands still go on, or restart the engine; then "
+    return Fence(
+        code=silent.code,
+        detail=f"the update to version {version} {how}: {error.message}",
+        remedy="restart the engine"
+        if dead
+        else f"{go_on}repeat the update to version {version} or send a newer one, under a new "
+        "request_id",
+        attempted_version=version,
+        for_good=dead,
+    )
+
+
+def behind(statuses: Sequence[StatusAnswer]) -> str:
+    """The ranks that are furthest behind, and how far they came."""
+    last = min((each.steps_installed, each.bytes_done) for each in statuses)
+    ranks = [each for each in statuses if (each.steps_installed, each.bytes_done) == last]
+    told = [
+        f"rank {each.tp_rank} has {each.bytes_done} of {each.bytes_total} bytes and "
+        f"{each.steps_installed} of {each.steps_total} modules installed"
+        for each in ranks[:NAMED]
+    ]
+    more = f", and {len(ranks) - NAMED} more ranks" if len(ranks) > NAMED else ""
+    return "; ".join(told) + more

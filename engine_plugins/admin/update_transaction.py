@@ -12,11 +12,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Self
 
 import msgspec
 
+from engine_plugins.admin.bounded_control import bounded
+from engine_plugins.admin.call_limits import UPDATE_GRACE_S
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.pull_watch import PullWatch
@@ -29,10 +31,23 @@ from engine_plugins.admin.state import (
     WeightsInstalled,
     moved,
 )
-from engine_plugins.admin.update_outcome import half_way, lost_memory, report_of
+from engine_plugins.admin.update_outcome import (
+    behind,
+    half_way,
+    lost_memory,
+    report_of,
+    stands_still,
+)
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.worker_calls import WorkerCalls
-from engine_plugins.errors import EnginePluginError, TransferTimeoutError, UpdateAbortedError
+from engine_plugins.errors import (
+    EngineDeadError,
+    EnginePluginError,
+    EngineStuckError,
+    OutdatedError,
+    TransferTimeoutError,
+    UpdateAbortedError,
+)
 from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
 from engine_plugins.weights.staging import ModeChoice
 from engine_plugins.weights.transport.transfers import DRAIN_S
@@ -60,8 +75,9 @@ class UpdateTransaction:
     """
 
     def __init__(self, control: EngineControl, shared: SharedState, record: UpdateRecord) -> None:
-        self._control = control
-        self._workers = WorkerCalls(control)
+        self._engine = bounded(control, shared)
+        self._control = self._engine.until(lambda: self._record.deadline + UPDATE_GRACE_S)
+        self._workers = WorkerCalls(self._control)
         self._shared = shared
         self._records = UpdateRecords(shared)
         self._record = record
@@ -77,6 +93,8 @@ class UpdateTransaction:
         body: UpdateBody,
         plan: PlanSummary,
         mode: ModeChoice,
+        *,
+        waited_s: float = 0.0,
     ) -> Self:
         """A new update of the engine as it is now.
 
@@ -86,17 +104,20 @@ class UpdateTransaction:
             body: what was asked.
             plan: the plan that it names.
             mode: whether every byte is here before the engine is paused.
+            waited_s: for another call to end; it counts against `timeout_s`.
         """
         now = time.monotonic()
+        asked_at = now - waited_s
         record = UpdateRecord(
             asked=body.model_dump(),
             plan=plan,
             staged=mode.staged,
             mode_reason=mode.reason,
             before=shared.read(),
-            began=now,
-            deadline=now + body.timeout_s,
+            began=asked_at,
+            deadline=asked_at + body.timeout_s,
             still_since=now,
+            seconds={"wait_s": waited_s},
         )
         UpdateRecords(shared).keep(record)
         return cls(control, shared, record)
@@ -164,14 +185,19 @@ class UpdateTransaction:
         """
         wrote, lost = self._record.touched, False
         pushed = self._plan.direction == "push"
+        engine = self._engine.closing()
         try:
-            answer = await self._workers.abort(writes_ended=writes_ended if pushed else None)
+            workers = WorkerCalls(engine)
+            answer = await workers.abort(writes_ended=writes_ended if pushed else None)
             wrote, lost = answer.wrote or wrote, answer.lost
             if wrote or lost:
                 await self._fence(error, lost=lost)
                 return
             if self._record.paused_here:
-                await self._control.resume()
+                await engine.resume()
+        except (EngineStuckError, EngineDeadError) as silent:
+            await self._fence_silent(error, silent)
+            return
         except Exception:
             logger.exception("giving up an update met another error")
             if wrote or lost:
@@ -189,6 +215,8 @@ class UpdateTransaction:
     async def _or_give_up(self) -> AsyncIterator[None]:
         try:
             yield
+        except OutdatedError:
+            raise  # whoever took this one's place has said what the engine holds
         except EnginePluginError as error:
             await self.give_up(error)
             raise
@@ -232,7 +260,7 @@ class UpdateTransaction:
         self._show("pause", None)
         left = max(self._record.deadline - time.monotonic(), 0.1)
         with self._timed("pause_s"):
-            await pause_within(self._control, self._body.pause, left)
+            await pause_within(self._control, self._shared, self._body.pause, left)
         self._record.paused_here = True
         self._record.still_since = time.monotonic()
 
@@ -300,7 +328,7 @@ class UpdateTransaction:
 
     async def _fence(self, error: EnginePluginError, *, lost: bool) -> None:
         self._close_fence(error, lost=lost)
-        ended = await self._control.fail_requests()
+        ended = await self._engine.closing().fail_requests()
         logger.error("engine fenced: %s; %d requests ended with an error", error.message, ended)
 
     def _close_fence(self, error: EnginePluginError, *, lost: bool) -> None:
@@ -311,6 +339,25 @@ class UpdateTransaction:
             )
         )
         error.remedy = f"the engine is fenced; {fence.remedy}"
+
+    async def _fence_silent(
+        self, error: EnginePluginError, silent: EngineStuckError | EngineDeadError
+    ) -> None:
+        """Refuse requests of an engine that does not answer.
+
+        It is told to give up and to end its requests all the same: it does so once it goes on.
+        """
+        if not isinstance(error, EngineStuckError | EngineDeadError):
+            error.message += f"; giving up, {silent.message}"
+        fence = stands_still(self._body.version, error, silent, touched=self._record.touched)
+        changes = {"weights": WeightsInstalled()} if self._record.touched else {}
+        self._shared.change(
+            lambda state: moved(state, "fenced", fence=fence, update=None, **changes)
+        )
+        error.remedy = f"the engine is fenced; {fence.remedy}"
+        logger.error("engine fenced: %s", error.message)
+        with suppress(EnginePluginError):
+            await self._engine.closing().fail_requests()
 
     def _mark_new_kv(self) -> None:
         """From here on no request may use KV of the weights before."""
@@ -330,12 +377,11 @@ class UpdateTransaction:
         # ranks do that by themselves.
         drain_s = 0.0 if phase == "install" else DRAIN_S
         if time.monotonic() > self._record.deadline + GRACE_S + drain_s:
-            slowest = min(statuses, key=lambda status: status.bytes_done)
-            raise TransferTimeoutError(
-                f"the update did not end within {self._body.timeout_s:g} s: rank "
-                f"{slowest.tp_rank} has {slowest.bytes_done} of {slowest.bytes_total} bytes and "
-                f"{slowest.steps_installed} of {slowest.steps_total} modules installed"
-            )
+            late = f"the update did not end within {self._body.timeout_s:g} s: "
+            still = self._engine.health.processes.still()
+            if still:
+                raise EngineStuckError(late + still, remedy="let that process go on")
+            raise TransferTimeoutError(late + behind(statuses))
 
     def _show(self, phase: str, bytes_done: int | None) -> None:
         def change(state: EngineState) -> EngineState:

@@ -9,22 +9,34 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable
+from contextlib import AbstractAsyncContextManager
 
 import msgspec
 
 from engine_plugins.admin.background import Background
+from engine_plugins.admin.bounded_control import bounded
+from engine_plugins.admin.call_limits import UPDATE_GRACE_S
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.schemas import AbortBody, UpdateBody
-from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.shared_state import Held, SharedState
 from engine_plugins.admin.staging_claims import StagingClaims
-from engine_plugins.admin.state import EngineState, require, require_weights_mapped
+from engine_plugins.admin.state import (
+    EngineState,
+    moved,
+    refuse_for_good,
+    require,
+    require_weights_mapped,
+)
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
+from engine_plugins.admin.update_outcome import stands_still
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.update_transaction import UpdateTransaction
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import (
     ConflictError,
     EnginePluginError,
+    EngineStuckError,
+    OutdatedError,
     StaleVersionError,
     UnknownIdError,
     UnsupportedError,
@@ -33,11 +45,13 @@ from engine_plugins.errors import (
 )
 from engine_plugins.settings import Settings
 from engine_plugins.weights.report import PlanSummary, UpdateReport
-from engine_plugins.weights.staging import ModeChoice, choose_mode, newly_taken
+from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode, newly_taken
 
 __all__ = ["Updates"]
 
 RETRY_S = 0.05
+MOST_WAIT_S = 30.0
+"""For another call to end. Its caller's own patience is `timeout_s`, where it says one."""
 
 
 class Updates:
@@ -50,8 +64,7 @@ class Updates:
         settings: Settings,
         background: Background,
     ) -> None:
-        self._control = control
-        self._workers = WorkerCalls(control)
+        self._control = bounded(control, shared)
         self._claims = StagingClaims()
         self._shared = shared
         self._settings = settings
@@ -142,12 +155,27 @@ class Updates:
             )
             await self._give_up(record, error, writes_ended=False)
 
+    def place(self, name: str, patience_s: float) -> AbstractAsyncContextManager[Held]:
+        """The one place for operations, once whoever has it has ended.
+
+        Refused at once where a wait makes nothing possible.
+        """
+
+        def hopeless(state: EngineState) -> None:
+            call = self._shared.under_way()
+            refuse_for_good(state, doing=name)
+            if call is not None and call.name not in ("wake", "sleep"):
+                require_weights_mapped(state, doing=name)
+
+        wait_s = min(patience_s, MOST_WAIT_S)
+        return self._shared.operation(name, wait_s=wait_s, unless=hopeless)
+
     def reports(self) -> list[dict[str, object]]:
         """Reports of updates that have ended, newest first."""
         return self._answers.reports()
 
     async def _update(self, body: UpdateBody) -> UpdateReport:
-        with self._shared.operation("update"):
+        async with self.place("update", body.timeout_s) as held:
             # The same request may have been answered while this one came to the lock.
             given = self._answers.again(body)
             if given is not None:
@@ -158,40 +186,53 @@ class Updates:
                     f"{plan.plan_id} is a push: its trainer writes before anything is installed",
                     remedy="POST /admin/v1/weights/prepare, write, then /admin/v1/weights/commit",
                 )
-            return await self._run(body, plan)
+            return await self._run(body, plan, held.waited_s)
 
-    async def _run(self, body: UpdateBody, plan: PlanSummary) -> UpdateReport:
-        rooms = [] if body.mode == "in_place" else await self._workers.staging_room(body.plan_id)
+    async def _run(self, body: UpdateBody, plan: PlanSummary, waited_s: float) -> UpdateReport:
+        rooms = [] if body.mode == "in_place" else await self._rooms(body)
         with self._claims.claimed(newly_taken(rooms)) as others:
             mode = choose_mode(body.mode, rooms, self._settings.staging_bytes, others)
-            transaction = self._begin(body, plan, mode)
+            transaction = self._begin(body, plan, mode, waited_s)
             report = await self._carried(transaction, transaction.run())
         self._ended(report)
         return report
 
+    async def _rooms(self, body: UpdateBody) -> list[StagingRoom]:
+        ends_at = time.monotonic() + body.timeout_s + UPDATE_GRACE_S
+        try:
+            workers = WorkerCalls(self._control.until(lambda: ends_at))
+            return await workers.staging_room(body.plan_id)
+        except EngineStuckError as error:
+            fence = stands_still(body.version, error, error, touched=False)
+            self._shared.change(lambda state: moved(state, "fenced", fence=fence))
+            error.remedy = f"the engine is fenced; {fence.remedy}"
+            raise
+
     async def _prepare(self, body: UpdateBody) -> UpdateReport:
-        with self._shared.operation("prepare"):
+        async with self.place("prepare", body.timeout_s) as held:
             given = self._given(body)
             if given is not None:
                 return given
             plan = await self._accepted(body, doing="prepare an update")
-            transaction = self._begin(body, plan, _mode_in_two_phases(body, plan))
+            mode = _mode_in_two_phases(body, plan)
+            transaction = self._begin(body, plan, mode, held.waited_s)
             report = await self._carried(transaction, transaction.prepare())
             self._background.keep(self._expire(body.request_id))
             return report
 
     async def _commit(self, request_id: str) -> UpdateReport:
-        with self._shared.operation("commit"):
+        async with self.place("commit", MOST_WAIT_S) as held:
             record = await self._prepared(request_id)
             if isinstance(record, UpdateReport):
                 return record
+            record.seconds["wait_s"] = record.seconds.get("wait_s", 0.0) + held.waited_s
             transaction = UpdateTransaction(self._control, self._shared, record)
             report = await self._carried(transaction, transaction.commit())
             self._ended(report)
             return report
 
     async def _abort(self, body: AbortBody) -> UpdateReport:
-        with self._shared.operation("abort"):
+        async with self.place("abort", MOST_WAIT_S):
             await self.recover()
             given = self._answers.of(body.request_id)
             if given is not None:
@@ -233,17 +274,23 @@ class Updates:
         _refuse_stale(state, body)
         return plan
 
-    def _begin(self, body: UpdateBody, plan: PlanSummary, mode: ModeChoice) -> UpdateTransaction:
+    def _begin(
+        self, body: UpdateBody, plan: PlanSummary, mode: ModeChoice, waited_s: float
+    ) -> UpdateTransaction:
         if plan.plan_id in self._shared.names("used"):
             plan = msgspec.structs.replace(plan, connect_s=0.0, plan_s=0.0)
         self._shared.put("used", plan.plan_id, b"")
-        return UpdateTransaction.begin(self._control, self._shared, body, plan, mode)
+        return UpdateTransaction.begin(
+            self._control, self._shared, body, plan, mode, waited_s=waited_s
+        )
 
     async def _carried(
         self, transaction: UpdateTransaction, step: Awaitable[UpdateReport]
     ) -> UpdateReport:
         try:
             return await step
+        except OutdatedError:
+            raise
         except EnginePluginError as error:
             self._ended(transaction.failure_report(error), error)
             raise
@@ -266,7 +313,7 @@ class Updates:
         while (record := self._records.prepared(request_id)) is not None:
             await asyncio.sleep(max(record.overdue_at - time.monotonic(), RETRY_S))
             try:
-                with self._shared.operation("abort"):
+                async with self._shared.operation("abort"):
                     await self.recover()
             except ConflictError:
                 continue  # a commit, most likely

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from engine_plugins.admin.bounded_control import BoundedControl
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.staging import StagingRoom
 from engine_plugins.weights.worker_service import (
+    GENERATION,
     AbortAnswer,
     ConnectAnswer,
     StatusAnswer,
@@ -28,32 +31,65 @@ T = TypeVar("T")
 
 
 class WorkerCalls:
-    """Every rank is asked and every answer read before any error is raised."""
+    """Every rank is asked and every answer read before any error is raised.
+
+    A call says of which generation it is, so that no rank obeys a process whose place another one
+    has taken.
+    """
 
     def __init__(self, control: EngineControl) -> None:
         self._control = control
+        self._shared = control.shared if isinstance(control, BoundedControl) else None
+
+    def _encoded(self, arguments: Mapping[str, Any]) -> bytes:
+        if self._shared is None:
+            return encode_call(**arguments)
+        return encode_call(**{**arguments, GENERATION: self._shared.generation})
 
     async def describe(self) -> list[WorkerDescription]:
         """Who the workers are."""
         return await self.ask("describe", WorkerDescription)
 
     async def connect(
-        self, plan_id: str, manifests: Sequence[Path], *, direction: Literal["pull", "push"]
+        self,
+        plan_id: str,
+        manifests: Sequence[Path],
+        *,
+        direction: Literal["pull", "push"],
+        reached_at: str | None = None,
     ) -> list[ConnectAnswer]:
-        """Plan on every rank. Ranks of this host read the manifests themselves."""
-        push = {"direction": direction} if direction == "push" else {}
+        """Plan on every rank. Ranks of this host read the manifests themselves.
+
+        Args:
+            plan_id: of the plan.
+            manifests: of the sources.
+            direction: who moves the bytes.
+            reached_at: this server's address, as the caller sees it; ranks listen there. Of
+                another host's ranks loopback says nothing.
+        """
         hosts = {worker.host for worker in await self.describe()}
         here = hosts == {socket.gethostname()}
         offers = list(map(str, manifests)) if here else await asyncio.to_thread(_read, manifests)
-        return await self.ask("connect", ConnectAnswer, plan_id=plan_id, manifests=offers, **push)
+        return await self.ask(
+            "connect",
+            ConnectAnswer,
+            plan_id=plan_id,
+            manifests=offers,
+            direction=direction,
+            reached_at=reached_at if here or not _is_loopback(reached_at) else None,
+        )
 
-    async def manifests(self, model: Mapping[str, str | int | bool], word: int) -> list[bytes]:
+    async def manifests(
+        self, model: Mapping[str, str | int | bool], word: int, *, reached_at: str | None = None
+    ) -> list[bytes]:
         """What every rank offers to other engines, as msgpack, under a version word."""
-        return await self.ask("manifest", bytes, model=dict(model), word=word)
+        return await self.ask(
+            "manifest", bytes, model=dict(model), word=word, reached_at=reached_at
+        )
 
     async def drop(self, plan_id: str) -> None:
         """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
-        await self._control.call_workers("drop", encode_call(plan_id=plan_id))
+        await self._control.call_workers("drop", self._encoded({"plan_id": plan_id}))
 
     async def staging_room(self, plan_id: str) -> list[StagingRoom]:
         """What it would take every rank to stage the plan's next update."""
@@ -70,6 +106,15 @@ class WorkerCalls:
     async def confirm(self) -> list[StatusAnswer]:
         """See on every rank that what was read has not been taken back."""
         return await self._statuses("confirm")
+
+    async def look(self) -> list[StatusAnswer]:
+        """See on every rank whether the trainers are there, while an update waits to be committed.
+
+        Raises:
+            PeerLostError: one is gone.
+            SourceRevokedError: one took its offer back.
+        """
+        return await self._statuses("look")
 
     async def poll(self) -> list[StatusAnswer]:
         """Where every rank stands. Raises the first rank's failure."""
@@ -102,7 +147,7 @@ class WorkerCalls:
         """
         arguments = {} if writes_ended is None else {"writes_ended": writes_ended}
         wrote = lost = False
-        for body in await self._control.call_workers("abort", encode_call(**arguments)):
+        for body in await self._control.call_workers("abort", self._encoded(arguments)):
             try:
                 answer = read_answer(body, AbortAnswer)
             except EnginePluginError:
@@ -124,7 +169,7 @@ class WorkerCalls:
         Raises:
             EnginePluginError: the first failure, once every rank has answered.
         """
-        bodies = await self._control.call_workers(call, encode_call(**arguments))
+        bodies = await self._control.call_workers(call, self._encoded(arguments))
         answers: list[T] = []
         failures: list[EnginePluginError] = []
         for body in bodies:
@@ -141,3 +186,10 @@ class WorkerCalls:
 
 def _read(paths: Sequence[Path]) -> list[bytes]:
     return [path.read_bytes() for path in paths]
+
+
+def _is_loopback(address: str | None) -> bool:
+    try:
+        return address is not None and ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -71,6 +71,7 @@ class PreparedFetch:
         """Straight into place, by the first of the steps that they are for."""
         self._packed: list[list[list[PreparedTransfer]]] = []
         """By way of the scratch area: of every step, batch by batch."""
+        transport.vet_peers([(each.agent, each.agent_metadata) for each in manifests])
         for manifest in manifests:
             if met:
                 transport.add_peer(manifest.agent, manifest.agent_metadata)
@@ -78,6 +79,7 @@ class PreparedFetch:
                 meet(transport, manifest)
         self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
         self._words: WordReader | None = None
+        self._lookout: WordReader | None = None
         try:
             self._words = WordReader([manifests[each] for each in _sources_of(plan)], transport)
             for steps in self._always_together():
@@ -157,6 +159,20 @@ class PreparedFetch:
         """
         self._word_reader.confirm()
 
+    def look(self) -> None:
+        """See whether the sources of what is here are still there, while it waits.
+
+        By reads of its own: one that does not end must not be in the way of `confirm`.
+
+        Raises:
+            PeerLostError: one is gone.
+            SourceRevokedError: one took its offer back.
+        """
+        if self._lookout is None:
+            sources = [self._sources[each] for each in _sources_of(self.plan)]
+            self._lookout = WordReader(sources, self._transport)
+        self._lookout.look(self._word_reader.expected)
+
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
         """Views of a fetched step's whole tensors, by HF name; not of a direct step."""
         return self._buffer.tensors(index)
@@ -210,8 +226,9 @@ class PreparedFetch:
         """Release the reads, then the arena."""
         self._release_reads()
         self._buffer.close()
-        if self._words is not None:
-            self._words.close()
+        for reader in (self._words, self._lookout):
+            if reader is not None:
+                reader.close()
 
     def quarantine(self) -> None:
         """Give up the arena without freeing it: a read that timed out may still write to it."""

@@ -20,6 +20,7 @@ from engine_plugins.weights.plan import FetchPlan, Window
 from engine_plugins.weights.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, Transport
 from engine_plugins.weights.transport.regions import HOST
+from engine_plugins.weights.version_word import WordReader
 
 __all__ = ["PreparedPush"]
 
@@ -57,6 +58,7 @@ class PreparedPush:
         self._sources = manifests
         self._transport = transport
         self._buffer = ReceiveBuffer(plan, transport, staged=True, live=live)
+        self._lookout: WordReader | None = None
 
     @property
     def arena_bytes(self) -> int:
@@ -107,6 +109,18 @@ class PreparedPush:
     def confirm(self) -> None:
         """Nor here."""
 
+    def look(self) -> None:
+        """See whether the trainers are still there, while their writes are waited for.
+
+        Raises:
+            PeerLostError: one is gone.
+        """
+        if self._lookout is None:
+            for manifest in self._sources:
+                self._transport.add_peer(manifest.agent, manifest.agent_metadata)
+            self._lookout = WordReader(self._sources, self._transport)
+        self._lookout.look(None)
+
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
         """Views of a written step's whole tensors, by HF name; not of a direct step."""
         return self._buffer.tensors(index)
@@ -133,6 +147,8 @@ class PreparedPush:
 
     def close(self) -> None:
         """Free the memory; a trainer that still writes is refused by the wire."""
+        if self._lookout is not None:
+            self._lookout.close()
         self._buffer.close()
 
     def quarantine(self) -> None:

@@ -229,6 +229,17 @@ class WeightReceiver:
         run.prepared.confirm()
         return run.status()
 
+    def look(self) -> PullStatus:
+        """See whether the trainers are there, while what is here waits for its commit.
+
+        Raises:
+            PeerLostError: one is gone.
+            SourceRevokedError: one took its offer back.
+        """
+        run = self._current()
+        run.prepared.look()
+        return run.status()
+
     def poll(self) -> PullStatus:
         """Where the update stands; never blocks."""
         return self._current().status()
@@ -319,6 +330,16 @@ class WeightReceiver:
         if lost:
             self._model.forget_values()
             self._forget_plans()
+
+    def renew_agent(self) -> None:
+        """End the agent and all that is registered with it; the next plan makes another.
+
+        Raises:
+            ConflictError: in the middle of an update.
+        """
+        self._refuse_while_running()
+        self._deregister()
+        self._memory.close()
 
     def close(self) -> None:
         """Release the arena, the live parameters and the agent."""

@@ -20,6 +20,8 @@ class Phases(msgspec.Struct, frozen=True, kw_only=True):
     Connecting and planning are paid by the first update of a plan; later ones show 0.
     """
 
+    wait_s: float = 0.0
+    """For another call to end, from the request on."""
     connect_s: float = 0.0
     plan_s: float = 0.0
     pull_s: float = 0.0

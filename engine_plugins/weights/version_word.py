@@ -15,7 +15,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from engine_plugins.errors import SourceRevokedError, TransferTimeoutError, TransportError
+from engine_plugins.errors import (
+    PeerLostError,
+    SourceRevokedError,
+    TransferTimeoutError,
+    TransportError,
+)
 from engine_plugins.weights.manifest import SourceManifest
 from engine_plugins.weights.transport.base import PreparedTransfer, Transport
 from engine_plugins.weights.transport.regions import HOST
@@ -28,6 +33,8 @@ CLOSED = 0
 WORD_BYTES = 8
 CONFIRM_S = 1.0
 """Before a version is published: how long an answer is waited for that may never come."""
+LOOK_S = 0.25
+"""While the old weights serve: an engine does not stand still for longer because of a source."""
 
 _lost: list[mmap.mmap] = []
 """Pages that a word may still be read into, at any time."""
@@ -158,6 +165,36 @@ class WordReader:
         except TransportError:
             return
         self._compare(found, "before the version was published")
+
+    @property
+    def expected(self) -> list[int]:
+        """The words that the sources held at the begin."""
+        return list(self._expected)
+
+    def look(self, expected: Sequence[int] | None) -> None:
+        """See whether the sources are still there.
+
+        One that says nothing may be held still for a moment: it counts as there, and is not asked
+        again.
+
+        Args:
+            expected: the words that they should hold; None where nobody told.
+
+        Raises:
+            PeerLostError: a source is gone.
+            SourceRevokedError: one holds another word.
+        """
+        if not self.usable:
+            return
+        try:
+            found = self._read(LOOK_S, lambda: False)
+        except PeerLostError:
+            raise
+        except TransportError:
+            return
+        if expected is not None:
+            self._expected = list(expected)
+            self._compare(found, "while what was read waited for its commit")
 
     def close(self) -> None:
         """Release the reads and their buffer."""

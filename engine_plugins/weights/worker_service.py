@@ -18,7 +18,12 @@ from typing import Any, TypeVar
 import msgspec
 
 from engine_plugins import errors
-from engine_plugins.errors import AdminRequestError, EngineCallError, EnginePluginError
+from engine_plugins.errors import (
+    AdminRequestError,
+    EngineCallError,
+    EnginePluginError,
+    OutdatedError,
+)
 from engine_plugins.shared_page import SharedPage
 from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.destinations import Destination
@@ -29,6 +34,7 @@ from engine_plugins.weights.staging import StagingRoom
 from engine_plugins.weights.update_run import PullStatus
 
 __all__ = [
+    "GENERATION",
     "AbortAnswer",
     "ConnectAnswer",
     "Failure",
@@ -46,6 +52,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+GENERATION = "_generation"
+"""Beside a call's arguments: the generation of the operation that makes it, see `SharedState`."""
 _PAGE_BYTES = 64 << 10
 _MESSAGE_CHARACTERS = 3000
 """Of an error: a status has to fit its page, of which half is one status, in any alphabet."""
@@ -131,11 +139,18 @@ def read_answer(body: bytes, kind: type[T]) -> T:
 
     Raises:
         EnginePluginError: the error that the worker met, in its own class where it is one of ours.
+        EngineCallError: the bytes are no answer to this call.
     """
-    answer = msgspec.msgpack.decode(body, type=_Answer)
-    if answer.failure is not None:
-        raise raised(answer.failure)
-    return msgspec.msgpack.decode(answer.value, type=kind)
+    try:
+        answer = msgspec.msgpack.decode(body, type=_Answer)
+        if answer.failure is None:
+            return msgspec.msgpack.decode(answer.value, type=kind)
+    except msgspec.MsgspecError as error:
+        raise EngineCallError(
+            f"a rank's answer cannot be read: {error}",
+            remedy="have every process of the server run the same release of engine-plugins",
+        ) from error
+    raise raised(answer.failure)
 
 
 def raised(failure: Failure) -> EnginePluginError:
@@ -150,23 +165,36 @@ def refuse(error: EnginePluginError) -> bytes:
 
 
 def answer_call(
-    calls: Mapping[str, Callable[..., Any]], name: str, arguments: bytes, *, who: str
+    calls: Mapping[str, Callable[..., Any]],
+    name: str,
+    arguments: bytes,
+    *,
+    who: str,
+    admit: Callable[[int], None] = lambda generation: None,
 ) -> bytes:
-    """Answer one call of those that there are; never raises. Errors name `who` met them."""
+    """Answer one call of those that there are; never raises. Errors name `who` met them.
+
+    Args:
+        calls: what can be called.
+        name: of the call.
+        arguments: from `encode_call`.
+        who: answers.
+        admit: raises where a call of this generation comes too late.
+    """
     try:
         method = calls.get(name)
         if method is None:
             raise AdminRequestError(f"{who} knows no call {name!r}")
-        value = msgspec.msgpack.encode(method(**msgspec.msgpack.decode(arguments)))
+        given = msgspec.msgpack.decode(arguments)
+        generation = given.pop(GENERATION, None)
+        if generation is not None:
+            admit(generation)
+        value = msgspec.msgpack.encode(method(**given))
     except EnginePluginError as error:
         return refuse(error)
     except Exception as error:  # whatever the engine raised must travel as data
-        failure = Failure(
-            kind="EngineCallError",
-            message=f"{who}: {name}: {type(error).__name__}: {error}",
-            remedy="see the engine's log",
-        )
-        return msgspec.msgpack.encode(_Answer(failure=failure))
+        what = f"{who}: {name}: {type(error).__name__}: {error}"
+        return refuse(EngineCallError(what, remedy="see the engine's log"))
     return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(value)))
 
 
@@ -181,6 +209,8 @@ class WorkerService:
         calls: further calls of an engine, by name; what they return must be plain data.
         clear_kv: clears this rank's KV pages of what an engine's flush leaves there; told whether
             requests go on with what the pages hold.
+        reach: told this server's address as its callers see it, before a plan is made; says
+            whether the agents made so far cannot be reached there.
     """
 
     def __init__(
@@ -191,8 +221,10 @@ class WorkerService:
         page: Path | None,
         calls: Mapping[str, Callable[..., Any]] | None = None,
         clear_kv: Callable[[bool], None] | None = None,
+        reach: Callable[[str], bool] | None = None,
     ) -> None:
         self._clear_kv = clear_kv
+        self._reach = reach
         self._receiver = receiver
         self._tp_rank = tp_rank
         self._page_path = page
@@ -202,6 +234,7 @@ class WorkerService:
             self._page = SharedPage(page)
         self._telling = threading.Lock()
         self._pull_number = 0
+        self._generation = 0
         self._calls: dict[str, Callable[..., Any]] = {
             "describe": self._describe,
             "connect": self._connect,
@@ -211,6 +244,7 @@ class WorkerService:
             "start": self._start,
             "poll": self._poll,
             "confirm": self._confirm,
+            "look": self._look,
             "written": self._written,
             "advance": self._advance,
             "finish": self._finish,
@@ -220,15 +254,35 @@ class WorkerService:
 
     def call(self, name: str, arguments: bytes) -> bytes:
         """Answer one call; never raises."""
-        return answer_call(self._calls, name, arguments, who=f"rank {self._tp_rank}")
+        who = f"rank {self._tp_rank}"
+        return answer_call(self._calls, name, arguments, who=who, admit=self._admit)
+
+    def _admit(self, generation: int) -> None:
+        """Refuse what a stopped process asks when it wakes up: another carries on for it.
+
+        Raises:
+            OutdatedError: the other one has called already.
+        """
+        if generation < self._generation:
+            raise OutdatedError(
+                f"rank {self._tp_rank} takes calls of generation {self._generation} by now, and "
+                f"this one is of generation {generation}: another process has taken its place",
+                remedy="GET /admin/v1/state says what the engine holds now",
+            )
+        self._generation = generation
 
     def _describe(self) -> WorkerDescription:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())
 
     def _connect(
-        self, plan_id: str, manifests: Sequence[bytes | str], direction: Direction = "pull"
+        self,
+        plan_id: str,
+        manifests: Sequence[bytes | str],
+        direction: Direction = "pull",
+        reached_at: str | None = None,
     ) -> ConnectAnswer:
         """Manifests come as they are, or as paths of files on this host."""
+        self._be_reachable(reached_at)
         decoder = msgspec.msgpack.Decoder(SourceManifest)
         bodies = (Path(each).read_bytes() if isinstance(each, str) else each for each in manifests)
         offers = [decoder.decode(body) for body in bodies]
@@ -241,8 +295,15 @@ class WorkerService:
             destination=result.destination,
         )
 
-    def _manifest(self, model: dict[str, str | int | bool], word: int) -> bytes:
+    def _manifest(
+        self, model: dict[str, str | int | bool], word: int, reached_at: str | None = None
+    ) -> bytes:
+        self._be_reachable(reached_at)
         return self._receiver.manifest(model, word)
+
+    def _be_reachable(self, address: str | None) -> None:
+        if address is not None and self._reach is not None and self._reach(address):
+            self._receiver.renew_agent()
 
     def _drop(self, plan_id: str) -> None:
         self._receiver.drop(plan_id)
@@ -275,6 +336,9 @@ class WorkerService:
 
     def _confirm(self) -> StatusAnswer:
         return self._answer(self._receiver.confirm())
+
+    def _look(self) -> StatusAnswer:
+        return self._answer(self._receiver.look())
 
     def _poll(self) -> StatusAnswer:
         return self._answer(self._receiver.poll())
@@ -320,7 +384,14 @@ def pull_page(runtime_dir: Path | None, tp_rank: int) -> Path | None:
 
 
 def _failure(error: EnginePluginError) -> Failure:
-    return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)
+    return Failure(
+        kind=type(error).__name__, message=_plain(error.message), remedy=_plain(error.remedy)
+    )
+
+
+def _plain(text: str) -> str:
+    """Text that can be encoded: a path that is no UTF-8 has characters that nothing encodes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _cut(failure: Failure) -> Failure:

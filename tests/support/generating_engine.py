@@ -142,6 +142,9 @@ class GeneratingEngine(ABC):
 
     # -- EngineControl --------------------------------------------------------------------------
 
+    def death(self) -> str | None:
+        return None
+
     async def pause(self, mode: PauseMode) -> None:
         self._pause = mode
         if mode == "abort":

@@ -7,6 +7,7 @@ differently. Generating from a model that is half loaded ends the engine's loop 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ class InMemoryEngine(GeneratingEngine):
         calls: every call of the control, in order.
         dead: whether calls fail as those of a dead engine do.
         fail_once: calls whose next one fails.
+        freeze_at: the call at which the engine stops answering, until `go_on`.
     """
 
     def __init__(
@@ -65,6 +67,9 @@ class InMemoryEngine(GeneratingEngine):
         self.calls: list[str] = []
         self.dead = False
         self.fail_once: set[str] = set()
+        self.freeze_at: str | None = None
+        self._moving = asyncio.Event()
+        self._moving.set()
 
     @property
     def info(self) -> EngineInfo:
@@ -118,35 +123,43 @@ class InMemoryEngine(GeneratingEngine):
     # -- EngineControl, on record and breakable -------------------------------------------------
 
     async def pause(self, mode: PauseMode) -> None:
-        self._called(f"pause {mode}")
+        await self._called(f"pause {mode}")
         await super().pause(mode)
 
     async def resume(self) -> None:
-        self._called("resume")
+        await self._called("resume")
         await super().resume()
 
     async def flush(self, *, prefix_cache: bool, multimodal_cache: bool) -> list[str]:
-        self._called("flush")
+        await self._called("flush")
         return await super().flush(prefix_cache=prefix_cache, multimodal_cache=multimodal_cache)
 
     async def isolate_kv(self) -> None:
-        self._called("isolate_kv")
+        await self._called("isolate_kv")
         await super().isolate_kv()
 
     async def fail_requests(self) -> int:
-        self._called("fail_requests")
+        await self._called("fail_requests")
         return await super().fail_requests()
 
     async def publish_version(self, version: int) -> None:
-        self._called("publish_version")
+        await self._called("publish_version")
         await super().publish_version(version)
 
     async def call_workers(self, call: str, arguments: bytes) -> list[bytes]:
-        self._called(call)
+        await self._called(call)
         return await super().call_workers(call, arguments)
 
-    def _called(self, call: str) -> None:
+    def go_on(self) -> None:
+        """Answer again, what was asked meanwhile in its order."""
+        self.freeze_at = None
+        self._moving.set()
+
+    async def _called(self, call: str) -> None:
         self.calls.append(call)
+        if call == self.freeze_at:
+            self._moving.clear()
+        await self._moving.wait()
         if self.dead or call in self.fail_once:
             self.fail_once.discard(call)
             raise EngineCallError(f"the engine did not answer: {call}", remedy="start it anew")

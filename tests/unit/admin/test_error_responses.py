@@ -19,13 +19,16 @@ STATUS = {
     "BodyTooLargeError": 413,
     "ConflictError": 409,
     "EngineCallError": 500,
+    "EngineDeadError": 503,
     "EnginePluginError": 500,
+    "EngineStuckError": 504,
     "EngineTlsError": 500,
     "EngineUnreachableError": 500,
     "HookModeError": 503,
     "ManifestError": 422,
     "MemoryPressureError": 503,
     "NotConfiguredError": 503,
+    "OutdatedError": 503,
     "PauseTimeoutError": 504,
     "PeerError": 422,
     "PeerLostError": 503,
@@ -46,6 +49,7 @@ STATUS = {
     "UpdateAbortedError": 409,
     "UpdateFailedError": 500,
     "WeightMismatchError": 422,
+    "WriterStoppedError": 503,
 }
 """As the contract says; 500 where the fault is the server's own, or a client's class."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -149,7 +150,7 @@ async def test_pausing_twice_in_the_same_mode_is_fine_and_in_another_is_not(
         assert "resume" in answer.json()["remedy"]
         for _ in range(2):
             assert (await server.post("/resume")).json()["state"] == "serving"
-        assert server.engine.calls.count("resume") == 1
+            assert not server.engine.paused
 
 
 async def test_a_pause_that_takes_too_long_is_504_and_the_engine_serves_on(
@@ -211,20 +212,43 @@ async def test_a_pause_may_end_by_itself(make_server: MakeServer) -> None:
         assert not server.engine.paused
 
 
-async def test_only_the_last_word_on_a_pause_counts(make_server: MakeServer) -> None:
-    """A pause held anew, or resumed and paused again, is not ended by the earlier one's time."""
+async def test_a_pause_that_was_resumed_is_not_ended_by_its_time(make_server: MakeServer) -> None:
+    """The next caller's pause is another one."""
     server = make_server()
     async with server.running():
-        await server.post("/pause", hold_s=0.05)
-        assert (await server.post("/pause")).json()["pause"]["until"] is None
-        await asyncio.sleep(0.15)
-        assert (await server.state())["state"] == "paused"
-        await server.post("/resume")
         await server.post("/pause", hold_s=0.05)
         await server.post("/resume")
         await server.post("/pause")
         await asyncio.sleep(0.15)
         assert (await server.state())["state"] == "paused"
+
+
+@pytest.mark.parametrize("holds", [(None, 0.05), (0.05, None)])
+async def test_only_a_resume_ends_an_indefinite_pause(
+    make_server: MakeServer, holds: tuple[float | None, float | None]
+) -> None:
+    """Another caller's `hold_s` runs beside it, whichever came first."""
+    server = make_server()
+    async with server.running():
+        for hold_s in holds:
+            await server.post("/pause", hold_s=hold_s)
+        assert (await server.state())["pause"] == {"mode": "keep", "until": None}
+        await asyncio.sleep(0.2)
+        assert (await server.state())["state"] == "paused"
+        assert server.engine.paused
+        assert (await server.post("/resume")).json()["state"] == "serving"
+
+
+async def test_the_longest_of_several_holds_counts(make_server: MakeServer) -> None:
+    """The engine serves again when no pause is left."""
+    server = make_server()
+    async with server.running():
+        longest = (await server.post("/pause", hold_s=0.6)).json()["pause"]
+        assert (await server.post("/pause", hold_s=0.05)).json()["pause"] == longest
+        await asyncio.sleep(0.25)
+        assert (await server.state())["state"] == "paused"
+        await server.until("serving")
+        assert time.time() >= longest["until"] - 0.05
 
 
 async def test_a_pause_whose_time_ends_during_another_call_ends_after_it(
@@ -234,7 +258,7 @@ async def test_a_pause_whose_time_ends_during_another_call_ends_after_it(
     server = make_server()
     async with server.running():
         await server.post("/pause", hold_s=0.5)
-        with server.shared.operation("update"):
+        async with server.shared.operation("update"):
             await asyncio.sleep(0.6)
             assert server.shared.read().state == "paused"
         await server.until("serving")
@@ -284,10 +308,11 @@ async def test_an_illegal_move_is_409_with_the_state_and_the_way_out(
         assert server.engine.calls == calls
 
 
-async def test_whatever_changes_the_state_is_refused_while_another_call_does(
-    make_server: MakeServer,
+async def test_whatever_changes_the_state_is_refused_while_an_update_does(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At once and by name, from any process; reading goes on."""
+    """By name, from any process, and soon; reading goes on."""
+    monkeypatch.setattr(service_module, "MOST_WAIT_S", 0.1)
     first = make_server()
     second = make_server(engine=first.engine)
     async with first.running(), second.http:
@@ -300,20 +325,21 @@ async def test_whatever_changes_the_state_is_refused_while_another_call_does(
                 ),
             )
         )
-        with first.shared.operation("update"):
+        async with first.shared.operation("update"):
             for path, body in (
                 ("/pause", {}),
                 ("/resume", {}),
                 ("/flush", {}),
                 ("/weights/connect", {"source_ids": ["x"]}),
-                ("/weights/update", UPDATE),
+                ("/weights/update", UPDATE | {"timeout_s": 0.1}),
             ):
                 for server in (first, second):
                     began = time.monotonic()
                     answer = await server.post(path, **body)
                     assert time.monotonic() - began < 5
                     assert answer.status_code == 409
-                    assert "version 7 is under way" in answer.json()["detail"]
+                    assert "the update to version 7 (pull;" in answer.json()["detail"]
+                    assert f"process {os.getpid()}, for" in answer.json()["detail"]
             state = await second.state()
             assert state["update"]["bytes_total"] == 2
             assert (await second.get("/weights")).status_code == 200

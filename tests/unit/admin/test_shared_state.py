@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import stat
 import subprocess
 import sys
-import textwrap
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -21,41 +19,9 @@ from engine_plugins.admin.shared_state import PAGE_BYTES, SharedState, create_ru
 from engine_plugins.admin.state import EngineState, Pause, UpdateProgress, moved
 from engine_plugins.errors import ConflictError, EnginePluginError
 from engine_plugins.shared_page import SharedPage
+from tests.support.state_processes import enter, program, started
 
-ROOT = Path(__file__).parents[3]
-
-
-def program(body: str, *arguments: object) -> subprocess.Popen[str]:
-    """Another process of the server; it has `shared`, and nothing of torch or the engine."""
-    head = """
-        import os, sys, time
-        import msgspec
-        from pathlib import Path
-        from engine_plugins.admin.shared_state import SharedState
-        from engine_plugins.admin.state import Pause, moved
-        shared = SharedState(Path(sys.argv[1]))
-    """
-    code = textwrap.dedent(head) + textwrap.dedent(body)
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
-@contextmanager
-def started(body: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A process that has printed its first line."""
-    process = program(body, *arguments)
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline().strip() == "ready"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
+pytestmark = pytest.mark.anyio
 
 
 def test_a_fresh_page_says_serving(runtime_dir: Path) -> None:
@@ -199,44 +165,46 @@ def test_a_writer_that_dies_anywhere_spoils_nothing(runtime_dir: Path) -> None:
     assert shared.read().kv_generation == "new" * 500
 
 
-def test_one_operation_at_a_time_among_processes_and_within_one(runtime_dir: Path) -> None:
+async def test_one_operation_at_a_time_among_processes_and_within_one(runtime_dir: Path) -> None:
     """Refused at once, with what is under way; free again when the holder ends or dies."""
     body = """
-        with shared.operation("update"):
-            print("ready", flush=True)
-            sys.stdin.readline()
+        async def hold():
+            async with shared.operation("update"):
+                print("ready", flush=True)
+                sys.stdin.readline()
+        asyncio.run(hold())
         print("free", flush=True)
         sys.stdin.readline()
     """
     shared = SharedState(runtime_dir)
     with started(body, runtime_dir) as process:
         began = time.monotonic()
-        with pytest.raises(ConflictError, match="cannot pause: another call"):
-            enter(shared, "pause")
+        said = rf"cannot pause: update \(process {process.pid}, for 0\.\d s\) is under way$"
+        with pytest.raises(ConflictError, match=said):
+            await enter(shared, "pause")
         shared.change(lambda state: moved(state, "updating", update=progress(version=7)))
         with pytest.raises(ConflictError, match="cannot resume: the update to version 7"):
-            enter(shared, "resume")
+            await enter(shared, "resume")
         assert time.monotonic() - began < 5
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write("\n")
         process.stdin.flush()
         assert process.stdout.readline().strip() == "free"
-        enter(shared, "resume")
+        assert shared.under_way() is None
+        await enter(shared, "resume")
     with started(body, runtime_dir) as process:
         process.kill()
         process.wait()
-        enter(shared, "update")
-    with shared.operation("pause"), pytest.raises(ConflictError):
-        enter(SharedState(runtime_dir), "flush")
-    with pytest.raises(ZeroDivisionError), shared.operation("pause"):
-        raise ZeroDivisionError
-    enter(shared, "flush")
-
-
-def enter(shared: SharedState, name: str) -> None:
-    with shared.operation(name):
-        pass
+        await enter(shared, "update")
+    async with shared.operation("pause"):
+        for each in (shared, SharedState(runtime_dir)):
+            with pytest.raises(ConflictError):
+                await enter(each, "flush")
+    with pytest.raises(ZeroDivisionError):
+        async with shared.operation("pause"):
+            raise ZeroDivisionError
+    await enter(shared, "flush")
 
 
 def progress(*, version: int) -> UpdateProgress:
@@ -245,16 +213,87 @@ def progress(*, version: int) -> UpdateProgress:
     )
 
 
-def test_a_program_that_the_holder_starts_does_not_hold_the_lock(runtime_dir: Path) -> None:
+async def test_an_operation_waits_for_another_and_says_how_long(runtime_dir: Path) -> None:
+    """As long as it was told to, and no longer than it is of use."""
+    shared, other = SharedState(runtime_dir), SharedState(runtime_dir)
+
+    async def hold(seconds: float) -> None:
+        async with shared.operation("pause"):
+            await asyncio.sleep(seconds)
+
+    for each in (shared, other):
+        holding = asyncio.create_task(hold(0.3))
+        await asyncio.sleep(0.1)
+        assert 0.15 < await enter(each, "update", wait_s=5) < 1
+        await holding
+    holding = asyncio.create_task(hold(0.6))
+    await asyncio.sleep(0.1)
+    with pytest.raises(ConflictError, match=r"pause \(.* also after a wait of 0.2 s"):
+        await enter(other, "update", wait_s=0.2)
+    shared.change(lambda state: moved(state, "asleep"))
+
+    def unless(state: EngineState) -> None:
+        assert state.state != "asleep", "of no use"
+
+    with pytest.raises(AssertionError, match="of no use"):
+        await enter(other, "update", wait_s=5, unless=unless)
+    await holding
+    assert await enter(shared, "update", unless=unless) < 0.1, "nobody was waited for"
+
+
+async def test_a_program_that_the_holder_starts_does_not_hold_the_lock(runtime_dir: Path) -> None:
     """Descriptors are not inherited: a child that lives on would keep the server locked."""
     shared = SharedState(runtime_dir)
-    with shared.operation("update"):
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    async with shared.operation("update"):
+        child = sleeper()
     try:
-        enter(shared, "pause")
+        await enter(shared, "pause")
     finally:
         child.kill()
         child.communicate()
+
+
+def sleeper() -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+
+
+async def test_a_forked_child_neither_holds_the_lock_nor_lets_it_go(runtime_dir: Path) -> None:
+    """Engines fork their core: it outlives an API process that is killed in an operation."""
+    body = """
+        import signal
+        async def hold():
+            async with shared.operation("update"):
+                child = os.fork()
+                if child == 0:
+                    try:
+                        async with shared.operation("pause"):
+                            print("both", flush=True)
+                    except Exception as error:
+                        print(type(error).__name__, flush=True)
+                    shared.change(lambda state: moved(state, "paused"))
+                    signal.pause()
+                time.sleep(0.2)
+                print("ready", flush=True)
+                print(child, flush=True)
+                sys.stdin.readline()
+        asyncio.run(hold())
+    """
+    shared = SharedState(runtime_dir)
+    process = program(body, runtime_dir)
+    assert process.stdout is not None
+    lines = [process.stdout.readline().strip() for _ in range(3)]
+    try:
+        assert lines[:2] == ["ConflictError", "ready"]
+        assert shared.read().state == "paused"
+        with pytest.raises(ConflictError):
+            await enter(shared, "flush")
+        process.kill()
+        process.wait()
+        await enter(shared, "flush")
+    finally:
+        process.kill()
+        os.kill(int(lines[2]), signal.SIGKILL)
+        process.communicate()
 
 
 def test_files_are_seen_whole_and_oldest_first(runtime_dir: Path) -> None:

@@ -396,15 +396,19 @@ async def test_a_refusal_may_be_repeated_under_its_request_id(
     """Nothing had begun, so nothing is remembered: mended, the same request works."""
     async with connected(make_server, trainer) as (server, plan_id):
         assert (await update(server, "plan-0", 1, request_id="r")).status_code == 404
-        with server.shared.operation("flush"):
-            assert (await update(server, plan_id, 1, request_id="r")).status_code == 409
+        async with server.shared.operation("flush"):
+            refused = await update(server, plan_id, 1, request_id="r", timeout_s=0.1)
+            assert refused.status_code == 409
         assert (await update(server, plan_id, 1, request_id="r")).status_code == 200
 
 
-async def test_during_a_pull_another_update_is_409_at_once_and_the_state_is_quick(
+async def test_during_a_pull_another_update_is_409_in_time_and_the_state_is_quick(
     make_server: MakeServer, trainer: SourceRank
 ) -> None:
-    """In both processes; generation goes on, and the pull's progress shows."""
+    """In both processes; generation goes on, and the pull's progress shows.
+
+    What the other one is told: the update that it waited for, as long as it could.
+    """
     async with connected(make_server, trainer) as (server, plan_id):
         second = make_server(engine=server.engine)
         async with second.http:
@@ -419,7 +423,7 @@ async def test_during_a_pull_another_update_is_409_at_once_and_the_state_is_quic
                 if len(seen) >= 6 and seen[-1] > seen[0]:
                     break
                 began = time.monotonic()
-                answer = await update(each, plan_id, 9)
+                answer = await update(each, plan_id, 9, timeout_s=0.05)
                 state = await each.state()
                 took.append(time.monotonic() - began)
                 assert (answer.status_code, answer.json()["code"]) == (409, "illegal_state")
@@ -724,8 +728,9 @@ async def test_a_caller_that_hangs_up_stops_nothing_and_opens_nothing(
         await server.until("updating", phase="pull")
         caller.cancel()
         await asyncio.sleep(0.01)
-        with pytest.raises(Exception, match="under way"), server.shared.operation("flush"):
-            pass
+        with pytest.raises(Exception, match="under way"):
+            async with server.shared.operation("flush"):
+                pass
         await server.until("serving")
         assert server.engine.serves(seed=1)
         answer = await update(server, plan_id, 3, request_id="r")

@@ -1,0 +1,85 @@
+"""What this API process knows of the engine's health, and the calls that it has left open."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from engine_plugins.admin.engine_processes import EngineProcesses
+from engine_plugins.errors import EngineDeadError, EngineStuckError
+
+__all__ = ["EngineHealth"]
+
+logger = logging.getLogger(__name__)
+
+
+class EngineHealth:
+    """Shared by all calls that one API process makes.
+
+    Args:
+        processes: of the engine.
+        engine_says: why the engine's own client holds it for dead, or None.
+    """
+
+    def __init__(
+        self, processes: EngineProcesses, engine_says: Callable[[], str | None] = lambda: None
+    ) -> None:
+        self.processes = processes
+        self._engine_says = engine_says
+        self._open: set[asyncio.Task[Any]] = set()
+        self._late: set[asyncio.Task[Any]] = set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether it owes the answer to a call that was given up, or is seen to be stopped."""
+        return bool(self._late) or bool(self.processes.still())
+
+    def death(self) -> EngineDeadError | None:
+        """That the engine is dead, if it is."""
+        why = self.processes.ended() or self._engine_says()
+        if not why:
+            return None
+        return EngineDeadError(
+            f"the engine is dead: {why}",
+            remedy="start the server anew; see its log for why the process ended",
+        )
+
+    def hold(self, task: asyncio.Task[Any]) -> None:
+        """Keep a call until it is answered, whoever waits for it."""
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+
+    def give_up(self, call: str, task: asyncio.Task[Any], *, after_s: float) -> EngineStuckError:
+        """Wait for a call no longer; its answer goes to the log when it comes.
+
+        Returns:
+            The error for whoever waited: it names who stands still.
+        """
+        asked = time.monotonic() - after_s
+        self._late.add(task)
+
+        def answered(late: asyncio.Task[Any]) -> None:
+            self._late.discard(late)
+            if late.cancelled():
+                return
+            took = time.monotonic() - asked
+            error = late.exception()
+            what = "its answer" if error is None else f"{type(error).__name__}: {error}"
+            logger.warning("%s was answered after %.1f s; nobody waits for %s", call, took, what)
+
+        task.add_done_callback(answered)
+        return EngineStuckError(
+            f"the engine did not answer {call} within {after_s:.1f} s: {self.culprit()}",
+            remedy="let that process go on, or start the server anew",
+        )
+
+    def culprit(self) -> str:
+        """Who keeps the engine from answering, as far as can be seen from here."""
+        unusual = self.processes.unusual()
+        if unusual:
+            return unusual
+        named = self.processes.named() or "unknown"
+        return f"none of its processes is stopped ({named})"
