@@ -15,7 +15,9 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 
+from engine_plugins.admin.routes import SCOPES
 from tests.support.configurations import DENSE, OLD, on
 from tests.support.documented import document, undocumented
 from tests.support.served import Served
@@ -32,9 +34,13 @@ TOKENS = {scope: f"a-token-of-{scope}-alone" for scope in ("read", "control", "w
 def _cases() -> st.SearchStrategy[Any]:
     schema = schemathesis.openapi.from_dict(document())
     schema.validate()
-    operations = [found.ok() for found in schema.get_all_operations()]
-    assert len(operations) == 18
-    modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+    operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
+    assert len(operations) == len(SCOPES)
+    kinds: list[st.SearchStrategy[Any]] = [
+        operation.as_strategy(generation_mode=mode)
+        for operation in operations
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+    ]
     return st.sampled_from(kinds).flatmap(lambda kind: kind)
 
 
