@@ -9,7 +9,7 @@ MUTMUT_SEES_VLLM := .venv/mutants/lib/python3.11/site-packages/vllm.pth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos-gate chaos-update families mutants next-release \
+.PHONY: help demo test check lint bench chaos-gate chaos-update liveness soak families mutants next-release \
   fmt setup setup-vllm \
   setup-sglang setup-megatron no-such-engine clean
 
@@ -39,6 +39,12 @@ chaos-gate: setup ## thousands of hostile requests against engines that may not 
 
 chaos-update: setup ## weight updates under load and faults, every token judged (ARGS="--part 1/4")
 	$(VLLM_PYTHON) -m tests.chaos_update $(ARGS)
+
+liveness: setup ## stuck states made on real engines, and how each of them ends (ARGS="--engine vllm --part 1/4")
+	$(VLLM_PYTHON) -m tests.liveness $(ARGS)
+
+soak: setup ## what 300 updates and 100 sleeps under load leave behind (ARGS="--engine sglang --updates 100")
+	$(VLLM_PYTHON) -m tests.soak $(ARGS)
 
 families: setup ## tiny models of 70 families, updated on each engine and held against fresh loads (ARGS="--engine vllm --part 1/2")
 	$(VLLM_PYTHON) -m tests.families.run $(ARGS)

@@ -106,7 +106,7 @@ async def _admitted(manager: Any, shared: SharedState, obj: Any, *, probe: bool)
         why = refusal(state)
         if why is not None and not probe:
             raise _refused_unread(problem(503, "fenced", why, state="fenced"), why, obj)
-        if state.holding:
+        if state.holding is not None and state.holding.drains:
             await asyncio.sleep(HOLDING_POLL_S)
         elif manager.is_pause:
             await _resumed(manager)

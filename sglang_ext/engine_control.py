@@ -6,7 +6,6 @@ import asyncio
 import functools
 from typing import Any
 
-import msgspec
 import sglang
 from sglang.srt.managers.io_struct import (
     ContinueGenerationReqInput,
@@ -49,6 +48,9 @@ class SglangEngineControl:
         self._schedulers = WorkerCalls(self)
         self._shared = shared_state()
         self._pauses = 0
+        """Counts pauses and resumes: a pause after which one has come is nobody's any more."""
+        self._telling = asyncio.Lock()
+        """Pause and resume reach SGLang in the order in which they were counted."""
         arguments = tokenizer_manager.server_args
         self._info = EngineInfo(
             kind="sglang",
@@ -70,15 +72,23 @@ class SglangEngineControl:
         return None
 
     async def pause(self, mode: PauseMode) -> None:
-        """Hold new requests; freeze those in the engine, let them finish, or abort them.
+        """Freeze requests in the engine, let them finish, or abort them.
 
         Whatever the mode, the schedulers end up in SGLang's `in_place` pause. SGLang does not
-        answer a pause: the question behind it is answered once it has taken effect.
+        answer a pause: the question behind it is answered once it has taken effect. While requests
+        drain, API processes hold new ones because the state has a `Holder`.
+
+        Raises:
+            ConflictError: resumed meanwhile; nobody waits for this pause any more.
         """
         self._pauses += 1
+        ours = self._pauses
         if mode != "keep":
-            await self._drain(ours=self._pauses, abort=mode == "abort")
-        await _sglang(self._manager.pause_generation(PauseGenerationReqInput(mode="in_place")))
+            await self._drain(ours=ours, abort=mode == "abort")
+        async with self._telling:
+            # A scheduler in a long step answers late: the pause may have been given up meanwhile.
+            self._require_wanted(ours)
+            await _sglang(self._manager.pause_generation(PauseGenerationReqInput(mode="in_place")))
         if not all(await self._schedulers.ask("scheduler_is_paused", bool)):
             raise EngineCallError("SGLang was told to pause and did not")
 
@@ -86,7 +96,8 @@ class SglangEngineControl:
         """Schedule again."""
         self._pauses += 1
         go_on = ContinueGenerationReqInput(torch_empty_cache=False)
-        await _sglang(self._manager.continue_generation(go_on))
+        async with self._telling:
+            await _sglang(self._manager.continue_generation(go_on))
 
     async def flush(self, *, prefix_cache: bool, multimodal_cache: bool) -> list[str]:
         """Empty caches; requests that hold KV are retracted and will recompute it."""
@@ -133,19 +144,14 @@ class SglangEngineControl:
         return (await self.call_workers(call, arguments))[0]
 
     async def _drain(self, *, ours: int, abort: bool) -> None:
-        """Wait until no request is under way, in the schedulers or on its way to or from them.
+        """Wait until no request is under way, in the schedulers or on its way to or from them."""
+        while not await self._is_drained(abort=abort):
+            await asyncio.sleep(DRAIN_POLL_S)
+            self._require_wanted(ours)
 
-        Raises:
-            ConflictError: resumed meanwhile; nobody waits for this pause any more.
-        """
-        self._hold(True)
-        try:
-            while not await self._is_drained(abort=abort):
-                await asyncio.sleep(DRAIN_POLL_S)
-                if self._pauses != ours:
-                    raise ConflictError("the engine was resumed before its requests had ended")
-        finally:
-            self._hold(False)
+    def _require_wanted(self, ours: int) -> None:
+        if self._pauses != ours:
+            raise ConflictError("the engine was resumed before its requests had ended")
 
     async def _is_drained(self, *, abort: bool) -> bool:
         if abort:
@@ -154,6 +160,3 @@ class SglangEngineControl:
         return not (counts.running or counts.waiting) and not (
             await self._manager.model_update_lock.is_locked()
         )
-
-    def _hold(self, holding: bool) -> None:
-        self._shared.change(lambda state: msgspec.structs.replace(state, holding=holding))

@@ -8,7 +8,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from engine_plugins.admin.auth import BearerAuth, TokenBook
+from engine_plugins.admin.auth import BearerAuth
 from engine_plugins.admin.body_limit import BodyLimit
 from engine_plugins.admin.error_responses import problem, problem_from
 from engine_plugins.admin.last_resort import LastResort, internal_problem
@@ -16,6 +16,7 @@ from engine_plugins.admin.mount import PREFIX
 from engine_plugins.admin.route_table import RouteTable
 from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
 from engine_plugins.admin.service import AdminService
+from engine_plugins.admin.token_book import TokenBook
 from engine_plugins.admin.update_answers import StoredFailure
 from engine_plugins.errors import EnginePluginError, ResidualMemoryError
 from engine_plugins.settings import Settings

@@ -7,88 +7,18 @@ the route which the router will run; a request that no route will take is refuse
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Literal, get_args
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem
 from engine_plugins.admin.route_table import RouteKey, RouteTable, oddity_of_path
-from engine_plugins.errors import SettingsError
-from engine_plugins.settings import PREFIX, Settings
+from engine_plugins.admin.token_book import TokenBook, TokenScope
+from engine_plugins.settings import PREFIX
 
-__all__ = ["BearerAuth", "TokenBook", "TokenScope"]
+__all__ = ["BearerAuth"]
 
-TokenScope = Literal["read", "control", "weights"]
-ALL_SCOPES: frozenset[TokenScope] = frozenset(get_args(TokenScope))
 _SEE_DOCUMENT = "GET /admin/v1/openapi.json lists the routes"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    token: bytes = field(repr=False)
-    scopes: frozenset[TokenScope]
-
-
-class TokenBook:
-    """The tokens of this server: one for everything, or a file of `scope token` lines."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._single = settings.admin_token
-        self._file = settings.admin_token_file
-        self._stamp: tuple[int, int, int] | None = None
-        self._from_file: list[_Entry] = []
-
-    def scopes_of(self, token: str) -> frozenset[TokenScope] | None:
-        """Scopes of a token, or None if nobody has it. Takes as long for any token."""
-        offered = token.encode()
-        granted: frozenset[TokenScope] | None = None
-        for entry in self.entries():
-            if hmac.compare_digest(entry.token, offered):
-                granted = (granted or frozenset()) | entry.scopes
-        return granted
-
-    def entries(self) -> list[_Entry]:
-        """Every token known now; the file is read again when it has changed.
-
-        Raises:
-            SettingsError: the file cannot be read or has a line that makes no sense.
-        """
-        single = (
-            [] if not self._single else [_Entry(token=self._single.encode(), scopes=ALL_SCOPES)]
-        )
-        if self._file is None:
-            return single
-        try:
-            stat = self._file.stat()
-            stamp = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-            if stamp != self._stamp:
-                self._from_file = _read_token_file(self._file)
-                self._stamp = stamp
-        except OSError as error:
-            raise SettingsError(
-                f"{PREFIX}ADMIN_TOKEN_FILE: {self._file} cannot be read ({error.strerror})"
-            ) from error
-        return single + self._from_file
-
-
-def _read_token_file(path: Path) -> list[_Entry]:
-    entries = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        words = line.split()
-        if not words or words[0].startswith("#"):
-            continue
-        if len(words) != 2 or words[0] not in ALL_SCOPES:
-            raise SettingsError(
-                f"{path}, line {number}: not `scope token` with scope "
-                f"{', '.join(sorted(ALL_SCOPES))}"
-            )
-        scope: TokenScope = words[0]
-        entries.append(_Entry(token=words[1].encode(), scopes=frozenset({scope})))
-    return entries
 
 
 class BearerAuth:
@@ -122,6 +52,7 @@ class BearerAuth:
         if scope["type"] == "websocket":  # no route of ours is one
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
             return
+        await self._tokens.refresh()
         refusal = self._refusal(scope)
         if refusal is None:
             await self._app(scope, receive, send)
@@ -129,16 +60,13 @@ class BearerAuth:
             await refusal(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
-        try:
-            configured = bool(self._tokens.entries())
-        except SettingsError as error:
-            return problem(503, "not_configured", error.message, remedy="mend the token file")
-        if not configured:
+        if not self._tokens.configured:
             return problem(
                 503,
                 "not_configured",
                 "this server has no admin token, so its admin routes are closed",
-                remedy=f"start it with {PREFIX}ADMIN_TOKEN or {PREFIX}ADMIN_TOKEN_FILE set",
+                remedy=f"start it with {PREFIX}ADMIN_TOKEN or {PREFIX}ADMIN_TOKEN_FILE set; if it "
+                "was, the server's log says what is wrong with it",
             )
         granted = self._tokens.scopes_of(_bearer(scope))
         if granted is None:
@@ -186,9 +114,9 @@ class BearerAuth:
         return problem(404, "unknown_route", detail, remedy=_SEE_DOCUMENT, state=self._state_name())
 
 
-def _bearer(scope: Scope) -> str:
+def _bearer(scope: Scope) -> bytes:
     for name, value in scope["headers"]:
         if name == b"authorization":
-            kind, _, token = value.decode(errors="replace").partition(" ")
-            return token.strip() if kind.lower() == "bearer" else ""
-    return ""
+            kind, _, token = bytes(value).partition(b" ")
+            return token.strip() if kind.lower() == b"bearer" else b""
+    return b""

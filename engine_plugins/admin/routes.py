@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import zlib
 from typing import Any
 
 import msgspec
 from fastapi import APIRouter, Request, Response
 
-from engine_plugins.admin.auth import TokenScope
+from engine_plugins.admin.gzip_body import unpacked
 from engine_plugins.admin.schemas import (
     AbortBody,
     CommitBody,
@@ -28,7 +27,7 @@ from engine_plugins.admin.schemas import (
     WeightsView,
 )
 from engine_plugins.admin.service import AdminService
-from engine_plugins.errors import AdminRequestError, BodyTooLargeError
+from engine_plugins.admin.token_book import TokenScope
 
 __all__ = ["SCOPES", "SOURCES_PATH", "admin_router"]
 
@@ -57,7 +56,6 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
 """The scope that each route needs."""
 
 _PAUSE, _FLUSH, _SLEEP, _WAKE = PauseBody(), FlushBody(), SleepBody(), WakeBody()
-_WHOLE_GZIP = "send one whole gzip stream, or the manifest plain without Content-Encoding"
 
 _MANIFEST_BODY = {
     "requestBody": {
@@ -129,7 +127,7 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         """Offer one trainer process's weights: a manifest as msgpack or JSON, gzip allowed."""
         body = await request.body()
         if "gzip" in request.headers.get("content-encoding", ""):
-            body = await asyncio.to_thread(_gunzip, body, max_manifest_bytes)
+            body = await asyncio.to_thread(unpacked, body, max_manifest_bytes)
         kind = request.headers.get("content-type", "")
         return SourceAccepted(source_id=await service.add_source(body, kind))
 
@@ -175,21 +173,3 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
 
 def _json(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-def _gunzip(body: bytes, limit: int) -> bytes:
-    unpacker = zlib.decompressobj(wbits=31)
-    try:
-        plain = unpacker.decompress(body, limit + 1)
-    except zlib.error as error:
-        raise AdminRequestError(
-            f"the body says gzip and is not: {error}", remedy=_WHOLE_GZIP
-        ) from error
-    if len(plain) > limit:
-        raise BodyTooLargeError(
-            f"the manifest unpacks to more than {limit} bytes",
-            remedy="raise ENGINE_PLUGINS_MAX_MANIFEST_BYTES",
-        )
-    if not unpacker.eof:
-        raise AdminRequestError("the gzip body ends before its end mark", remedy=_WHOLE_GZIP)
-    return plain

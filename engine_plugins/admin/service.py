@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -16,7 +15,7 @@ import msgspec
 from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
-from engine_plugins.admin.pausing import pause_within
+from engine_plugins.admin.pausing import end_left_pause, new_pause, pause_within
 from engine_plugins.admin.schemas import (
     AbortBody,
     CommitBody,
@@ -40,13 +39,13 @@ from engine_plugins.admin.sleeping import Sleeping, memory_answer, residual_memo
 from engine_plugins.admin.sources import Sources
 from engine_plugins.admin.state import (
     EngineState,
-    Pause,
     WeightsInstalled,
     moved,
     require,
     require_weights_mapped,
 )
 from engine_plugins.admin.updates import MOST_WAIT_S, Updates
+from engine_plugins.admin.watcher import Watcher
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
@@ -75,7 +74,6 @@ logger = logging.getLogger(__name__)
 MAX_PLANS = 8
 BUSY_WAIT_S = 0.05
 """How long /state waits for an engine that may be busy; what it has not said then is unknown."""
-RETRY_S = 0.05
 WAIT_S = 5.0
 """How long a call waits for another to end."""
 
@@ -93,6 +91,8 @@ class AdminService:
         self._background = Background()
         self._updates = Updates(self._control, shared, settings, self._background)
         self._sleeping = Sleeping(self._control, shared, settings)
+        self.watcher = Watcher(self._control, shared, self._updates)
+        """Runs for as long as the application does, see `late_admin`."""
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
 
@@ -138,25 +138,24 @@ class AdminService:
                     remedy="POST /admin/v1/resume first",
                 )
             if state.state == "serving":
-                await pause_within(self._control, body.mode, body.timeout_s)
-            until = None if body.hold_s is None else time.time() + body.hold_s
-            pause = Pause(mode=body.mode, until=until)
+                await pause_within(self._control, self._shared, body.mode, body.timeout_s)
+            asked = new_pause(body.mode, body.hold_s)
+            pause = asked.beside(state.pause)
             self._shared.change(lambda now: moved(now, "paused", pause=pause))
-        if body.hold_s is not None:
-            self._background.keep(self._end_pause(pause, body.hold_s))
 
     async def resume(self) -> StateView:
-        """Schedule again."""
+        """Schedule again; this ends every caller's pause."""
         await self._background.to_the_end(self._resume())
         return await self.state()
 
     async def _resume(self) -> None:
         async with self._operation("resume"):
-            state = self._shared.read()
-            require(state, "serving", "paused", doing="resume")
-            if state.state == "paused":
-                await self._control.resume()
-                self._shared.change(lambda now: moved(now, "serving", pause=None))
+            require(self._shared.read(), "serving", "paused", doing="resume")
+            # Also of an engine that counts as serving: should it stand still, this is the way out.
+            await self._control.resume()
+            self._shared.change(
+                lambda now: moved(now, "serving", pause=None) if now.state == "paused" else now
+            )
 
     async def sleep(self, body: SleepBody) -> SleepAnswer:
         """Release memory, measure what is left, and say whether it may be.
@@ -353,28 +352,15 @@ class AdminService:
 
         async with self._shared.operation(name, wait_s=WAIT_S, unless=hopeless):
             await self._updates.recover()
+            await end_left_pause(self._control, self._shared)
             yield
 
     @asynccontextmanager
     async def _place_for_connect(self) -> AsyncIterator[None]:
         async with self._updates.place("connect", MOST_WAIT_S):
             await self._updates.recover()
+            await end_left_pause(self._control, self._shared)
             yield
-
-    async def _end_pause(self, pause: Pause, hold_s: float) -> None:
-        """End a pause whose holder said how long to hold it, if it is still that pause.
-
-        An update may be under way just then: the pause ends when that has.
-        """
-        await asyncio.sleep(hold_s)
-        while self._shared.read().pause == pause:
-            try:
-                await self.resume()
-            except ConflictError:
-                await asyncio.sleep(RETRY_S)
-            except EnginePluginError:
-                logger.exception("a pause of %g s could not be ended", hold_s)
-                return
 
 
 def _summary(

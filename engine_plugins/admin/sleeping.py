@@ -73,7 +73,7 @@ class Sleeping:
             )
         tags = (await self._workers.ask("may_release", list[MemoryTag], tags=body.tags))[0]
         if state.state == "serving":
-            await pause_within(self._control, body.pause, body.timeout_s)
+            await pause_within(self._control, self._shared, body.pause, body.timeout_s)
         self._shared.change(lambda now: _asleep(now, body.level, tags))
         try:
             if "kv_cache" in tags:

@@ -11,10 +11,12 @@ import msgspec
 from engine_plugins.admin.engine_control import PauseMode
 from engine_plugins.errors import ConflictError
 from engine_plugins.sleep.memory_backend import MemoryTag
+from engine_plugins.sleep.process_identity import start_ticks
 
 __all__ = [
     "EngineState",
     "Fence",
+    "Holder",
     "Pause",
     "Sleep",
     "StateName",
@@ -23,6 +25,7 @@ __all__ = [
     "carrier_stopped",
     "moved",
     "not_now",
+    "overdue",
     "refusal",
     "refuse_for_good",
     "require",
@@ -38,7 +41,7 @@ MOST_TEXT_BYTES = 4 << 10
 StateName = Literal["serving", "paused", "updating", "asleep", "fenced"]
 
 _WAY_OUT: dict[StateName, str] = {
-    "serving": "pause it first",
+    "serving": "GET /admin/v1/state, and call what its state allows",
     "paused": "POST /admin/v1/resume",
     "updating": "wait until the update has ended",
     "asleep": "POST /admin/v1/wake",
@@ -73,7 +76,38 @@ class Pause(msgspec.Struct, frozen=True, kw_only=True):
 
     mode: PauseMode
     until: float | None
-    """Unix seconds at which it ends by itself (`hold_s`)."""
+    """Unix seconds at which it ends by itself (`hold_s`); None: only a resume ends it."""
+    ends_at: float | None = None
+    """The same by the monotonic clock of this host, which nobody sets back."""
+
+    def beside(self, other: Pause | None) -> Pause:
+        """This pause while another caller's lasts: over when no pause is left."""
+        if other is None:
+            return self
+        if self.ends_at is None or other.ends_at is None:
+            return msgspec.structs.replace(self, until=None, ends_at=None)
+        return self if self.ends_at >= other.ends_at else other
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that asks the engine for a pause, from before it asks.
+
+    Until the state has the pause, nothing else says that the engine may stand still: if the process
+    dies meanwhile, `pausing.end_left_pause` has the engine serve again.
+    """
+
+    pid: int
+    started: int | None
+    """Its start, in clock ticks from boot: pids are used again."""
+    serial: str
+    """Of this one pause: a pause that was given up late must not end the next one's hold."""
+    drains: bool
+    """New requests wait in the API processes while those in the engine end."""
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process is still there."""
+        return self.started is None or start_ticks(self.pid) == self.started
 
 
 class WeightsInstalled(_ShortTexts, frozen=True, kw_only=True):
@@ -138,8 +172,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """Names this life of the server, in no other life again."""
     kv_generation: str | None = None
     """Which weights of this life new KV is computed with; None until the first update."""
-    holding: bool = False
-    """New requests wait in the API processes while those in the engine drain."""
+    holding: Holder | None = None
+    """Who asks the engine for a pause, while the state does not say yet that it is paused."""
 
     @property
     def kv_mark(self) -> str | None:
@@ -152,8 +186,20 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def moved(state: EngineState, name: StateName, **changes: object) -> EngineState:
-    """The state under another name, from now on."""
-    return msgspec.structs.replace(state, state=name, since=time.time(), **changes)
+    """The state under another name, from now on; a pause that led to it is asked for no more."""
+    return msgspec.structs.replace(state, state=name, since=time.time(), holding=None, **changes)
+
+
+def overdue(state: EngineState, now: float) -> bool:
+    """Whether the engine stands still for a pause whose time is over.
+
+    Args:
+        state: of the engine.
+        now: seconds of `time.monotonic()`.
+    """
+    pause = state.pause
+    ends_at = None if pause is None else pause.ends_at
+    return state.state == "paused" and ends_at is not None and now >= ends_at
 
 
 def carrier_stopped(state: EngineState, *, since: float) -> EngineState:
@@ -174,7 +220,6 @@ def carrier_stopped(state: EngineState, *, since: float) -> EngineState:
         since=since,
         fence=fence,
         update=None,
-        holding=False,
         weights=WeightsInstalled(),
     )
 
@@ -208,8 +253,12 @@ def not_now(state: EngineState, *, doing: str) -> ConflictError:
         why = f" (version {state.update.version} is prepared as {state.update.request_id!r})"
         remedy = "POST /admin/v1/weights/commit or /weights/abort with that request_id"
     elif state.state == "asleep" and state.sleep is not None and not state.sleep.released:
-        why = " (its memory is mapped again, but the weights were discarded)"
-        remedy = "complete a weight update: POST /admin/v1/weights/update"
+        if state.sleep.weights_lost:
+            why = " (its memory is mapped again, but the weights were discarded)"
+            remedy = "complete a weight update: POST /admin/v1/weights/update"
+        else:
+            why = " (its memory is mapped again, but it was not resumed)"
+            remedy = _WAY_OUT["asleep"]
     else:
         remedy = fence.remedy if fence is not None and fence.for_good else _WAY_OUT[state.state]
     return ConflictError(f"cannot {doing} while {state.state}{why}", remedy=remedy)

@@ -10,6 +10,8 @@ first numbers are a shape of 1, a start of 0.
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterable
 from typing import Annotated, Literal, NamedTuple
 
@@ -88,6 +90,16 @@ class BoxColumns(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     on the last axis (where that axis has more than one index)."""
 
 
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "tensors": TensorColumns,
+    "regions": RegionColumns,
+    "boxes": BoxColumns,
+}
+_NUMBER_BYTES = 8
+_TOO_LONG = re.compile(r"length <= \d+ - at `\$\.(\w+)\.(\w+)`")
+"""How msgspec says that a column breaks its bound."""
+
+
 class OfferedBox(NamedTuple):
     """One row of `BoxColumns`."""
 
@@ -155,22 +167,6 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return slice(self.axes - int(numbers(self.tensors.ndims)[tensor]), None)
 
 
-class _Columns(msgspec.Struct, frozen=True):
-    """A table whose columns are still bytes, to be counted before anything is built."""
-
-    names: msgspec.Raw = msgspec.Raw()
-    addresses: msgspec.Raw = msgspec.Raw()
-    tensors: msgspec.Raw = msgspec.Raw()
-
-
-class _Envelope(msgspec.Struct, frozen=True):
-    """The manifest down to its tables and no further."""
-
-    tensors: _Columns
-    regions: _Columns
-    boxes: _Columns
-
-
 def numbers(column: bytes) -> npt.NDArray[np.int64]:
     """[n] of a column's bytes; read-only."""
     return np.frombuffer(column, dtype="<i8")
@@ -194,8 +190,8 @@ def decode_manifest(
     Args:
         body: the manifest, uncompressed.
         content_type: `application/msgpack` or `application/json`, parameters ignored.
-        max_entries: most rows that each of the three tables may have. More are refused from
-            the header of the column, before it is built.
+        max_entries: most rows that each of the three tables may have. A longer column of any of
+            them is refused from its header, before it is built.
 
     Raises:
         AdminRequestError: the body is not a manifest at all (not msgpack or JSON, a missing
@@ -205,11 +201,10 @@ def decode_manifest(
     kind = content_type.partition(";")[0].strip().lower()
     try:
         if kind == MSGPACK:
-            _refuse_long_columns(body, max_entries)
-            manifest = msgspec.msgpack.decode(body, type=SourceManifest)
+            manifest = _unbounded(msgspec.msgpack.decode(body, type=_bounded(max_entries)))
         elif kind == JSON:
             _refuse_long_json(body)
-            manifest = msgspec.json.decode(body, type=SourceManifest)
+            manifest = _unbounded(msgspec.json.decode(body, type=_bounded(max_entries)))
         else:
             raise AdminRequestError(
                 f"a manifest cannot be read from content type {content_type[:80]!r}",
@@ -218,8 +213,12 @@ def decode_manifest(
     # UnicodeDecodeError: bytes in a string that are not UTF-8. RecursionError: nested deeper
     # than msgspec follows.
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        too_long = _over_a_bound(error, max_entries)
+        if too_long is not None:
+            raise too_long from error
         raise AdminRequestError(
-            f"the body of {len(body)} bytes is not a manifest of format {FORMAT}: {error}",
+            f"the body of {len(body)} bytes is not a manifest of format {FORMAT}: "
+            f"{str(error)[:300]}",
             remedy="send what WeightSource.manifest_bytes of the server's release gives, or follow "
             "the manifest's schema",
         ) from error
@@ -227,19 +226,50 @@ def decode_manifest(
     return manifest
 
 
-def _refuse_long_columns(body: bytes, max_entries: int) -> None:
-    envelope = msgspec.msgpack.decode(body, type=_Envelope)
-    for what, column in (
-        ("tensors", envelope.tensors.names),
-        ("regions", envelope.regions.addresses),
-        ("boxes", envelope.boxes.tensors),
-    ):
-        length = _rows(bytes(memoryview(column)[:5]))
-        if length > max_entries:
-            raise ManifestError(
-                f"the manifest has {length} {what}, more than the limit of {max_entries}",
-                remedy="merge boxes, or raise the engine's limit of manifest entries",
-            )
+@functools.lru_cache(maxsize=4)
+def _bounded(max_entries: int) -> type[msgspec.Struct]:
+    """`SourceManifest` with a length for every column, which msgspec reads in the column's header.
+
+    Without it one short header, or a gzip stream of one repeated letter, makes gigabytes of Python
+    objects before anything could count them.
+    """
+    most = {
+        list[str]: msgspec.Meta(max_length=max_entries),
+        # The widest row of a table; which columns are tables is for check_manifest to say.
+        bytes: msgspec.Meta(max_length=_NUMBER_BYTES * MAX_RANK * max_entries),
+    }
+
+    def columns(kind: type[msgspec.Struct]) -> type[msgspec.Struct]:
+        fields = [
+            (each.name, Annotated[each.type, most[each.type]])
+            for each in msgspec.structs.fields(kind)
+        ]
+        return msgspec.defstruct(kind.__name__, fields, bases=(kind,), frozen=True, kw_only=True)
+
+    tables = [(name, columns(kind)) for name, kind in _TABLES.items()]
+    return msgspec.defstruct(
+        SourceManifest.__name__, tables, bases=(SourceManifest,), frozen=True, kw_only=True
+    )
+
+
+def _unbounded(decoded: msgspec.Struct) -> SourceManifest:
+    """The same as the type that everybody else knows; nothing of the columns is copied."""
+    fields = msgspec.structs.asdict(decoded)
+    for name, kind in _TABLES.items():
+        fields[name] = kind(**msgspec.structs.asdict(fields[name]))
+    return SourceManifest(**fields)
+
+
+def _over_a_bound(error: Exception, max_entries: int) -> ManifestError | None:
+    """The error of a column that msgspec found too long; None for any other."""
+    found = _TOO_LONG.search(str(error))
+    if found is None or found[1] not in _TABLES:
+        return None
+    return ManifestError(
+        f"the manifest has more {found[1]} than the limit of {max_entries} (in its column "
+        f"{found[2]})",
+        remedy="merge boxes, or raise the engine's limit of manifest entries",
+    )
 
 
 def _refuse_long_json(body: bytes) -> None:
@@ -248,21 +278,3 @@ def _refuse_long_json(body: bytes) -> None:
             f"a JSON manifest of {len(body)} bytes is over the limit of {MAX_JSON_BYTES}",
             remedy=f"send it as {MSGPACK}",
         )
-
-
-def _rows(head: bytes) -> int:
-    """Rows of a column from its first five bytes in msgpack: an array, or numbers as bytes."""
-    if not head:
-        return 0
-    if head[0] & 0xF0 == 0x90:
-        return head[0] & 0x0F
-    for kind, size, row_bytes in (
-        (0xDC, 2, 1),
-        (0xDD, 4, 1),
-        (0xC4, 1, 8),
-        (0xC5, 2, 8),
-        (0xC6, 4, 8),
-    ):
-        if head[0] == kind:
-            return int.from_bytes(head[1 : 1 + size], "big") // row_bytes
-    return 0

@@ -135,7 +135,7 @@ def cases() -> list[Case]:
     return sorted(chosen, key=lambda case: (first[case.server], case.may_end_server))
 
 
-def part_of(found: Sequence[Case], part: int, parts: int) -> list[tuple[int, Case]]:
+def part_of(found: Sequence[Row], part: int, parts: int) -> list[tuple[int, Row]]:
     """The numbered cases of a part, cut so that parts are equally long and servers are shared.
 
     Raises:

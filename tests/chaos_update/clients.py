@@ -22,13 +22,18 @@ _ROUTE = {"vllm": "/inference/v1/generate", "sglang": "/generate"}
 
 
 def ask(
-    server: EngineServer, prompt: Sequence[int], tokens: int, *, stream: bool = False
+    server: EngineServer,
+    prompt: Sequence[int],
+    tokens: int,
+    *,
+    stream: bool = False,
+    give_up_s: float = GIVE_UP_S,
 ) -> Answer:
     """Ask for greedy tokens; whatever becomes of it is an answer."""
     got: list[int] = []
     spans: tuple[Span, ...] | None = None
     broken = ""
-    with httpx.Client(base_url=server.url, timeout=GIVE_UP_S) as http:
+    with httpx.Client(base_url=server.url, timeout=give_up_s) as http:
         try:
             for event in _events(server.kind, http, prompt, tokens, stream=stream):
                 spans = _take(server.kind, event, got) or spans

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-from engine_plugins.admin.state import EngineState
+from tests.chaos_update.acts import (
+    Verdicts,
+    in_phase,
+    judge,
+    new_trainer,
+    probe,
+    saw,
+    settle,
+    trainer_of,
+)
 from tests.chaos_update.cases import Case
-from tests.chaos_update.clients import ask, under_load
+from tests.chaos_update.clients import under_load
 from tests.chaos_update.faults import DEADLINES_S, Scene, struck
 from tests.chaos_update.fleet import Fleet, Target
-from tests.chaos_update.judge import Answer, judged
-from tests.chaos_update.models import SHORT, VARIANTS, Models
+from tests.chaos_update.judge import Answer
+from tests.chaos_update.models import VARIANTS, Models
 from tests.chaos_update.processes import Processes, held
 from tests.chaos_update.proxy import Proxy
 from tests.chaos_update.trainer import Outcome, Trainer
@@ -32,39 +40,29 @@ GIVE_UP_S = 90.0
 """A sender that hears nothing of its engine waits for the deadline and a grace of a minute."""
 OF_THE_DEAD_S = 25.0
 """How long it is heard where the engine was killed."""
-SETTLE_S = 40.0
-PROBED_TOKENS = 8
-_PAGE_PHASE = {"publish": "resume"}
-"""The version is published when the page says that the engine resumes."""
 
 
 @dataclass(kw_only=True)
-class Result:
+class Result(Verdicts):
     """What became of a case.
 
     Attributes:
         case: which.
         tries: updates in which the phase was looked for.
         reached: whether the witness saw it; only then the case counts.
-        answers: that came, whole or broken off after tokens had come.
-        wrong: of these, what no whole weights say.
-        lying: of these, what the weights of its label do not say.
         end: `repaired`, `fenced` for good, `dead` or `unrepaired`.
         took_s: all of it, but for the start of a server.
         laps_s: its parts.
-        notes: what the trainer was told, and what was wrong.
+
+    Its notes also say what the trainer was told.
     """
 
     case: Case
     tries: int = 0
     reached: bool = False
-    answers: int = 0
-    wrong: int = 0
-    lying: int = 0
     end: str = ""
     took_s: float = 0.0
     laps_s: dict[str, float] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def holds(self) -> bool:
@@ -92,14 +90,14 @@ def run_case(case: Case, fleet: Fleet, folder: Path) -> Result:
             if scene.trainer.process.poll() is not None:
                 break
         clock.lap("fault")
-        _settle(target)
-        _probe(target, answers, result)
+        settle(target)
+        probe(target, answers, result)
         clock.lap("probes")
         result.end = _repair(target, fleet.models, folder, answers, result)
         clock.lap("repair")
     clock.lap("clients")
     result.notes += scene.answers_of_routes
-    _judge(target, answers, result)
+    judge(target, answers, result)
     clock.lap("judge")
     if result.end != "repaired" or case.kills:
         fleet.close()
@@ -130,7 +128,7 @@ def _scene(case: Case, target: Target, models: Models, folder: Path, stack: Exit
     stack.callback(proxy.close)
 
     def trainer(url: str, two_phase: bool) -> Trainer:
-        made = _trainer(target, models, folder, url, two_phase=two_phase)
+        made = trainer_of(target, models, folder, url, two_phase=two_phase)
         stack.callback(made.end)
         return made
 
@@ -141,19 +139,6 @@ def _scene(case: Case, target: Target, models: Models, folder: Path, stack: Exit
         proxy=proxy,
         trainer=trainer(proxy.url, case.commit == "two"),
         rival=trainer(target.server.url, False) if case.fault == "two_trainers" else None,
-    )
-
-
-def _trainer(
-    target: Target, models: Models, folder: Path, url: str, *, two_phase: bool = False
-) -> Trainer:
-    return Trainer(
-        models,
-        dtype=target.kind.dtype,
-        url=url,
-        two_phase=two_phase,
-        environment=target.environment,
-        log=folder / f"trainer-{time.monotonic_ns()}.log",
     )
 
 
@@ -178,15 +163,15 @@ def _hit(scene: Scene, result: Result) -> bool:
     case, began = scene.case, time.monotonic()
     version = _begin(scene)
     if case.fault in ("deadline_10ms", "deadline_50ms", "deadline_200ms"):
-        reached = _saw(scene, version)
+        reached = saw(scene.target, scene.trainer, version, case.phase)
         outcome = _told(scene, result)
         return reached and bool(outcome.error)
-    if not _saw(scene, version):
+    if not saw(scene.target, scene.trainer, version, case.phase):
         _told(scene, result)
         return False
     mend = None
     with held(scene.processes.apis) as scene.still:
-        if _in_phase(scene.target.page(), version, case.phase):
+        if in_phase(scene.target.page(), version, case.phase):
             mend = struck(scene)
             if case.fault == "deadline_passed":
                 left_s = began + DEADLINES_S["passed"] + 0.5 - time.monotonic()
@@ -195,24 +180,6 @@ def _hit(scene: Scene, result: Result) -> bool:
         mend()
     _told(scene, result)
     return mend is not None
-
-
-def _saw(scene: Scene, version: int) -> bool:
-    """Wait for the phase of an update; False if the update ended without it."""
-    while not _in_phase(scene.target.page(), version, scene.case.phase):
-        if scene.trainer.answered:
-            return False
-        time.sleep(0.0003)
-    return True
-
-
-def _in_phase(state: EngineState, version: int, phase: str) -> bool:
-    update = state.update
-    return (
-        update is not None
-        and update.version == version
-        and update.phase == _PAGE_PHASE.get(phase, phase)
-    )
 
 
 def _idle(scene: Scene, result: Result) -> bool:
@@ -241,38 +208,6 @@ def _told(scene: Scene, result: Result) -> Outcome:
     return outcome
 
 
-def _settle(target: Target) -> None:
-    """Wait until the engine is in the middle of nothing."""
-    give_up = time.monotonic() + SETTLE_S
-    while target.page().state == "updating" and time.monotonic() < give_up and not target.ended():
-        time.sleep(0.1)
-
-
-def _probe(target: Target, answers: list[Answer], result: Result) -> bool:
-    """Ask a serving engine, and hold its labels against its state; whether all was answered.
-
-    An answer under another version than the state names before and after it lies.
-    """
-    try:
-        before = target.server.state()
-        if before["state"] != "serving":
-            return False
-        found = [ask(target.server, prompt, PROBED_TOKENS) for prompt in SHORT[:3]]
-        after = target.server.state()
-    except httpx.HTTPError as error:
-        result.notes.append(f"no state: {error!r}")
-        return False
-    answers += found
-    version = before["weights"]["version"]
-    if (after["state"], after["weights"]["version"]) == ("serving", version):
-        label = "default" if version is None else str(version)
-        for answer in found:
-            if any(span.label != label for span in answer.spans or ()):
-                result.lying += 1
-                result.notes.append(f"/state says version {version}, an answer {answer.spans}")
-    return not any(answer.broken for answer in found)
-
-
 def _repair(
     target: Target, models: Models, folder: Path, answers: list[Answer], result: Result
 ) -> str:
@@ -280,7 +215,7 @@ def _repair(
     if not target.lives(killed=result.case.kills):
         return "dead"
     error = ""
-    with _new_trainer(target, models, folder) as trainer:
+    with new_trainer(target, models, folder) as trainer:
         for _ in range(TRIES):
             version, weights = target.next_version()
             trainer.begin(
@@ -293,39 +228,11 @@ def _repair(
             error = trainer.outcome(GIVE_UP_S).error
             if not error:
                 break
-            _settle(target)
-    if not error and _probe(target, answers, result):
+            settle(target)
+    if not error and probe(target, answers, result):
         return "repaired"
     result.notes.append(f"not repaired: {error[:300]}")
     if not target.lives(killed=result.case.kills):
         return "dead"
     fence = target.page().fence
     return "fenced" if fence is not None and fence.for_good else "unrepaired"
-
-
-@contextmanager
-def _new_trainer(target: Target, models: Models, folder: Path) -> Iterator[Trainer]:
-    trainer = _trainer(target, models, folder, target.server.url)
-    try:
-        yield trainer
-    finally:
-        trainer.end()
-
-
-def _judge(target: Target, answers: list[Answer], result: Result) -> None:
-    for answer in list(answers):
-        if not answer.tokens:
-            continue
-        result.answers += 1
-        verdict = judged(answer, target.weights_of, target.explained)
-        if verdict == "right":
-            continue
-        if verdict == "wrong":
-            result.wrong += 1
-        else:
-            result.lying += 1
-        if result.wrong + result.lying <= 3:
-            result.notes.append(
-                f"{verdict}: {len(answer.prompt)} tokens {answer.prompt[:3]}... gave "
-                f"{answer.tokens[:12]} as {answer.spans}"
-            )

@@ -6,6 +6,7 @@ import socket
 from contextlib import AbstractContextManager, ExitStack
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import httpx
 import torch
@@ -19,7 +20,7 @@ from tests.support.engine_server import ROOT, EngineServer
 from tests.support.sglang_server import SGLANG_SHIMS, sglang_server
 from tests.support.vllm_server import vllm_server
 
-__all__ = ["Fleet", "Target"]
+__all__ = ["Fleet", "Target", "runtime_dirs"]
 
 STALL_TIMEOUT_S = 4
 _SGLANG = ROOT / ".venv" / "sglang" / "bin" / "python"
@@ -35,14 +36,17 @@ class Target:
         server: as clients see it.
         weights_of: by label, the whole weights that it stands for.
         explained: what transformers says, in its dtype.
+        runtime_dir: where its processes meet.
     """
 
-    def __init__(self, kind: ServerKind, server: EngineServer, oracle: Oracle) -> None:
-        self.kind, self.server = kind, server
+    def __init__(
+        self, kind: ServerKind, server: EngineServer, oracle: Oracle, runtime_dir: Path
+    ) -> None:
+        self.kind, self.server, self.runtime_dir = kind, server, runtime_dir
         self.explained = oracle.explained
         self.weights_of = {"default": 0}
         self._version = 0
-        self._state = SharedState(next(server.log.parent.glob("engine-plugins-*")))
+        self._state = SharedState(runtime_dir)
 
     def next_version(self) -> tuple[int, int]:
         """A version that no trainer has sent, and its weights."""
@@ -86,16 +90,22 @@ class Target:
         return _WIRE[self.kind.wire]
 
 
+def runtime_dirs(temporary: Path) -> set[Path]:
+    """The folders in which the processes of servers meet, of living ones and others."""
+    return set(temporary.glob("engine-plugins-*"))
+
+
 class Fleet:
     """Starts a server when a case needs another one than the one that runs.
 
     Args:
         models: what servers start with, the first of them.
         folder: for the servers' own files.
+        temporary: their folder for temporary files; None for one of each server's own.
     """
 
-    def __init__(self, models: Models, folder: Path) -> None:
-        self.models, self._folder = models, folder
+    def __init__(self, models: Models, folder: Path, temporary: Path | None = None) -> None:
+        self.models, self._folder, self._temporary = models, folder, temporary
         self._oracles: dict[str, Oracle] = {}
         self._stack = ExitStack()
         self._target: Target | None = None
@@ -108,9 +118,18 @@ class Fleet:
             self.started += 1
             folder = self._folder / f"server-{self.started}"
             folder.mkdir()
-            server = self._stack.enter_context(self._serve(kind, folder / "server.log"))
-            self._target = Target(kind, server, self._oracle(kind.dtype))
+            temporary = self._temporary or folder
+            before = runtime_dirs(temporary)
+            server = self._stack.enter_context(
+                self._serve(kind, folder / "server.log", {"TMPDIR": str(temporary)})
+            )
+            runtime_dir = (runtime_dirs(temporary) - before).pop()
+            self._target = Target(kind, server, self._oracle(kind.dtype), runtime_dir)
         return self._target
+
+    def options(self, kind: ServerKind) -> dict[str, Any]:
+        """What else a server of a kind is started with."""
+        return {}
 
     def close(self) -> None:
         """End the server, if there is one."""
@@ -122,15 +141,21 @@ class Fleet:
             self._oracles[dtype] = Oracle(self.models, getattr(torch, dtype))
         return self._oracles[dtype]
 
-    def _serve(self, kind: ServerKind, log: Path) -> AbstractContextManager[EngineServer]:
+    def _serve(
+        self, kind: ServerKind, log: Path, environment: dict[str, str]
+    ) -> AbstractContextManager[EngineServer]:
+        options = self.options(kind)
         environment = {
+            **environment,
             **_WIRE[kind.wire],
             "ENGINE_PLUGINS_STALL_TIMEOUT_S": str(STALL_TIMEOUT_S),
             "VLLM_SERVER_DEV_MODE": "1",  # its own routes are there, and must do no harm
             "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "false",
             "PYTHONPATH": python_path(*((SGLANG_SHIMS,) if kind.engine == "sglang" else ())),
+            **options.pop("environment", {}),
         }
         here = find_spec(kind.engine) is not None
+        options = {"preload": here, **options}
         model, ranks, apis = self.models.folder(0), kind.tensor_parallel, kind.api_servers
         if kind.engine == "vllm":
             return vllm_server(
@@ -140,7 +165,7 @@ class Fleet:
                 api_servers=apis,
                 arguments=["--enable-scale-out", "--dtype", kind.dtype],
                 environment=environment,
-                preload=here,
+                **options,
             )
         return sglang_server(
             model,
@@ -150,5 +175,5 @@ class Fleet:
             arguments=["--engine-plugins-enable", "--dtype", kind.dtype],
             environment=environment,
             python=None if here else _SGLANG,
-            preload=here,
+            **options,
         )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -97,7 +99,7 @@ def test_a_token_file_counts_as_soon_as_it_changes(tokens: Served) -> None:
 
 
 def test_without_any_token_every_route_is_closed(tokens: Served) -> None:
-    """503 names both settings; so does a file that cannot be understood, without its tokens."""
+    """503 names both settings; a line that makes no sense closes itself, and the log has it."""
     tokens.write_tokens()
     for method, path in ROUTES:
         answer = _call(tokens.server, method, path, TOKEN)
@@ -105,9 +107,21 @@ def test_without_any_token_every_route_is_closed(tokens: Served) -> None:
         assert "ENGINE_PLUGINS_ADMIN_TOKEN " in answer.json()["remedy"]
         assert "ENGINE_PLUGINS_ADMIN_TOKEN_FILE" in answer.json()["remedy"]
     tokens.write_tokens("read", more="everything another-secret\n")
-    broken = _call(tokens.server, "GET", "/state", TOKEN)
-    assert "line 2" in problem(broken, 503, "not_configured")
-    assert "another-secret" not in broken.text
+    assert _call(tokens.server, "GET", "/state", TOKEN).status_code == 200
+    problem(_call(tokens.server, "GET", "/state", "another-secret"), 401, "unauthorized")
+    log = tokens.server.log.read_text(errors="replace")
+    assert f"{tokens.token_file}, line 2 is not `scope token`" in log
+    assert "another-secret" not in log
+
+
+def test_a_token_file_that_is_no_file_holds_nobody_up(tokens: Served) -> None:
+    """A FIFO had stopped the whole API server: it is closed at once, and the engine serves on."""
+    tokens.token_file.unlink()
+    os.mkfifo(tokens.token_file)
+    began = time.monotonic()
+    problem(_call(tokens.server, "GET", "/state", TOKEN), 503, "not_configured")
+    assert tokens.server.http.get("/health").status_code == 200
+    assert time.monotonic() - began < 10
 
 
 def test_our_token_and_the_engines_keys_do_not_open_each_others_doors(served: Served) -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import engine_plugins
 from engine_plugins.admin.app import create_admin_app
+from engine_plugins.admin.background import going_on
 from engine_plugins.admin.engine_control import EngineInfo
 from engine_plugins.admin.error_responses import problem_from
 from engine_plugins.admin.mount import AdminMount
@@ -208,7 +209,8 @@ class _Api:
         self.app.add_api_route("/health", self._health, methods=["GET"])
         self.app.add_api_route("/generate", self._generate, methods=["POST"])
         self.app.add_api_route("/metrics", self._metrics, methods=["GET"])
-        admin = create_admin_app(AdminService(engine, shared, settings), settings)
+        self.service = AdminService(engine, shared, settings)
+        admin = create_admin_app(self.service, settings)
         self.app.router.routes.append(AdminMount(admin))
 
     async def _health(self) -> Response:
@@ -286,7 +288,10 @@ def _serve(
 
     @asynccontextmanager
     async def generating(_: FastAPI) -> AsyncIterator[None]:
-        async with engine.running():
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(engine.running())
+            for api in apis:
+                await stack.enter_async_context(going_on(api.service.watcher.run()))
             yield
 
     application = FastAPI(lifespan=generating)

@@ -2,7 +2,8 @@
 
 The server is started with `STEPPING_FOLDER` in its environment. Files in that folder do the rest:
 `hold-<rank>-<n>` holds the rank before it installs its n-th module for as long as the file is
-there, `fail-<rank>-<n>` makes that install raise once. Everything else is the product.
+there, `fail-<rank>-<n>` makes that install raise once, with the file's text if it has any.
+Everything else is the product.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Steps:
         path.touch()
         return path
 
-    def fail(self, rank: int, module: int) -> None:
+    def fail(self, rank: int, module: int, text: str = "") -> None:
         """Have a rank fail once at a module."""
-        (self.folder / f"fail-{rank}-{module}").touch()
+        (self.folder / f"fail-{rank}-{module}").write_text(text)
 
     def clear(self) -> None:
         """Let everything go on."""
@@ -64,8 +65,9 @@ def watch_installs(installer: WeightInstaller, rank: int) -> None:
         while hold.exists():
             time.sleep(0.01)
         if fail.exists():
+            text = fail.read_text() or f"told to fail at module {count}"
             fail.unlink()
-            raise RuntimeError(f"told to fail at module {count}")
+            raise RuntimeError(text)
 
     def watched_install(
         modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]

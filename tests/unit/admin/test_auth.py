@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hmac
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,7 @@ import httpx
 import pytest
 from starlette.types import Message, Scope
 
-from engine_plugins.admin import auth
-from engine_plugins.admin.auth import TokenBook
 from engine_plugins.admin.routes import SCOPES
-from engine_plugins.errors import SettingsError
 from engine_plugins.settings import Settings
 from tests.support.admin_server import TOKEN, AdminServer
 
@@ -171,7 +167,8 @@ async def test_a_token_file_is_read_again_when_it_changes(
             _replace(token_file, broken)
             answer = await server.get("/state")
             assert (answer.status_code, answer.json()["code"]) == (503, "not_configured")
-            assert "line 1" in answer.json()["detail"]
+            assert str(token_file) not in answer.text
+            assert "line" not in answer.text
         _replace(token_file, b"read third-token\n")
         assert await status("third-token") == 200
         _replace(token_file, b"# nobody\n")
@@ -194,44 +191,6 @@ def _rewrite_unseen(path: Path, content: bytes) -> None:
     stamp = path.stat()
     path.write_bytes(content)
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-
-
-def test_a_token_file_that_did_not_change_is_read_once(
-    token_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every request asks for the tokens; only the file's stamp is looked at each time."""
-    book = TokenBook(Settings(admin_token_file=token_file))
-    first = book.entries()
-    monkeypatch.delattr(auth, "_read_token_file")
-    assert book.entries() == first
-
-
-def test_a_broken_line_is_told_by_its_number_and_not_by_its_token(tmp_path: Path) -> None:
-    """The message goes to whoever asks, token or not."""
-    path = tmp_path / "tokens"
-    path.write_text("read a\nroot topsecret\n")
-    with pytest.raises(SettingsError, match="line 2") as error:
-        TokenBook(Settings(admin_token_file=path)).entries()
-    assert "topsecret" not in error.value.message
-
-
-def test_tokens_are_compared_in_constant_time_and_all_of_them(
-    token_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither a common beginning nor a token's place in the file shows in the time taken."""
-    compared: list[tuple[bytes, bytes]] = []
-
-    def spy(ours: bytes, offered: bytes) -> bool:
-        compared.append((ours, offered))
-        return hmac.compare_digest(ours, offered)
-
-    monkeypatch.setattr(auth, "hmac", type("Spied", (), {"compare_digest": staticmethod(spy)}))
-    book = TokenBook(Settings(admin_token=TOKEN, admin_token_file=token_file))
-    for offered in (TOKEN, "r-token", "nobody's"):
-        compared.clear()
-        book.scopes_of(offered)
-        assert len(compared) == 6
-        assert {each for _, each in compared} == {offered.encode()}
 
 
 async def test_a_token_may_have_any_characters(make_server: MakeServer) -> None:
@@ -306,20 +265,6 @@ async def test_a_refusal_says_why_and_what_to_do(
     assert headers.items() <= dict(answer.headers).items()
 
 
-async def test_a_token_file_that_is_gone_is_named_with_what_to_mend(
-    make_server: MakeServer, tmp_path: Path
-) -> None:
-    gone = tmp_path / "gone"
-    server = make_server(settings=Settings(admin_token=TOKEN, admin_token_file=gone))
-    async with server.running():
-        answer = (await server.get("/state")).json()
-    assert answer["code"] == "not_configured"
-    assert answer["remedy"] == "mend the token file"
-    assert answer["detail"] == (
-        f"ENGINE_PLUGINS_ADMIN_TOKEN_FILE: {gone} cannot be read (No such file or directory)"
-    )
-
-
 async def test_a_websocket_is_closed_at_once(make_server: MakeServer) -> None:
     """With or without a token: 1008 is what a policy refuses with."""
     server = make_server()
@@ -355,14 +300,3 @@ async def test_how_a_token_is_sent(make_server: MakeServer, value: str, status: 
     async with server.running():
         answer = await server.http.get("/state", headers=headers)
     assert answer.status_code == status
-
-
-@pytest.mark.parametrize("line", ["read", "read a b", "admin a", "read\xff a"])
-def test_a_line_that_makes_no_sense_is_told_with_the_scopes(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "tokens"
-    path.write_bytes(b"# tokens\n\n" + line.encode("latin-1") + b"\n")
-    with pytest.raises(SettingsError) as error:
-        TokenBook(Settings(admin_token_file=path)).entries()
-    assert error.value.message == (
-        f"{path}, line 3: not `scope token` with scope control, read, weights"
-    )

@@ -150,7 +150,7 @@ async def test_pausing_twice_in_the_same_mode_is_fine_and_in_another_is_not(
         assert "resume" in answer.json()["remedy"]
         for _ in range(2):
             assert (await server.post("/resume")).json()["state"] == "serving"
-        assert server.engine.calls.count("resume") == 1
+            assert not server.engine.paused
 
 
 async def test_a_pause_that_takes_too_long_is_504_and_the_engine_serves_on(
@@ -212,20 +212,43 @@ async def test_a_pause_may_end_by_itself(make_server: MakeServer) -> None:
         assert not server.engine.paused
 
 
-async def test_only_the_last_word_on_a_pause_counts(make_server: MakeServer) -> None:
-    """A pause held anew, or resumed and paused again, is not ended by the earlier one's time."""
+async def test_a_pause_that_was_resumed_is_not_ended_by_its_time(make_server: MakeServer) -> None:
+    """The next caller's pause is another one."""
     server = make_server()
     async with server.running():
-        await server.post("/pause", hold_s=0.05)
-        assert (await server.post("/pause")).json()["pause"]["until"] is None
-        await asyncio.sleep(0.15)
-        assert (await server.state())["state"] == "paused"
-        await server.post("/resume")
         await server.post("/pause", hold_s=0.05)
         await server.post("/resume")
         await server.post("/pause")
         await asyncio.sleep(0.15)
         assert (await server.state())["state"] == "paused"
+
+
+@pytest.mark.parametrize("holds", [(None, 0.05), (0.05, None)])
+async def test_only_a_resume_ends_an_indefinite_pause(
+    make_server: MakeServer, holds: tuple[float | None, float | None]
+) -> None:
+    """Another caller's `hold_s` runs beside it, whichever came first."""
+    server = make_server()
+    async with server.running():
+        for hold_s in holds:
+            await server.post("/pause", hold_s=hold_s)
+        assert (await server.state())["pause"] == {"mode": "keep", "until": None}
+        await asyncio.sleep(0.2)
+        assert (await server.state())["state"] == "paused"
+        assert server.engine.paused
+        assert (await server.post("/resume")).json()["state"] == "serving"
+
+
+async def test_the_longest_of_several_holds_counts(make_server: MakeServer) -> None:
+    """The engine serves again when no pause is left."""
+    server = make_server()
+    async with server.running():
+        longest = (await server.post("/pause", hold_s=0.6)).json()["pause"]
+        assert (await server.post("/pause", hold_s=0.05)).json()["pause"] == longest
+        await asyncio.sleep(0.25)
+        assert (await server.state())["state"] == "paused"
+        await server.until("serving")
+        assert time.time() >= longest["until"] - 0.05
 
 
 async def test_a_pause_whose_time_ends_during_another_call_ends_after_it(

@@ -153,7 +153,7 @@ async def test_a_process_stopped_at_any_line_of_a_write_holds_up_nobody(runtime_
 async def test_the_state_is_a_fence_before_the_successor_has_said_why(runtime_dir: Path) -> None:
     """Also where the successor dies before it says anything: the next change goes on from there."""
     shared = SharedState(runtime_dir)
-    shared.change(lambda state: moved(state, "updating", update=UPDATE, holding=True))
+    shared.change(lambda state: moved(state, "updating", update=UPDATE))
     before = shared.read()
 
     def dies(state: EngineState) -> EngineState:
@@ -167,7 +167,7 @@ async def test_the_state_is_a_fence_before_the_successor_has_said_why(runtime_di
     assert state.fence.code == "carrier_stopped"
     assert "version 7 does not answer" in state.fence.detail
     assert state.fence.attempted_version == 7
-    assert (state.state, state.update, state.holding) == ("fenced", None, False)
+    assert (state.state, state.update, state.holding) == ("fenced", None, None)
     assert state.weights.version is None
     assert state.kv_life == before.kv_life
     assert before.since <= state.since <= time.time()

@@ -249,26 +249,58 @@ def test_a_column_that_only_claims_to_be_long_costs_nothing(header: bytes) -> No
     assert time.thread_time() - started < 0.5
 
 
-@pytest.mark.parametrize("what", ["boxes", "regions", "tensors"])
-def test_ten_million_entries_are_refused_before_they_are_built(what: str) -> None:
-    """Counted in the column's header: nothing of ten million is made of them, nor of a body."""
-    counted = {"boxes": "tensors", "regions": "addresses", "tensors": "names"}[what]
+COLUMNS = [
+    (table, column)
+    for table, columns in plain_manifest().items()
+    if table in ("tensors", "regions", "boxes")
+    for column in columns
+]
+
+
+@pytest.mark.parametrize(("what", "counted"), COLUMNS)
+def test_ten_million_entries_are_refused_before_they_are_built(what: str, counted: str) -> None:
+    """Whatever the column, by its header: nothing of ten million is made of it, nor of a body."""
     manifest = wire(plain_manifest())
     body = msgspec.msgpack.encode(manifest)
     short = msgspec.msgpack.encode(manifest[what][counted])
     column = msgspec.msgpack.encode(counted) + short
     assert body.count(column) == 1
-    header = b"\xdd\x00\x98\x96\x80" if what == "tensors" else b"\xc6\x04\xc4\xb4\x00"
-    content = bytes(10_000_000 if what == "tensors" else 80_000_000)
+    words = counted in ("names", "dtypes")
+    header = b"\xdd\x00\x98\x96\x80" if words else b"\xc6\x04\xc4\xb4\x00"
+    content = b"\xa1a" * 10_000_000 if words else bytes(80_000_000)
     at = body.index(column) + len(column)
     long = b"".join((body[: at - len(short)], header, content, body[at:]))
     tracemalloc.start()
     try:
-        with pytest.raises(ManifestError, match=f"10000000 {what}, more than the limit of 1000"):
+        with pytest.raises(ManifestError, match=f"more {what} than the limit of 1000") as caught:
             decode_manifest(long, max_entries=LIMIT)
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
+    assert f"column {counted}" in caught.value.message
+
+
+NESTED = 20_000_000
+"""Arrays in an array: to pass over them alone takes most of a second."""
+
+
+@pytest.mark.parametrize("field", ["agent", "surprise", "names", "model"])
+def test_nested_arrays_are_refused_where_they_begin(field: str) -> None:
+    """In place of a word, in a field that there is not, in a column, and for a fact."""
+    nested = b"\xdd" + struct.pack(">I", NESTED) + b"\x90" * NESTED
+    manifest = plain_manifest()
+    if field == "names":
+        manifest["tensors"]["names"] = ["MARK"]
+    elif field == "model":
+        manifest["model"] = {"fact": "MARK"}
+    else:
+        manifest = {field: "MARK"} | {key: each for key, each in manifest.items() if key != field}
+    body = msgspec.msgpack.encode(wire(manifest)).replace(b"\xa4MARK", nested)
+    started = time.thread_time()
+    with pytest.raises(AdminRequestError) as caught:
+        decode_manifest(body, max_entries=LIMIT)
+    assert time.thread_time() - started < 0.1
+    assert len(caught.value.message) < 500
 
 
 def test_limits_hold_for_json_too() -> None:
@@ -276,6 +308,8 @@ def test_limits_hold_for_json_too() -> None:
     body = msgspec.json.encode(decode(plain_manifest()))
     with pytest.raises(ManifestError, match="3 boxes, more than the limit of 2"):
         decode_manifest(body, content_type=JSON, max_entries=2)
+    with pytest.raises(ManifestError, match="more tensors than the limit of 1"):
+        decode_manifest(body, content_type=JSON, max_entries=1)
     with pytest.raises(ManifestError, match="over the limit"):
         decode_manifest(body + b" " * MAX_JSON_BYTES, content_type=JSON, max_entries=LIMIT)
 
