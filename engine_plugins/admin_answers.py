@@ -37,6 +37,7 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far a running update is."""
 
     request_id: str = ""
+    version: int | None = None
     phase: str = ""
     bytes_done: int = 0
     bytes_total: int = 0
@@ -46,6 +47,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     """The part of State that a trainer acts on; fields that it does not know are ignored."""
 
     state: str
+    since: float = 0.0
+    """When it came to be in this state, by the server's clock."""
     weights: InstalledWeights = InstalledWeights()
     pause: dict[str, Any] | None = None
     sleep: dict[str, Any] | None = None

@@ -19,11 +19,10 @@ from engine_plugins.sleep.memory_ledger import MemoryLedger
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.sleep.rank_sleep import RankSleep
 from engine_plugins.sleep.storages import storages
+from engine_plugins.weights.agent_network import AgentNetwork
 from engine_plugins.weights.kv_pages import clear_non_finite
-from engine_plugins.weights.network_devices import current_gpu, prepare_network
 from engine_plugins.weights.receiver import WeightReceiver
 from engine_plugins.weights.source_choice import Reader
-from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.weight_installer import WeightInstaller
 from engine_plugins.weights.worker_service import WorkerService, pull_page
 
@@ -60,9 +59,10 @@ def make_rank_service(
         calls: further calls of an engine, by name; what they return must be plain data.
     """
     tp_rank = memory.tp_rank
+    network = AgentNetwork(settings.net_devices)
     receiver = WeightReceiver(
         installer,
-        lambda: _nixl_transport(tp_rank, settings.net_devices),
+        lambda: network.open(_agent_name(tp_rank)),
         tp_rank=tp_rank,
         stall_timeout_s=settings.stall_timeout_s,
         direct_landing=settings.direct_landing,
@@ -85,6 +85,7 @@ def make_rank_service(
         page=pull_page(runtime_dir, tp_rank),
         calls={**sleep.calls, **(calls or {})},
         clear_kv=partial(_clear_kv, tensors, ledger),
+        reach=network.reach,
     )
 
 
@@ -103,9 +104,6 @@ def _size(tensors: Callable[[], Iterable[torch.Tensor]] | None) -> int:
     return sum(each.nbytes() for each in storages(tensors()))
 
 
-def _nixl_transport(tp_rank: int, net_devices: str | None) -> Transport:
-    from engine_plugins.weights.transport.nixl import NixlTransport
-
-    prepare_network(current_gpu(), net_devices=net_devices)
-    name = f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"
-    return NixlTransport(name)
+def _agent_name(tp_rank: int) -> str:
+    """One that no other agent has, of this process or any."""
+    return f"engine-{socket.gethostname()}-{os.getpid()}-tp{tp_rank}-{secrets.token_hex(4)}"

@@ -293,6 +293,7 @@ class AdminAnswerError(EnginePluginError):
         detail: str,
         remedy: str,
         by_engine: bool = True,
+        retry_after: bool = False,
     ) -> None:
         at = f"{status} {code}" + (f", {state}" if state else "")
         super().__init__(f"{url} answered {at}: {detail}", remedy=remedy)
@@ -302,6 +303,7 @@ class AdminAnswerError(EnginePluginError):
         self.state = state
         self.detail = detail
         self.by_engine = by_engine
+        self.retry_after = retry_after
 
 
 class SleepRefusedError(EnginePluginError):

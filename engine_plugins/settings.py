@@ -16,6 +16,7 @@ from typing import Any
 from engine_plugins.errors import SettingsError
 
 __all__ = [
+    "ENABLE",
     "GATE_MODES",
     "HOOK_MODES",
     "PREFIX",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 PREFIX = "ENGINE_PLUGINS_"
+ENABLE = PREFIX + "ENABLE"
+"""Turns us on where an engine has no flag for it, or its arguments come from no command line."""
 SECRETS = frozenset({"admin_token"})
 """Settings from the environment only: other users read command lines, and engines log theirs."""
 

@@ -398,6 +398,7 @@ class WeightSender:
     def _open(self, engines: Engines) -> None:
         self._links = {link.url: link for link in links_to(engines, self._access)}
         self._ways.check()
+        self._offer.reach([link.host for link in self._links.values()])
         self._offer.open()
         self._release_if_asked()
         self._rounds = UpdateRounds(

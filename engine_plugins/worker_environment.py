@@ -12,12 +12,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import fields
 
-from engine_plugins.settings import PREFIX, SECRETS, Settings
+from engine_plugins.settings import ENABLE, PREFIX, SECRETS, Settings
 
 __all__ = ["forwarded_environment"]
 
 _SECRETS = {PREFIX + name.upper() for name in SECRETS}
-_SETTINGS = {PREFIX + field.name.upper() for field in fields(Settings)}
+_SETTINGS = {PREFIX + field.name.upper() for field in fields(Settings)} | {ENABLE}
 _ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}
 _UCX, _UCX_DEVICES = "UCX_", "UCX_NET_DEVICES"
 

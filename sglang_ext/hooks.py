@@ -11,7 +11,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from engine_plugins.engine_release import UPDATES
 
-__all__ = ["install", "missing"]
+__all__ = ["install", "installed", "missing"]
 
 _installed: list[tuple[str, str]] = []
 
@@ -29,6 +29,11 @@ def install(
     """
     HookRegistry.register(target, function, kind)
     _installed.append((target, part))
+
+
+def installed() -> set[str]:
+    """Targets of this process, whether SGLang wrapped them or not."""
+    return {target for target, _ in _installed}
 
 
 def missing(part: str) -> list[str]:

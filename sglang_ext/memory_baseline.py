@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed
 
+from engine_plugins.admin.absent_parts import note_absent
 from engine_plugins.admin.runtime_dir import first_process
 from engine_plugins.sleep.gpu_device import rank_memory
 from engine_plugins.sleep.rank_memory import RankMemory
@@ -16,8 +17,14 @@ _MEMORY = "engine_plugins_memory"
 
 
 def before_load_model(runner: Any, *args: Any, **kwargs: Any) -> None:
-    """Before `ModelRunner.load_model`: communicators are there, weights are not."""
-    memory_of(runner).take_baseline()
+    """Before `ModelRunner.load_model`: communicators are there, weights are not.
+
+    A model is loaded without it too: the State tells what is missing.
+    """
+    try:
+        memory_of(runner).take_baseline()
+    except Exception as error:
+        note_absent("memory_baseline", error)
 
 
 def memory_of(runner: Any) -> RankMemory:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import sglang
 import torch
@@ -24,6 +25,7 @@ from engine_plugins.errors import EnginePluginError, UnsupportedError
 from engine_plugins.prefill_gate.calibration_file import CalibrationFile, CalibrationKey
 from engine_plugins.prefill_gate.engine_gate import (
     EngineGate,
+    Samples,
     StepFigures,
     calibration_file,
     make_engine_gate,
@@ -46,6 +48,8 @@ from sglang_ext.prefill_shapes import HELD_BYTES_PER_LOGPROB, PrefillShapes
 from sglang_ext.unasked_steps import UnaskedSteps
 
 __all__ = ["SchedulerGate", "after_pull", "cut_step", "gate_of", "make_scheduler_gate"]
+
+T = TypeVar("T")
 
 SMALLEST_CHUNK = 32
 """Tokens that an idle engine computes of any prompt."""
@@ -135,42 +139,51 @@ class _Parts(NamedTuple):
     smallest_chunk: int
 
 
-def make_scheduler_gate(scheduler: Any) -> SchedulerGate | EnginePluginError:
-    """Make a scheduler's gate, on all ranks at the same time; or say why there can be none.
+def make_scheduler_gate(scheduler: Any, settings: Settings) -> EngineGate:
+    """Make a scheduler's gate, on all ranks at the same time, and have the scheduler ask it.
 
-    A gate that is off must not keep an engine from serving. Ranks agree before any waits for the
-    others: one that failed alone would never be joined.
+    Ranks agree before any waits for the others: one that failed alone would never be joined.
 
     Raises:
         SettingsError: a cap that this machine cannot hold.
-        UnsupportedError: the gate is asked for, and cannot be.
+        UnsupportedError: there can be no gate here, and why.
     """
-    settings = Settings.load()
     group = scheduler.tp_cpu_group
-    parts = _parts_or_reason(scheduler, settings)
-    own_reason = parts if isinstance(parts, str) else None
-    reasons = [each for each in _of_all_ranks(own_reason, group) if each is not None]
-    if isinstance(parts, _Parts) and not reasons:
-        return _gate_of_parts(scheduler, settings, parts)
-    refused = UnsupportedError(reasons[0], remedy="see the server's log")
-    if settings.prefill_gate != "off" and not missing(GATE):  # those the roll call names
-        raise refused
-    return refused
+    parts = _all_or_none(lambda: _parts(scheduler, settings), group)
+    samples = _from_first_rank(lambda: parts.file.read(now=time.time()), group)
+    gate = _all_or_none(lambda: _gate_of_parts(scheduler, settings, parts, samples), group)
+    setattr(scheduler, _ATTRIBUTE, gate)
+    _of_this_process[_SCHEDULER] = scheduler
+    scheduler._request_dispatcher += TypeBasedDispatcher([(GateFigures, gate.take)])
+    return gate.engine
 
 
-def _parts_or_reason(scheduler: Any, settings: Settings) -> _Parts | str:
-    refused = gate_refusal()
-    if refused is not None:
-        return refused.message
-    if lost := missing(GATE):
-        return f"SGLang did not take the hooks on {', '.join(lost)}"
+def _all_or_none(make: Callable[[], T], group: torch.distributed.ProcessGroup) -> T:
+    """What this rank makes, if all ranks make theirs.
+
+    Raises:
+        EnginePluginError: this rank's own reason, or else that of another.
+    """
+    made: T | None = None
+    reason: EnginePluginError | None = None
     try:
-        return _parts(scheduler, settings)
+        made = make()
     except Exception as error:
-        return no_gate(error).message
+        reason = no_gate(error)
+    told = _of_all_ranks(None if reason is None else reason.message, group)
+    others = [each for each in told if each is not None]
+    if reason is not None:
+        raise reason
+    if others:
+        raise UnsupportedError(others[0], remedy="see the server's log")
+    return cast(T, made)
 
 
 def _parts(scheduler: Any, settings: Settings) -> _Parts:
+    refused = gate_refusal()
+    if refused is not None:
+        raise refused
+    _require_hooks()
     group = scheduler.tp_cpu_group
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     runner = scheduler.tp_worker.model_runner
@@ -187,12 +200,24 @@ def _parts(scheduler: Any, settings: Settings) -> _Parts:
     )
 
 
-def _gate_of_parts(scheduler: Any, settings: Settings, parts: _Parts) -> SchedulerGate:
+def _require_hooks() -> None:
+    # Late: it has our hooks, which are made of this module.
+    from sglang_ext.gate_hooks import apply_gate_hooks
+
+    apply_gate_hooks()
+    if lost := missing(GATE):
+        raise UnsupportedError(
+            f"SGLang did not take the hooks on {', '.join(lost)}", remedy="see the server's log"
+        )
+
+
+def _gate_of_parts(
+    scheduler: Any, settings: Settings, parts: _Parts, samples: Samples
+) -> SchedulerGate:
     group = scheduler.tp_cpu_group
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     first, told = rank == 0, ranks > 1
     runtime_dir = Path(os.environ[RUNTIME_DIR])
-    samples = _from_first_rank(parts.file.read(now=time.time()) if first else None, group)
     pages = [rank_page(runtime_dir, each) for each in range(ranks)]
     engine = make_engine_gate(
         parts.model,
@@ -209,13 +234,9 @@ def _gate_of_parts(scheduler: Any, settings: Settings, parts: _Parts) -> Schedul
         board=GateBoard(runtime_dir) if first else None,
         keep=parts.file.write if first else None,
     )
-    gate = SchedulerGate(
+    return SchedulerGate(
         engine, parts.meter, parts.shapes, smallest_chunk=parts.smallest_chunk, told=told
     )
-    setattr(scheduler, _ATTRIBUTE, gate)
-    _of_this_process[_SCHEDULER] = scheduler
-    scheduler._request_dispatcher += TypeBasedDispatcher([(GateFigures, gate.take)])
-    return gate
 
 
 def after_pull(pulled: list[Any] | None, receiver: Any) -> list[Any] | None:
@@ -242,13 +263,16 @@ def _of_all_ranks(value: str | None, group: torch.distributed.ProcessGroup) -> l
     return told
 
 
-def _from_first_rank(value: Any, group: torch.distributed.ProcessGroup) -> Any:
-    """The first rank's value on all; once they have it, all ranks have come this far."""
-    values = [value]
+def _from_first_rank(read: Callable[[], Samples], group: torch.distributed.ProcessGroup) -> Samples:
+    """What the first rank reads, on all; once they have it, all ranks have come this far."""
+    values: list[Any] = [None]
+    if torch.distributed.get_rank(group) == 0:
+        values = [read()]
     source = torch.distributed.get_global_rank(group, 0)
     torch.distributed.broadcast_object_list(values, src=source, group=group)
     torch.distributed.barrier(group)
-    return values[0]
+    samples: Samples = values[0]
+    return samples
 
 
 def _model_memory(runner: Any, ranks: int) -> ModelMemory:

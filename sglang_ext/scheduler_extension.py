@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.engine_release import GATE, UPDATES
 from engine_plugins.errors import EngineCallError, EnginePluginError
-from engine_plugins.prefill_gate.engine_gate import refused_calls
+from engine_plugins.prefill_gate.engine_gate import EngineGate
+from engine_plugins.prefill_gate.entry import GateBoard
+from engine_plugins.prefill_gate.gate_on_demand import GateOnDemand
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, refuse
 from sglang_ext.core_hooks import SchedulerHooks, mark_from_the_start
@@ -28,7 +30,6 @@ from sglang_ext.engine_memory import memory_backend, tagged_tensors
 from sglang_ext.hooks import missing
 from sglang_ext.memory_baseline import memory_of
 from sglang_ext.messages import EngineAnswer, EngineCall, register_messages
-from sglang_ext.prefill_gate import SchedulerGate, make_scheduler_gate
 from sglang_ext.roll_call import report_present
 from sglang_ext.weight_installer import SglangWeightInstaller
 
@@ -42,10 +43,10 @@ class SchedulerExtension:
 
     Args:
         scheduler: SGLang's scheduler of this process.
-        gate: of its prefills, or why there is none.
+        gate: of its prefills.
     """
 
-    def __init__(self, scheduler: Any, gate: SchedulerGate | EnginePluginError) -> None:
+    def __init__(self, scheduler: Any, gate: EngineGate | GateOnDemand) -> None:
         self._scheduler, self._gate = scheduler, gate
         self._group = scheduler.tp_cpu_group
         self._service: WorkerService | None = None
@@ -88,23 +89,43 @@ class SchedulerExtension:
             runtime_dir=Path(os.environ[RUNTIME_DIR]),
             backend=memory_backend(self._scheduler, tensors, settings),
             tensors=tensors,
-            calls={**SchedulerHooks(self._scheduler).calls, **self._gate_calls},
+            calls={**SchedulerHooks(self._scheduler).calls, **self._gate.calls},
         )
-
-    @property
-    def _gate_calls(self) -> Mapping[str, Callable[..., Any]]:
-        if isinstance(self._gate, EnginePluginError):
-            return refused_calls(self._gate)
-        return self._gate.engine.calls
 
 
 def attach_to_scheduler(result: None, scheduler: Any) -> None:
     """After `Scheduler.init_request_dispatcher`: our message has a handler on this rank."""
     register_messages()
     mark_from_the_start(scheduler, shared_state().read().kv_mark)
-    extension = SchedulerExtension(scheduler, make_scheduler_gate(scheduler))
+    settings = Settings.load()
+    lost = [*missing(UPDATES), *(missing(GATE) if settings.prefill_gate != "off" else [])]
+    extension = SchedulerExtension(scheduler, _gate(scheduler, settings, complete=not lost))
     scheduler._request_dispatcher += TypeBasedDispatcher([(EngineCall, extension.answer)])
-    lost = [*missing(UPDATES), *(missing(GATE) if Settings.load().prefill_gate != "off" else [])]
     tp_rank = torch.distributed.get_rank(scheduler.tp_cpu_group)
     sign_in(shared_state().runtime_dir, "scheduler", tp_rank)
     report_present(tp_rank, lost)
+
+
+def _gate(scheduler: Any, settings: Settings, *, complete: bool) -> EngineGate | GateOnDemand:
+    """The gate where it is asked for; elsewhere nothing of it until somebody turns it on.
+
+    Raises:
+        SettingsError: a cap that this machine cannot hold.
+        UnsupportedError: it is asked for, and cannot be.
+    """
+
+    # Late: a scheduler without a gate has no use for what it takes.
+    def make(settings: Settings) -> EngineGate:
+        from sglang_ext.prefill_gate import make_scheduler_gate
+
+        return make_scheduler_gate(scheduler, settings)
+
+    if settings.prefill_gate != "off" and complete:  # else the roll call ends this start
+        return make(settings)
+    first = torch.distributed.get_rank(scheduler.tp_cpu_group) == 0
+    return GateOnDemand(
+        replace(settings, prefill_gate="off"),
+        make,
+        on_host=scheduler.tp_worker.model_runner.device == "cpu",
+        board=GateBoard(Path(os.environ[RUNTIME_DIR])) if first else None,
+    )

@@ -2,32 +2,42 @@
 
 Each setting of `engine_plugins.settings` has one; any of them turns the plugin on, and
 `--engine-plugins-enable` is for those with nothing to set. They are taken out of the command line
-before SGLang reads it and handed to every process through the environment.
+before SGLang reads it and handed to every process through the environment. Where there is no
+command line, `ENGINE_PLUGINS_ENABLE=1` in the environment does the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, NoReturn
 
 from sglang.srt.environ import envs
 
-from engine_plugins.engine_release import GATE, UPDATES
+from engine_plugins.admin.absent_parts import note_absent
+from engine_plugins.engine_release import GATE, UPDATES, gate_refusal
 from engine_plugins.errors import EnginePluginError, SettingsError
 from engine_plugins.prefill_gate.engine_gate import require_cap
-from engine_plugins.settings import PREFIX, SECRETS, Settings
+from engine_plugins.settings import ENABLE, PREFIX, SECRETS, Settings
 from sglang_ext.hooks import missing
-from sglang_ext.memory_saver import prepare_memory_saver
+from sglang_ext.memory_saver import (
+    is_on_cpu,
+    prepare_memory_saver,
+    require_memory_saver,
+    settle_hook_mode,
+)
 from sglang_ext.versions import SGLANG
 
 logger = logging.getLogger(__name__)
 
 __all__ = [
     "FLAG",
+    "check_launch",
     "prepare_server_args",
     "refuse_to_start",
     "refuse_unsupported",
@@ -68,13 +78,38 @@ def prepare_server_args(original: Callable[..., Any], argv: Sequence[str]) -> An
     _check_release()
     arguments = original(rest)
     refuse_unsupported(arguments)
-    try:
+    with _refusing():
         prepare_memory_saver(arguments)
-        if arguments.device == "cpu":  # of a GPU its ranks know the size
-            require_cap(Settings.load())
+        _require_cap(arguments)
+    return arguments
+
+
+def check_launch(arguments: Any) -> None:
+    """Check what an engine is started with, whoever has put it together.
+
+    SGLang has resolved its arguments by now, and takes no change to them.
+    """
+    _check_release()
+    if (no_gate := gate_refusal()) is not None:
+        note_absent("prefill_gate", no_gate.message)
+    refuse_unsupported(arguments)
+    with _refusing():
+        require_memory_saver(arguments)
+        settle_hook_mode(arguments)
+        _require_cap(arguments)
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    try:
+        yield
     except EnginePluginError as error:
         refuse_to_start(f"{error.message}; {error.remedy}")
-    return arguments
+
+
+def _require_cap(arguments: Any) -> None:
+    if is_on_cpu(arguments):  # of a GPU its ranks know the size
+        require_cap(Settings.load())
 
 
 def refuse_to_start(why: str) -> NoReturn:
@@ -103,6 +138,7 @@ def take_flags(argv: Sequence[str]) -> list[str]:
     except SettingsError as error:
         parser.error(error.message)
     os.environ.update({PREFIX + name.upper(): value for name, value in values.items()})
+    os.environ[ENABLE] = "1"  # a launcher may hand its arguments to a process of its own
     return rest
 
 
@@ -115,7 +151,9 @@ def _instead_of(flag: str, parser: argparse.ArgumentParser) -> str:
     return f"there are: {', '.join(_flags(parser))}"
 
 
+@functools.cache
 def _check_release() -> None:
+    """Once in a process: it reads all that we rely on in SGLang's sources."""
     settings = Settings.load()
     try:
         SGLANG.check(settings)

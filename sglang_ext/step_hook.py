@@ -17,10 +17,11 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.mem_cache.common import release_kv_cache
 
 from engine_plugins.errors import MemoryPressureError
+from sglang_ext.lost_step import StepLostError
 from sglang_ext.prefill_gate import SchedulerGate, gate_of
 from sglang_ext.refused_prefill import RefusedPrefill
 
-__all__ = ["is_out_of_memory", "run_batch", "run_loop"]
+__all__ = ["is_out_of_memory", "run_batch"]
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +29,11 @@ _TEXTS = ("can't allocate memory", "out of memory", "bad_alloc", "bad allocation
 """What torch's allocators, C++ and SGLang say, in errors of no type of their own."""
 
 
-class _StepLostError(Exception):
-    """A step ran out of memory, and all that it had begun is undone."""
-
-
 def run_batch(original: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
     """Around `Scheduler.run_batch`: the forward, its sampling, and its prompt logprobs.
 
     Raises:
-        _StepLostError: for `run_loop`.
+        StepLostError: for the loop.
     """
     gate = gate_of(scheduler)
     if gate is None or not gate.engine.is_on:
@@ -53,23 +50,11 @@ def run_batch(original: Any, scheduler: Any, batch: Any, *args: Any, **kwargs: A
             raise
         gate.engine.ran_out(gate.shapes.batch(batch))
         _end_batch(scheduler, batch, gate, error)
-        raise _StepLostError from error
+        raise StepLostError(meter.memory.give_back) from error
     meter.step = None
     if meter.is_due:
         meter.after()
     return result
-
-
-def run_loop(original: Any, scheduler: Any) -> None:
-    """Around `Scheduler.event_loop_normal` and `event_loop_overlap`: a lost step ends neither."""
-    while True:
-        try:
-            original(scheduler)
-            return
-        except _StepLostError:
-            gate = gate_of(scheduler)
-        if gate is not None:
-            gate.meter.memory.give_back()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -14,7 +14,13 @@ _UPDATES = EngineNames(
         "sglang.srt.entrypoints.http_server": (
             "_setup_and_run_http_server(server_args, tokenizer_manager, *args, **kwargs)",
         ),
+        "sglang.srt.entrypoints.engine": (
+            "Engine._launch_scheduler_processes(cls, server_args, *args, **kwargs)",
+        ),
         "sglang.srt.utils.auth": ("add_api_key_middleware(app, **keys)",),
+        "sglang.srt.utils.common": (
+            "kill_process_tree(parent_pid, include_parent=..., *args, **kwargs)",
+        ),
         "sglang.srt.utils.torch_memory_saver_adapter": (
             "_TorchMemorySaverAdapterReal.configure_subprocess(self)",
         ),
@@ -28,6 +34,7 @@ _UPDATES = EngineNames(
         "sglang.srt.managers.scheduler": (
             "Scheduler.init_request_dispatcher(self)",
             "Scheduler.handle_generate_request(self, recv_req, **kwargs)",
+            "Scheduler.handle_embedding_request(self, recv_req, **kwargs)",
         ),
         "sglang.srt.model_executor.model_runner": (
             "ModelRunner.load_model(self, *args, **kwargs)",
@@ -37,6 +44,7 @@ _UPDATES = EngineNames(
         "sglang.srt.plugins": ("load_plugins()",),
         "sglang.srt.plugins.hook_registry": (
             "HookRegistry: _patched",
+            "HookRegistry.apply_hooks(cls)",
             "HookRegistry.register(cls, target, hook, hook_type)",
             "HookType: AFTER, AROUND, BEFORE",
         ),
@@ -85,7 +93,7 @@ _UPDATES = EngineNames(
             "UpdateWeightVersionReqInput: abort_all_requests, new_version",
             "GenerateReqInput: batch_size, parallel_sample_num, rid, stream",
             "GenerateReqInput.normalize_batch_and_arguments(self)",
-            "TokenizedGenerateReqInput: extra_key, rid",
+            "TokenizedGenerateReqInput: extra_key, input_ids, rid",
         ),
         "sglang.srt.managers.mm_schedule": ("embedding_cache",),
         "sglang.srt.managers.tokenizer_manager": (

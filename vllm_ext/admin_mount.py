@@ -27,9 +27,10 @@ from engine_plugins.admin.mount import PREFIX, AdminMount
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
 from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
+from vllm_ext.asked import has_extension
 from vllm_ext.closed_routes import close_routes
 from vllm_ext.engine_control import VllmEngineControl
-from vllm_ext.hooks import has_extension, require_installed
+from vllm_ext.hooks import require_installed
 from vllm_ext.prefill_refusal import answer_refusals
 from vllm_ext.versions import VLLM
 

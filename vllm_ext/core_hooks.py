@@ -7,52 +7,86 @@ does.
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from vllm.platforms import current_platform
 from vllm.v1.engine import EngineCoreRequest, FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import Request, RequestStatus
 
 from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
-from engine_plugins.admin.runtime_dir import shared_state
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir, shared_state
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.errors import EnginePluginError, SettingsError, UnsupportedError
-from engine_plugins.prefill_gate.engine_gate import EngineGate, no_gate
+from engine_plugins.admin.state import refusal
+from engine_plugins.errors import ConflictError
+from engine_plugins.prefill_gate.engine_gate import EngineGate
+from engine_plugins.prefill_gate.entry import GateBoard
+from engine_plugins.prefill_gate.gate_on_demand import GateOnDemand
 from engine_plugins.settings import Settings
-from engine_plugins.weights.worker_service import answer_call, refuse
-from vllm_ext.hooks import has_extension, settings_of
+from engine_plugins.weights.worker_service import answer_call
+from vllm_ext.asked import has_extension
+from vllm_ext.hooks import settings_of
 
 __all__ = ["hook_engine_core", "hook_gate"]
 
 _GATE = "_engine_plugins_gate"
+_STATE = "_engine_plugins_state"
 _HOOKED = "_engine_plugins_hooked"
 _COUNTS = "engine_plugins_request_counts"
 
 
 def hook_engine_core() -> None:
     """Add our methods to the engine core of this process."""
+    hold_runtime_dir()
     if hasattr(EngineCore, _COUNTS):
         return
-    shared = shared_state()
-    _salt_new_requests(shared)
-    EngineCore.engine_plugins_isolate_waiting = functools.partialmethod(_isolate_waiting, shared)
+    _salt_new_requests(_state_of)
+    EngineCore.engine_plugins_isolate_waiting = _isolate_waiting
     EngineCore.engine_plugins_fail_requests = _fail_requests
     EngineCore.engine_plugins_gate_call = _gate_call
     # Last: where this one answers, the others are there too.
     setattr(EngineCore, _COUNTS, _request_counts)
 
 
-def _salt_new_requests(shared: SharedState) -> None:
-    """KV of other weights must not be found: the mark of the weights goes into the hash."""
+def _state_of(core: EngineCore) -> SharedState | None:
+    """The state of a core's server; `None` of one without our extension, whose weights stay."""
+    try:
+        state: SharedState | None = getattr(core, _STATE)
+    except AttributeError:
+        ours = has_extension(core.vllm_config.parallel_config.worker_extension_cls)
+        state = shared_state() if ours else None
+        setattr(core, _STATE, state)
+    return state
+
+
+def _salt_new_requests(state_of: Callable[[EngineCore], SharedState | None]) -> None:
+    """KV of other weights must not be found: the mark of the weights goes into the hash.
+
+    A request that was let in before a fence closed, and comes after the fence has ended all others,
+    would wait in a core that stands still. Its error ends it; nothing can come between this look
+    and the end of the others, which the same thread takes in.
+    """
     original = EngineCore.preprocess_add_request
 
     @functools.wraps(original)
     def preprocess_add_request(
         self: EngineCore, request: EngineCoreRequest, *args: Any, **kwargs: Any
     ) -> Any:
-        request.cache_salt = marked(request.cache_salt, shared.read().kv_mark)
-        return original(self, request, *args, **kwargs)
+        shared = state_of(self)
+        if shared is None:
+            return original(self, request, *args, **kwargs)
+        state = shared.read()
+        request.cache_salt = marked(request.cache_salt, state.kv_mark)
+        # First, since API processes count on it that the core has what they sent of an image.
+        made = original(self, request, *args, **kwargs)
+        refused = refusal(state)
+        if refused is not None:
+            raise ConflictError(refused)
+        return made
 
     EngineCore.preprocess_add_request = preprocess_add_request
 
@@ -62,12 +96,13 @@ def _request_counts(self: EngineCore) -> list[int]:
     return [running, waiting]
 
 
-def _isolate_waiting(self: EngineCore, shared: SharedState) -> int:
+def _isolate_waiting(self: EngineCore) -> int:
     """Give requests that hold no KV the mark of the new weights; say how many.
 
     They were hashed when they arrived. Those that hold KV keep it, under the old mark.
     """
-    mark = shared.read().kv_mark
+    shared = _state_of(self)
+    mark = None if shared is None else shared.read().kv_mark
     changed = 0
     for request in list(self.scheduler.requests.values()):
         if request.num_computed_tokens == 0 and not request.is_finished():
@@ -94,7 +129,7 @@ def _fail_requests(self: EngineCoreProc) -> int:
 
 
 def hook_gate() -> None:
-    """Put the prefill gate in front of the scheduler as soon as both it and the ranks are there.
+    """Make the gate that a start asks for as soon as both the scheduler and the ranks are there.
 
     The core loads plugins within its `__init__`: what is wrapped is a method that this calls then.
     """
@@ -105,37 +140,38 @@ def hook_gate() -> None:
     @functools.wraps(original)
     def initialize(self: EngineCore, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        config = self.vllm_config
-        ours = has_extension(config.parallel_config.worker_extension_cls)
-        if ours:
+        if has_extension(self.vllm_config.parallel_config.worker_extension_cls):
             sign_in(shared_state().runtime_dir, "engine core")
-        settings = settings_of(config.additional_config, ours=ours)
-        if settings.prefill_gate != "off" or ours:
-            setattr(self, _GATE, _gate_or_reason(self, settings))
+        settings = _settings(self)
+        if settings.prefill_gate != "off":
+            setattr(self, _GATE, _make_gate(self, settings))
 
     setattr(initialize, _HOOKED, True)
     EngineCore._initialize_effective_attention_block_size = initialize
 
 
-def _gate_or_reason(core: EngineCore, settings: Settings) -> EngineGate | EnginePluginError:
-    """A gate that is off must not keep an engine from serving, whatever goes wrong with it."""
-    try:
-        # Late: an API process has no use for it, and another release may lack what it imports.
-        from vllm_ext.prefill_gate import install_gate
-
-        return install_gate(core, settings)
-    except SettingsError:
-        raise
-    except Exception as error:
-        if settings.prefill_gate != "off":
-            raise
-        return no_gate(error)
-
-
 def _gate_call(self: EngineCore, call: str, arguments: bytes) -> bytes:
-    gate: EngineGate | EnginePluginError | None = getattr(self, _GATE, None)
+    """Answer a call about the gate, between two steps; a gate that is off is made by none."""
+    gate: EngineGate | GateOnDemand | None = getattr(self, _GATE, None)
     if gate is None:
-        gate = UnsupportedError("this vLLM has no place for the prefill gate")
-    if isinstance(gate, EnginePluginError):
-        return refuse(gate)
+        gate = GateOnDemand(
+            _settings(self),
+            functools.partial(_make_gate, self),
+            on_host=current_platform.is_cpu(),
+            board=GateBoard(Path(os.environ[RUNTIME_DIR])),
+        )
+        setattr(self, _GATE, gate)
     return answer_call(gate.calls, call, arguments, who="the engine core")
+
+
+def _make_gate(core: EngineCore, settings: Settings) -> EngineGate:
+    # Late: a core without a gate has no use for it, and another release may lack what it imports.
+    from vllm_ext.prefill_gate import install_gate
+
+    return install_gate(core, settings)
+
+
+def _settings(core: EngineCore) -> Settings:
+    config = core.vllm_config
+    ours = has_extension(config.parallel_config.worker_extension_cls)
+    return settings_of(config.additional_config, ours=ours)

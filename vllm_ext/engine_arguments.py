@@ -1,14 +1,13 @@
-"""Where vLLM's engine arguments are made whole: the release is checked, sleep mode put on.
+"""Where vLLM's engine arguments are made whole, of a server that asked for us.
 
-A patch of `EngineArgs.create_engine_config`, idempotent. vLLM has no plugin point for arguments;
-remove when it has.
+The release is checked, the runtime directory laid out, our hooks installed and sleep mode put on.
+vLLM has no plugin point for arguments: `vllm_ext.plugin` wraps the method; remove when it has.
 """
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,16 +15,19 @@ from vllm import envs
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from engine_plugins.admin.absent_parts import note_absent
+from engine_plugins.admin.runtime_dir import build_runtime_dir, ensure_runtime_dir
+from engine_plugins.engine_release import gate_refusal
 from engine_plugins.errors import EnginePluginError, UnsupportedError
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.time_sharing import force_memory_saver
 from engine_plugins.worker_environment import forwarded_environment
-from vllm_ext.hooks import has_extension, require_installed, settings_of
+from vllm_ext.asked import GATE_AT_START, forget_other_server, has_extension
+from vllm_ext.hooks import hook_api_process, require_installed, settings_of
 from vllm_ext.versions import VLLM
 
-__all__ = ["hook_engine_arguments"]
+__all__ = ["configured"]
 
-_HOOKED = "engine_plugins_hooked"
 _UNSUPPORTED = {
     "data_parallel_size": "data parallelism in one server",
     "pipeline_parallel_size": "pipeline parallelism",
@@ -38,31 +40,50 @@ _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 _KERNELS, KERNELS_KEPT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 128
 
 
-def hook_engine_arguments() -> None:
-    """Wrap the one function that every vLLM makes its configuration with."""
-    original = EngineArgs.create_engine_config
-    if hasattr(original, _HOOKED):
-        return
+def configured(create_config: Callable[[], Any], arguments: EngineArgs) -> Any:
+    """Make the configuration of a server that named something of ours, and install what it asks.
 
-    @functools.wraps(original)
-    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
-        with _telling_remedies():
-            ours = has_extension(self.worker_extension_cls)
-            settings = settings_of(self.additional_config, ours=ours)
-            _check(settings, ours=ours)
-            on_cpu = current_platform.is_cpu()
-            force_memory_saver(self, "enable_sleep_mode", settings, on_cpu=on_cpu)
-            if on_cpu and settings.prefill_gate != "off":
-                _bound_kernels()
-            _hand_on_to_ray()
-            config = original(self, *args, **kwargs)
-            if ours:
-                _refuse_parallel(config.parallel_config)
-                _refuse_stores(config)
-            return config
+    Raises:
+        EnginePluginError: it cannot be had with this release, these arguments or settings.
+    """
+    with _telling_remedies():
+        ours = has_extension(arguments.worker_extension_cls)
+        settings = settings_of(arguments.additional_config, ours=ours)
+        if not ours and settings.prefill_gate == "off":
+            forget_other_server()
+            return create_config()
+        _check_release(settings, ours=ours)
+        _install(arguments, settings)
+        if ours:
+            require_installed()
+        on_cpu = current_platform.is_cpu()
+        force_memory_saver(arguments, "enable_sleep_mode", settings, on_cpu=on_cpu)
+        if on_cpu and settings.prefill_gate != "off":
+            _bound_kernels()
+        _hand_on_to_ray()
+        config = create_config()
+        if ours:
+            _refuse_parallel(config.parallel_config)
+            _refuse_stores(config)
+        return config
 
-    setattr(create_engine_config, _HOOKED, True)
-    EngineArgs.create_engine_config = create_engine_config
+
+def _install(arguments: EngineArgs, settings: Settings) -> None:
+    """Have a runtime directory and the hooks in this process.
+
+    Of several API processes each makes the configuration again, for the server of its parent.
+    """
+    if arguments._api_process_count > 1 and arguments._api_process_rank >= 0:
+        ensure_runtime_dir()
+    else:
+        build_runtime_dir()
+    if (no_gate := gate_refusal()) is not None:
+        note_absent("prefill_gate", no_gate.message)
+    if settings.prefill_gate == "off":
+        os.environ.pop(GATE_AT_START, None)
+    else:
+        os.environ[GATE_AT_START] = settings.prefill_gate
+    hook_api_process()
 
 
 @contextmanager
@@ -76,13 +97,12 @@ def _telling_remedies() -> Iterator[None]:
         raise
 
 
-def _check(settings: Settings, *, ours: bool) -> None:
+def _check_release(settings: Settings, *, ours: bool) -> None:
     """Refuse a release, or an environment, that what was asked for cannot be had with."""
     if ours:
         VLLM.check(settings)
-        require_installed()
         _refuse_rust_frontend()
-    elif settings.prefill_gate != "off":
+    else:
         VLLM.check_gate(settings)
 
 

@@ -1,26 +1,59 @@
-"""Our hooks in vLLM, and whether they took.
+"""Our hooks in the processes of a vLLM server that asked for us, and whether they took.
 
-vLLM loads plugins in every process of every server of an environment. So a hook that cannot be
-installed is only noted here, and ends none but the servers that have our worker extension.
+A hook that cannot be installed is only noted here, and ends none but the servers that have our
+worker extension.
 """
 
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
 from engine_plugins.errors import SettingsError, UnsupportedError
 from engine_plugins.settings import Settings
+from vllm_ext.asked import GATE_AT_START, OURS, begins_like_ours
 
-__all__ = ["has_extension", "install", "require_installed", "settings_of"]
+__all__ = [
+    "hook_api_process",
+    "hook_core",
+    "install",
+    "require_installed",
+    "settings_of",
+    "speak_through_vllm",
+]
 
 logger = logging.getLogger(__name__)
 
-OURS = "engine_plugins"
-"""Our name in vLLM's additional configuration."""
 _lost: dict[str, str] = {}
+
+
+def hook_api_process() -> None:
+    """Install what belongs to the process that makes an engine's configuration.
+
+    Of the core too: it may run in this process, or be forked from it.
+    """
+    hook_core()
+    if "vllm.entrypoints.launchers.app" in sys.modules:
+        install("vllm_ext.admin_mount", "hook_app")
+        install("vllm_ext.admission_hook", "hook_admission")
+
+
+def hook_core() -> None:
+    """Install what belongs to an engine's core."""
+    speak_through_vllm()
+    install("vllm_ext.core_hooks", "hook_engine_core")
+    if GATE_AT_START in os.environ:
+        install("vllm_ext.core_hooks", "hook_gate", needed=False)
+
+
+def speak_through_vllm() -> None:
+    """Hang our loggers below vLLM's, whose level and handlers are set later than this."""
+    for name in ("engine_plugins", "vllm_ext"):
+        logging.getLogger(name).parent = logging.getLogger("vllm")
 
 
 def install(module: str, function: str, *, needed: bool = True) -> None:
@@ -50,21 +83,6 @@ def require_installed() -> None:
         raise UnsupportedError(f"engine-plugins could not hook vLLM: {told}", remedy="see the log")
 
 
-def has_extension(worker_extension_cls: str | None) -> bool:
-    """Whether a server's workers have our extension, or a class made of it."""
-    if not worker_extension_cls:
-        return False
-    if worker_extension_cls.startswith("vllm_ext."):
-        return True  # without importing what belongs to workers
-    try:
-        # Late: without this module no hook could be said to be missing.
-        from vllm.utils.import_utils import resolve_obj_by_qualname
-
-        return hasattr(resolve_obj_by_qualname(worker_extension_cls), "engine_plugins_call")
-    except Exception:  # vLLM will say what is wrong with it
-        return False
-
-
 def settings_of(additional_config: Any, *, ours: bool) -> Settings:
     """The settings of a server; where nobody asked for us, bad ones are a line in the log.
 
@@ -80,7 +98,7 @@ def settings_of(additional_config: Any, *, ours: bool) -> Settings:
         _refuse_misnamed(known)
         return Settings.load(known.get(OURS))
     except SettingsError as error:
-        if ours or any(map(_begins_like_ours, known)):
+        if ours or any(map(begins_like_ours, known)):
             # A traceback ends the server's output, and has an error's notes but not its remedy.
             error.add_note(f"engine-plugins: {error.remedy or 'mend --additional-config'}")
             raise
@@ -88,13 +106,9 @@ def settings_of(additional_config: Any, *, ours: bool) -> Settings:
         return Settings()
 
 
-def _begins_like_ours(name: str) -> bool:
-    return name.lower().replace("-", "_").startswith(OURS)
-
-
 def _refuse_misnamed(additional_config: Mapping[str, Any]) -> None:
     for name in additional_config:
-        if name != OURS and _begins_like_ours(name):
+        if name != OURS and begins_like_ours(name):
             raise SettingsError(
                 f"additional_config has {name}, which nobody reads", remedy=f"name it {OURS}"
             )

@@ -7,21 +7,19 @@ both workers, of the CPU and of GPUs, have from the same class.
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from vllm.v1.worker.gpu_worker import Worker
 
+from engine_plugins.admin.absent_parts import note_absent
 from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, first_process
 from engine_plugins.sleep.gpu_device import rank_memory
 from engine_plugins.sleep.rank_memory import RankMemory
 
 __all__ = ["hook_load_model", "memory_of"]
-
-logger = logging.getLogger(__name__)
 
 _MEMORY = "_engine_plugins_memory"
 
@@ -44,11 +42,11 @@ def hook_load_model() -> None:
 
 
 def _take_baseline(worker: Any) -> None:
-    """A model is loaded without it too: what cannot be measured is said where it is asked for."""
+    """A model is loaded without it too: the State tells what is missing."""
     try:
         memory_of(worker).take_baseline()
     except Exception as error:
-        logger.warning("no baseline of memory: %s: %s", type(error).__name__, error)
+        note_absent("memory_baseline", error)
 
 
 def _sign_in(worker: Any) -> None:

@@ -1,36 +1,52 @@
 """The general plugin: loaded by vLLM in every process, before anything is built.
 
-The first process lays out the runtime directory; then each process gets the hooks that belong
-to it. Nothing here may keep a server from starting that did not ask for us.
+It only looks on where vLLM's arguments are made whole. What they ask for is installed then; the
+core of such a server finds it in its environment, and its workers in their extension.
 """
 
 from __future__ import annotations
 
-import logging
+import functools
+import multiprocessing
+import os
 import sys
+from importlib import import_module
+from typing import Any
 
-from vllm_ext.hooks import install
+from vllm_ext.asked import RUNTIME_DIR, asks_for_us, forget_other_server
 
-__all__ = ["register"]
+__all__ = ["register", "watch_arguments"]
+
+_CORE, _WORKER = "EngineCore", "VllmWorker"
+"""How the names of vLLM's processes begin; a core has its hooks as it loads its plugins."""
+_WATCHED = "engine_plugins_hooked"
 
 
 def register() -> None:
     """Entry point of group `vllm.general_plugins`; safe to call more than once."""
-    _speak_through_vllm()
-    install("engine_plugins.admin.runtime_dir", "ensure_runtime_dir")
-    if "vllm.engine.arg_utils" in sys.modules:
-        install("vllm_ext.engine_arguments", "hook_engine_arguments")
-    if "vllm.v1.engine.core" in sys.modules:
-        install("vllm_ext.core_hooks", "hook_engine_core")
-        install("vllm_ext.core_hooks", "hook_gate", needed=False)
-    if "vllm.v1.worker.worker_base" in sys.modules:
-        install("vllm_ext.memory_baseline", "hook_load_model")
-    if "vllm.entrypoints.launchers.app" in sys.modules:
-        install("vllm_ext.admin_mount", "hook_app")
-        install("vllm_ext.admission_hook", "hook_admission")
+    process = multiprocessing.current_process().name
+    if process.startswith(_CORE):
+        if RUNTIME_DIR in os.environ:
+            import_module("vllm_ext.hooks").hook_core()
+    elif not process.startswith(_WORKER) and "vllm.engine.arg_utils" in sys.modules:
+        watch_arguments()
 
 
-def _speak_through_vllm() -> None:
-    """Hang our loggers below vLLM's, whose level and handlers are set later than this."""
-    for name in ("engine_plugins", "vllm_ext"):
-        logging.getLogger(name).parent = logging.getLogger("vllm")
+def watch_arguments() -> None:
+    """Wrap the one function that every vLLM makes its configuration with."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if hasattr(original, _WATCHED):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> Any:
+        if asks_for_us(self):
+            configured = import_module("vllm_ext.engine_arguments").configured
+            return configured(functools.partial(original, self, *args, **kwargs), self)
+        forget_other_server()
+        return original(self, *args, **kwargs)
+
+    setattr(create_engine_config, _WATCHED, True)
+    EngineArgs.create_engine_config = create_engine_config

@@ -70,6 +70,8 @@ class GatedScheduler:
         """Whether nothing that runs has a prompt left, which lasts as long as nothing waits."""
         self._not_loaded: set[str] = set()
         """Requests that run and have a prompt again, which vLLM notes once it has computed some."""
+        for each in scheduler.requests.values():  # of an engine that has served without a gate
+            self._note_special(each)
         self._take_over()
 
     def _take_over(self) -> None:
@@ -101,10 +103,13 @@ class GatedScheduler:
     def add_request(self, request: Request) -> None:
         """A request has come."""
         self._goes_on = False
+        self._note_special(request)
+        self._add(request)
+
+    def _note_special(self, request: Request) -> None:
         params = request.sampling_params
         if request.mm_features or (params is not None and params.prompt_logprobs is not None):
             self._special.add(request.request_id)
-        self._add(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Put a step together, with the prefills that the gate lets in."""

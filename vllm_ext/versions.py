@@ -27,7 +27,8 @@ _UPDATES = EngineNames(
     },
     used={
         "vllm.engine.arg_utils": (
-            "EngineArgs: additional_config, enable_sleep_mode, worker_extension_cls",
+            "EngineArgs: _api_process_count, _api_process_rank, additional_config, "
+            "enable_sleep_mode, worker_extension_cls",
         ),
         "vllm.engine.protocol": ("EngineClient",),
         "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),
@@ -63,6 +64,7 @@ _UPDATES = EngineNames(
         "vllm.v1.engine": ("EngineCoreRequest: cache_salt", "FinishReason: ERROR"),
         "vllm.v1.engine.core": (
             "EngineCore: scheduler, vllm_config",
+            "EngineCoreProc._handle_request_preproc_error(self, request)",
             "EngineCoreProc._send_finish_outputs_to_client"
             "(self, req_ids, client_index, finish_reason)",
         ),

@@ -6,25 +6,33 @@ worker already has would be refused.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 from vllm.config import set_current_vllm_config
 
-from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir
 from engine_plugins.engine_rank import make_rank_service
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EngineCallError, EnginePluginError
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, refuse
 from vllm_ext.draft_model import draft_of
 from vllm_ext.engine_memory import memory_backend, tagged_tensors
+from vllm_ext.hooks import install, speak_through_vllm
 from vllm_ext.memory_baseline import memory_of
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 __all__ = ["EnginePluginsWorkerExtension"]
 
+logger = logging.getLogger(__name__)
+
 _SERVICE = "_engine_plugins_service"
+
+# A worker resolves its extension before it loads the model: only workers with ours are measured.
+speak_through_vllm()
+install("vllm_ext.memory_baseline", "hook_load_model", needed=False)
 
 
 class EnginePluginsWorkerExtension:
@@ -36,15 +44,19 @@ class EnginePluginsWorkerExtension:
         An exception here would leave the answers of the ranks after this one unread, and vLLM
         would take them for those of the next call.
         """
-        service: WorkerService | None = getattr(self, _SERVICE, None)
-        if service is None:
-            try:
+        try:
+            service: WorkerService | None = getattr(self, _SERVICE, None)
+            if service is None:
                 service = _make_service(self)
-            except EnginePluginError as error:
-                return refuse(error)
-            setattr(self, _SERVICE, service)
-        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-            return service.call(call, arguments)
+                setattr(self, _SERVICE, service)
+            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                return service.call(call, arguments)
+        except EnginePluginError as error:
+            return refuse(error)
+        except Exception as error:  # of torch, of psutil, of vLLM: whatever its kind
+            logger.exception("%s failed", call)
+            what = f"{call}: {type(error).__name__}: {error}"
+            return refuse(EngineCallError(what, remedy="see the engine's log"))
 
 
 def _make_service(worker: Any) -> WorkerService:
@@ -53,6 +65,8 @@ def _make_service(worker: Any) -> WorkerService:
     runner = worker.model_runner
     tensors = tagged_tensors(worker)
     runtime_dir = os.environ.get(RUNTIME_DIR)
+    if runtime_dir is not None:
+        hold_runtime_dir()
     return make_rank_service(
         VllmWeightInstaller(config, runner.get_model(), draft_of(runner, config)),
         memory_of(worker),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from http import HTTPStatus
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -10,7 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from engine_plugins.admin.auth import BearerAuth
 from engine_plugins.admin.body_limit import BodyLimit
+from engine_plugins.admin.document import DocumentedApi
 from engine_plugins.admin.error_responses import problem, problem_from
+from engine_plugins.admin.http_manners import HttpManners
 from engine_plugins.admin.last_resort import LastResort, internal_problem
 from engine_plugins.admin.mount import PREFIX
 from engine_plugins.admin.route_table import RouteTable
@@ -24,33 +28,30 @@ from engine_plugins.settings import Settings
 __all__ = ["create_admin_app"]
 
 _DOCUMENT = ("GET", "/openapi.json")
+_SHOWN = 80
+"""Characters of a field's name."""
 
 
 def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
     """The whole admin contract as one ASGI application, to be mounted at `PREFIX`."""
-    app = FastAPI(
-        title="engine-plugins admin",
-        version="1",
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,  # a redirect goes wherever the request's Host header says
-        # An included router would hide its routes from the table below, from FastAPI 0.137 on.
-        routes=admin_router(service, max_manifest_bytes=settings.max_manifest_bytes).routes,
-    )
+    router = admin_router(service, max_manifest_bytes=settings.max_manifest_bytes)
+    app = DocumentedApi(router.routes, SCOPES)
     _answer_errors(app, service)
 
+    routes = RouteTable(app.routes)
+
     def limit(scope: Scope) -> int:
-        sources = scope["path"].endswith(SOURCES_PATH)
+        sources = routes.find(scope) == ("POST", SOURCES_PATH)
         return settings.max_manifest_bytes if sources else settings.max_body_bytes
 
     guarded = BearerAuth(
         BodyLimit(app, limit),
         TokenBook(settings),
-        routes=RouteTable(app.routes),
+        routes=routes,
         scopes={**SCOPES, _DOCUMENT: None},
         state_name=lambda: service.state_name,
     )
-    return LastResort(_BelowMount(guarded))
+    return HttpManners(LastResort(_BelowMount(guarded)))
 
 
 class _BelowMount:
@@ -88,14 +89,9 @@ def _answer_errors(app: FastAPI, service: AdminService) -> None:
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body") or "the body"
-        return problem(
-            400,
-            "malformed_request",
-            f"{where}: {first['msg']}",
-            remedy=f"see {PREFIX}/openapi.json",
-            state=service.state_name,
-        )
+        parts = (str(part)[:_SHOWN] for part in first["loc"] if part != "body")
+        where = ".".join(parts) or "the body"
+        return _malformed(f"{where}: {first['msg']}", service)
 
     # Without this one Starlette answers in plain text before the last resort can.
     @app.exception_handler(Exception)
@@ -104,7 +100,17 @@ def _answer_errors(app: FastAPI, service: AdminService) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        code = {404: "unknown_route", 405: "method_not_allowed"}.get(
-            error.status_code, "http_error"
-        )
-        return problem(error.status_code, code, str(error.detail), state=service.state_name)
+        if error.status_code == HTTPStatus.BAD_REQUEST:
+            return _malformed(str(error.detail), service)
+        raise error
+
+
+def _malformed(detail: str, service: AdminService) -> Response:
+    """400, with no more of the body's own words than help to find the place."""
+    return problem(
+        400,
+        "malformed_request",
+        detail[: 4 * _SHOWN],
+        remedy=f"see {PREFIX}/openapi.json",
+        state=service.state_name,
+    )

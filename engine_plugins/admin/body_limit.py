@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from starlette.requests import ClientDisconnect
@@ -11,9 +12,12 @@ from engine_plugins.admin.error_responses import problem
 
 __all__ = ["BodyLimit"]
 
+SILENCE_S = 30.0
+"""How long a body may send nothing, before its connection is closed."""
+
 
 class BodyLimit:
-    """Reads a body up to its limit and hands it on whole, or answers 413.
+    """Reads a body up to its limit and hands it on whole, or answers 413, or 408 if it stalls.
 
     Args:
         app: what comes behind.
@@ -34,6 +38,9 @@ class BodyLimit:
             body = None if declared > limit else await _read(receive, limit)
         except ClientDisconnect:
             return  # half a body says nothing, and nobody waits for an answer
+        except TimeoutError:
+            await _stalled()(scope, receive, send)
+            return
         if body is None:
             answer = problem(
                 413,
@@ -46,6 +53,16 @@ class BodyLimit:
             await answer(scope, receive, send)
             return
         await self._app(_as_json(scope), _replay(body, receive), send)
+
+
+def _stalled() -> ASGIApp:
+    return problem(
+        408,
+        "body_stalled",
+        f"nothing of the body came for {SILENCE_S:g} s, and it is not whole",
+        remedy="send it again, on a new connection",
+        headers={"Connection": "close"},
+    )
 
 
 def _as_json(scope: Scope) -> Scope:
@@ -62,7 +79,7 @@ async def _read(receive: Receive, limit: int) -> bytes | None:
     chunks: list[bytes] = []
     size = 0
     while True:
-        message = await receive()
+        message = await asyncio.wait_for(receive(), SILENCE_S)
         if message["type"] != "http.request":
             raise ClientDisconnect
         chunk = message.get("body", b"")

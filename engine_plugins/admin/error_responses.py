@@ -9,9 +9,14 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from engine_plugins import errors
-from engine_plugins.errors import EnginePluginError, MemoryPressureError, PromptTooLargeError
+from engine_plugins.errors import (
+    ConflictError,
+    EnginePluginError,
+    MemoryPressureError,
+    PromptTooLargeError,
+)
 
-__all__ = ["problem", "problem_from", "status_of"]
+__all__ = ["codes_of", "problem", "problem_from", "status_of"]
 
 _STATUS: dict[type[EnginePluginError], int] = {
     errors.AdminRequestError: 400,
@@ -40,10 +45,41 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.SleepRefusedError: 507,
 }
 
+_RETRY_AFTER_S: dict[type[EnginePluginError], int] = {
+    errors.PauseTimeoutError: 5,
+    errors.TransferTimeoutError: 5,
+}
+"""Seconds after which the same call may well succeed; for most errors waiting alone is no help."""
+_UPDATE_RETRY_S = 1
+
 
 def status_of(error: EnginePluginError) -> int:
     """The HTTP status of an error: that of its nearest class in the table, else 500."""
-    return next((_STATUS[kind] for kind in type(error).__mro__ if kind in _STATUS), 500)
+    return _status_of(type(error))
+
+
+_OTHER_CODES = {
+    401: ["unauthorized"],
+    403: ["forbidden"],
+    408: ["body_stalled"],
+    500: ["internal_error"],
+}
+"""Codes that no class of the tree has."""
+
+
+def codes_of(status: int) -> list[str]:
+    """Codes that an answer of this status may have."""
+    kinds = _all_kinds(EnginePluginError)
+    found = {kind.code for kind in kinds if _status_of(kind) == status}
+    return [*_OTHER_CODES.get(status, ()), *sorted(found)]
+
+
+def _status_of(kind: type[EnginePluginError]) -> int:
+    return next((_STATUS[base] for base in kind.__mro__ if base in _STATUS), 500)
+
+
+def _all_kinds(kind: type[EnginePluginError]) -> list[type[EnginePluginError]]:
+    return [kind, *(each for child in kind.__subclasses__() for each in _all_kinds(child))]
 
 
 def problem(
@@ -76,11 +112,10 @@ def problem(
 
 def problem_from(error: EnginePluginError, *, state: str | None, **more: Any) -> JSONResponse:
     """The answer that an error becomes, with what a refused prefill says beside its words."""
-    headers = {}
     if isinstance(error, PromptTooLargeError):
         more["largest_prompt"] = error.largest_prompt
-    elif isinstance(error, MemoryPressureError):
-        headers["Retry-After"] = str(error.retry_after_s)
+    retry_after_s = _retry_after_s(error, state)
+    headers = {} if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     return problem(
         status_of(error),
         error.code,
@@ -89,4 +124,15 @@ def problem_from(error: EnginePluginError, *, state: str | None, **more: Any) ->
         state=state,
         headers=headers,
         **more,
+    )
+
+
+def _retry_after_s(error: EnginePluginError, state: str | None) -> int | None:
+    if isinstance(error, MemoryPressureError):
+        return error.retry_after_s
+    # What an update stands in the way of is possible once it has ended.
+    if error.code == ConflictError.code and state == "updating":
+        return _UPDATE_RETRY_S
+    return next(
+        (_RETRY_AFTER_S[kind] for kind in type(error).__mro__ if kind in _RETRY_AFTER_S), None
     )

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine_plugins.admin.error_responses import problem
+from engine_plugins.admin.http_manners import REQUEST_ID
 
 __all__ = ["LastResort", "internal_problem"]
 
@@ -46,7 +47,7 @@ class LastResort:
         try:
             await self._app(scope, receive, watched)
         except Exception as error:  # the outermost layer has nobody to raise to
-            logger.exception("an admin route failed")
+            logger.exception("an admin route failed (request %s)", REQUEST_ID.get())
             if started or scope["type"] != "http":
                 return
             await internal_problem(error)(scope, receive, send)

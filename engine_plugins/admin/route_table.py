@@ -48,7 +48,8 @@ class RouteTable:
         for route in self._routes:
             if isinstance(route, Route) and route.matches({**scope})[0] is not Match.NONE:
                 found |= route.methods or set()
-        return sorted(found)
+        # HEAD is answered wherever GET is, by the layer in front of the routes.
+        return sorted(found | ({"HEAD"} if "GET" in found else set()))
 
 
 def oddity_of_path(scope: Scope) -> str | None:

@@ -1,20 +1,34 @@
-"""Bodies and answers of the admin routes: the single source of the OpenAPI document."""
+"""Answers of the admin routes; with their bodies, the source of the OpenAPI document."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
-from uuid import uuid4
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
-from engine_plugins.admin.engine_control import InFlightKV, PauseMode
+from engine_plugins.admin.bodies import (
+    AbortBody,
+    CommitBody,
+    ConnectBody,
+    FlushBody,
+    GateBody,
+    PauseBody,
+    SleepBody,
+    UpdateBody,
+    WakeBody,
+)
+from engine_plugins.admin.engine_control import PauseMode
 from engine_plugins.admin.state import StateName
 from engine_plugins.prefill_gate.decision import Outcome
 from engine_plugins.prefill_gate.model_memory import Regime
-from engine_plugins.settings import GATE_MODES
+from engine_plugins.sleep.leak_watch import LeakTrend
 from engine_plugins.sleep.memory_backend import MemoryTag
+from engine_plugins.sleep.memory_report import ResidualReport
+from engine_plugins.weights.report import PlanSummary, UpdateReport
 
 __all__ = [
+    "STRUCT",
     "AbortBody",
     "CommitBody",
     "ConnectBody",
@@ -24,7 +38,9 @@ __all__ = [
     "Flushed",
     "GateBody",
     "GateView",
+    "MemoryReport",
     "PauseBody",
+    "Problem",
     "ProgressView",
     "RequestsView",
     "SleepAnswer",
@@ -38,224 +54,147 @@ __all__ = [
 ]
 
 
-_EXACT = 1 << 53
-"""Below it every number of JSON is exact, wherever it is read."""
-_Bytes = Annotated[int, Field(strict=True, gt=-_EXACT, lt=_EXACT)]
+STRUCT = "x-struct"
+"""In a schema, for the one of the struct of this name."""
+
+Plain = dict[str, object]
 
 
-class _Body(BaseModel):
-    """A body in which an unknown field is an error, not a silent default."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-
-class PauseBody(_Body):
-    """How to pause."""
-
-    mode: PauseMode = "keep"
-    timeout_s: float = Field(default=30.0, gt=0)
-    hold_s: float | None = Field(
-        default=None, gt=0, description="resume by itself after so many seconds"
-    )
+def _struct(kind: type[msgspec.Struct], *, many: bool = False) -> WithJsonSchema:
+    """The schema of plain data that was encoded from a struct; see `document.py`."""
+    one = {STRUCT: kind.__name__}
+    return WithJsonSchema({"type": "array", "items": one} if many else one)
 
 
-class FlushBody(_Body):
-    """Which caches to empty."""
+class _Answer(BaseModel):
+    """An answer, whose fields are told by the lines below them."""
 
-    prefix_cache: bool = True
-    multimodal_cache: bool = True
-
-
-class ConnectBody(_Body):
-    """Which sources to plan an update from."""
-
-    source_ids: list[str] = Field(min_length=1, max_length=65536)
-    direction: Literal["pull", "push"] = "pull"
-    model: dict[str, str | int | bool] = Field(
-        default_factory=dict, description="facts of the trainer's HF config, compared with ours"
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
 
-class UpdateBody(_Body):
-    """Which weights to install, and how."""
+class MemoryReport(ResidualReport, frozen=True, kw_only=True):
+    """What is resident of an engine, and whether it grows from sleep to sleep."""
 
-    plan_id: str
-    version: int = Field(ge=0, lt=1 << 53)
-    request_id: str = Field(default_factory=lambda: uuid4().hex, min_length=1, max_length=256)
-    mode: Literal["auto", "staged", "in_place"] = "auto"
-    verify: Literal["none", "sample", "full"] = "none"
-    pause: PauseMode = "keep"
-    in_flight_kv: InFlightKV = "recompute"
-    flush: bool = True
-    resume: bool | None = Field(
-        default=None,
-        description="null: serve again, unless a caller had paused the engine before; true: "
-        "always; false: stay paused",
-    )
-    timeout_s: float = Field(
-        default=300.0,
-        gt=0,
-        description="of prepare: until the commit, which then has as much again",
-    )
-    force: bool = Field(default=False, description="install a version that is not newer")
-    source_word: int | None = Field(
-        default=None,
-        ge=1,
-        lt=1 << 53,
-        description="what the version words of all sources hold for this update; null: what they "
-        "hold when it begins. One that differs then or later means that the offer was taken back",
-    )
+    leaks: list[LeakTrend]
 
 
-class CommitBody(_Body):
-    """Which prepared update to install."""
-
-    request_id: str = Field(min_length=1, max_length=256)
-
-
-class AbortBody(CommitBody):
-    """Which prepared update to give up."""
-
-    writes_ended: bool = Field(
-        default=False,
-        description="of a push: no write of the trainer is under way, so its targets can be used "
-        "again",
-    )
-
-
-class SleepBody(_Body):
-    """How deep to sleep, and what to release."""
-
-    level: Literal[1, 2] = Field(
-        default=1, description="1: weights come back at wake; 2: an update has to bring new ones"
-    )
-    tags: list[MemoryTag] | None = Field(
-        default=None, min_length=1, description="null: everything that the engine can release"
-    )
-    pause: PauseMode = Field(
-        default="keep", description="what becomes of requests: held ones recompute their KV"
-    )
-    timeout_s: float = Field(default=30.0, gt=0, description="of the pause")
-
-
-class WakeBody(_Body):
-    """What to map again."""
-
-    tags: list[MemoryTag] | None = Field(
-        default=None, min_length=1, description="null: everything that is released"
-    )
-
-
-class GateBody(_Body):
-    """What to change of the prefill gate until the server ends; what is left out stays.
-
-    The types are checked here, the values where the server's own settings are.
-    """
-
-    mode: str = Field(
-        default_factory=str, max_length=64, json_schema_extra={"enum": list(GATE_MODES)}
-    )
-    cap_bytes: _Bytes | None = Field(
-        default_factory=lambda: None, description="of a rank; null: what is free"
-    )
-    margin_quantile: float = Field(
-        default_factory=float, strict=True, description="of prediction errors; over 0, at most 1"
-    )
-    margin_bytes: _Bytes = Field(
-        default_factory=int, description="what the margin never falls below"
-    )
-
-
-class SourceAccepted(BaseModel):
+class SourceAccepted(_Answer):
     """A manifest that this server now holds."""
 
     source_id: str
+    """Of the manifest's content: the same manifest has the same."""
 
 
-class Flushed(BaseModel):
+class Flushed(_Answer):
     """The caches that were emptied."""
 
     flushed: list[str]
+    """Their names."""
 
 
-class WorkerView(BaseModel):
+class WorkerView(_Answer):
     """One worker process of the engine."""
 
     tp_rank: int
     pid: int
+    """As its host counts processes."""
     host: str
 
 
-class EngineView(BaseModel):
+class EngineView(_Answer):
     """What the engine is."""
 
     kind: str
+    """vllm or sglang."""
     version: str
+    """The engine's own."""
     plugin_version: str
     model: str
+    """As the server was started with it."""
     tensor_parallel_size: int
     pipeline_parallel_size: int
 
 
-class PauseView(BaseModel):
+class PauseView(_Answer):
     """A pause that a caller asked for."""
 
     mode: PauseMode
     until: float | None
+    """Unix seconds at which it ends by itself; null: it does not."""
 
 
-class InstalledView(BaseModel):
+class InstalledView(_Answer):
     """The weights that serve; version null for those the engine was started with."""
 
     version: int | None
     request_id: str | None
+    """Of the update that installed them."""
     installed_at: float | None
+    """Unix seconds."""
     digest: str | None
 
 
-class FenceView(BaseModel):
+class FenceView(_Answer):
     """Why the engine refuses to serve, and the way out."""
 
     code: str
+    """Of the failure that led here."""
     detail: str
+    """What was seen."""
     remedy: str
+    """The way out."""
 
 
-class ProgressView(BaseModel):
+class ProgressView(_Answer):
     """The update under way."""
 
     request_id: str
     version: int
     phase: str
+    """prepare, pull, prepared, install or the like."""
     bytes_done: int
     bytes_total: int
 
 
-class SleepView(BaseModel):
+class SleepView(_Answer):
     """A sleep that has not ended."""
 
     level: int
+    """1: weights come back at wake; 2: an update has to bring new ones."""
     released: list[MemoryTag]
+    """What is out of memory now."""
     since: float
+    """Unix seconds."""
     resume: bool
+    """Whether the engine serves again once it is awake."""
     weights_lost: bool
+    """The weights hold nothing of use until an update completes."""
     verdict: str | None
+    """Of the check for memory that is still resident; null while it is under way."""
     reason: str | None
 
 
-class RequestsView(BaseModel):
+class RequestsView(_Answer):
     """Requests in the engine; null where it is too busy to say at once."""
 
     running: int | None
     waiting: int | None
 
 
-class StateView(BaseModel):
+class AbsentView(_Answer):
+    """An optional part of ours that this server has to do without."""
+
+    part: str
+    reason: str
+
+
+class StateView(_Answer):
     """The engine as it is now."""
 
     engine: EngineView
     state: StateName
     since: float
+    """Unix seconds."""
     pause: PauseView | None
     weights: InstalledView
     sleep: SleepView | None = None
@@ -263,23 +202,29 @@ class StateView(BaseModel):
     update: ProgressView | None
     requests: RequestsView
     workers: list[WorkerView]
+    """Empty while they cannot be asked."""
+    absent: list[AbsentView] = []
+    """Optional parts of ours that this server does without."""
 
 
 class SleepAnswer(StateView):
     """The engine asleep, and what is still resident of it."""
 
-    memory: dict[str, object] = Field(description="as GET /memory")
+    memory: Annotated[Plain, _struct(MemoryReport)]
+    """As GET /memory."""
 
 
-class WeightsView(BaseModel):
+class WeightsView(_Answer):
     """The version that serves, and how it came to be."""
 
     version: int | None
-    history: list[dict[str, object]] = Field(description="reports, newest first")
-    plans: list[dict[str, object]]
+    history: Annotated[list[Plain], _struct(UpdateReport, many=True)]
+    """Newest first."""
+    plans: Annotated[list[Plain], _struct(PlanSummary, many=True)]
+    """Oldest first."""
 
 
-class GateSettingsView(BaseModel):
+class GateSettingsView(_Answer):
     """What is in force of the prefill gate."""
 
     mode: str
@@ -288,7 +233,7 @@ class GateSettingsView(BaseModel):
     margin_bytes: int
 
 
-class LineView(BaseModel):
+class LineView(_Answer):
     """What is known of one phase of a step."""
 
     samples: int
@@ -299,7 +244,7 @@ class LineView(BaseModel):
     margin_bytes: int
 
 
-class MeasuredStepView(BaseModel):
+class MeasuredStepView(_Answer):
     """A step that was measured, beside what was predicted for it."""
 
     tokens: int
@@ -310,19 +255,45 @@ class MeasuredStepView(BaseModel):
     measured_bytes: int
 
 
-class GateView(BaseModel):
+class GateView(_Answer):
     """The prefill gate as of the engine's latest step; bytes are of the rank with least room."""
 
     settings: GateSettingsView
     used_bytes: int
     cap_bytes: int
-    calibration: dict[Regime, LineView] = Field(description="by phase of a step")
-    decisions: dict[Outcome, int] = Field(description="how many of each; a wait counts once")
-    exceeded: int = Field(description="measured steps that took more than predicted with margin")
+    calibration: dict[Regime, LineView]
+    """By phase of a step."""
+    decisions: dict[Outcome, int]
+    """How many of each; a wait counts once."""
+    exceeded: int
+    """Measured steps that took more than predicted with margin."""
     waiting: int
+    """Requests that are deferred now."""
     longest_wait_s: float
-    deferred_s: float = Field(description="that requests which were let in had waited, in all")
-    cleared_steps: int = Field(
-        description="that ran without a decision: the largest such step would have fitted twice"
-    )
-    recent: list[MeasuredStepView] = Field(description="measured lately, oldest first")
+    """Of those."""
+    deferred_s: float
+    """Seconds that requests which were let in had waited, in all."""
+    cleared_steps: int
+    """Steps that ran without a decision: the largest such step would have fitted twice."""
+    recent: list[MeasuredStepView]
+    """Measured lately, oldest first."""
+
+
+class Problem(_Answer):
+    """Why a request was not done (RFC 9457), and what to do."""
+
+    type: str
+    """`urn:engine-plugins:` and the code."""
+    title: str
+    """The status in words."""
+    status: int
+    detail: str
+    """What was seen."""
+    code: str
+    """Stable, in snake_case: what programs go by."""
+    state: StateName | None
+    """The engine's; null where it is not known, or the caller is not."""
+    remedy: str
+    """What the caller can do; empty where nothing helps."""
+    memory: Annotated[Plain, _struct(MemoryReport)] = Field(default_factory=dict)
+    """Of 507 residual_memory alone: who holds what."""

@@ -12,12 +12,14 @@ from typing import Any, Literal
 
 import msgspec
 
+from engine_plugins.admin.absent_parts import absent_parts
 from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
 from engine_plugins.admin.pausing import end_left_pause, new_pause, pause_within
 from engine_plugins.admin.schemas import (
     AbortBody,
+    AbsentView,
     CommitBody,
     ConnectBody,
     EngineView,
@@ -119,6 +121,10 @@ class AdminService:
             ),
             requests=RequestsView(running=counts.running, waiting=counts.waiting),
             workers=await self._worker_views(state),
+            absent=[
+                AbsentView(part=part, reason=reason)
+                for part, reason in absent_parts(self._shared.runtime_dir).items()
+            ],
             **plain,
         )
 
@@ -231,11 +237,16 @@ class AdminService:
         async with self._reading:
             return await asyncio.to_thread(self._sources.add, body, content_type)
 
-    async def connect(self, body: ConnectBody) -> PlanSummary:
-        """Plan an update from sources, on every rank, and meet the peers."""
-        return await self._background.to_the_end(self._connect(body))
+    async def connect(self, body: ConnectBody, *, reached_at: str | None = None) -> PlanSummary:
+        """Plan an update from sources, on every rank, and meet the peers.
 
-    async def _connect(self, body: ConnectBody) -> PlanSummary:
+        Args:
+            body: the call.
+            reached_at: this server's address, as the caller sees it.
+        """
+        return await self._background.to_the_end(self._connect(body, reached_at))
+
+    async def _connect(self, body: ConnectBody, reached_at: str | None) -> PlanSummary:
         async with self._place_for_connect():
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", "asleep", doing="connect")
@@ -247,7 +258,9 @@ class AdminService:
             compare_facts(body.model, facts, who="the connect call")
             plan_id = "plan-" + secrets.token_hex(8)
             try:
-                answers = await self._workers.connect(plan_id, manifests, direction=body.direction)
+                answers = await self._workers.connect(
+                    plan_id, manifests, direction=body.direction, reached_at=reached_at
+                )
                 _refuse_unused(answers)
             except EnginePluginError:
                 await self._workers.drop(plan_id)
@@ -261,16 +274,19 @@ class AdminService:
                 self._shared.drop("used", old)
         return plan
 
-    async def manifest(self) -> EngineOffer:
+    async def manifest(self, *, reached_at: str | None = None) -> EngineOffer:
         """The version that serves as a source for other engines.
+
+        Args:
+            reached_at: this server's address, as the caller sees it.
 
         Raises:
             ConflictError: no update of ours has been installed, or an engine's parameters do not
                 hold what its loader copies; the text names them.
         """
-        return await self._background.to_the_end(self._manifest())
+        return await self._background.to_the_end(self._manifest(reached_at))
 
-    async def _manifest(self) -> EngineOffer:
+    async def _manifest(self, reached_at: str | None) -> EngineOffer:
         async with self._operation("offer the weights"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="offer the weights")
@@ -282,7 +298,8 @@ class AdminService:
                     remedy="update this engine first",
                 )
             word = _word_of(state.weights)
-            manifests = await self._workers.manifests(self._control.info.model_facts, word)
+            facts = self._control.info.model_facts
+            manifests = await self._workers.manifests(facts, word, reached_at=reached_at)
         return EngineOffer(
             version=version,
             request_id=state.weights.request_id,

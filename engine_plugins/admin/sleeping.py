@@ -18,20 +18,30 @@ from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.schemas import SleepBody, WakeBody
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.sleep_target import (
+    asleep,
+    awake_without_weights,
+    judged,
+    left_to_map,
+    left_to_release,
+    mapped,
+    require_room,
+    require_same_level,
+    unknown_memory,
+    without_weights,
+)
 from engine_plugins.admin.state import (
     EngineState,
     Fence,
-    Sleep,
     WeightsInstalled,
     moved,
-    not_now,
     require,
 )
 from engine_plugins.admin.worker_calls import WorkerCalls
-from engine_plugins.errors import ConflictError, EnginePluginError, ResidualMemoryError
+from engine_plugins.errors import EnginePluginError, ResidualMemoryError
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.leak_watch import LeakTrend, LeakWatch
-from engine_plugins.sleep.memory_backend import MEMORY_TAGS, MemoryTag
+from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import RankMemoryRow, ResidualPolicy, ResidualReport
 from engine_plugins.sleep.metrics import ResidualMetrics
 from engine_plugins.sleep.rank_sleep import LedgerView, Room
@@ -54,45 +64,73 @@ class Sleeping:
         self._settings = settings
         self._workers = WorkerCalls(control)
         self._shared = shared
+        self._told: tuple[str, str] | None = None
+        """What the log was told of memory last: a poll every second says nothing new."""
 
     async def sleep(self, body: SleepBody) -> ResidualReport:
         """Stop serving and release memory; more of it, where the engine sleeps already.
 
+        Where all of it is released already, what is resident is measured again, and that is all.
+
         Raises:
-            ConflictError: the state does not allow it, or a tag is released already.
+            ConflictError: the state does not allow it, or the weights are not as `level` wants.
             UnsupportedError: a tag that the engine cannot release.
             SleepRefusedError: a rank could not, and the engine is as it was before.
-            EnginePluginError: a rank failed half way, and the engine is fenced for good.
+            EnginePluginError: a rank failed half way, and the engine is fenced.
         """
         state = self._shared.read()
         require(state, "serving", "paused", "asleep", doing="sleep")
-        if state.sleep is not None and body.tags is None:
-            raise ConflictError(
-                f"the engine sleeps already (released: {_named(state.sleep.released)})",
-                remedy="POST /admin/v1/wake, or name the tags to release besides",
-            )
-        tags = (await self._workers.ask("may_release", list[MemoryTag], tags=body.tags))[0]
+        require_same_level(state, body)
+        left = left_to_release(
+            await self._workers.ask("may_release", list[MemoryTag], tags=body.tags)
+        )
+        if state.sleep is not None and not left:
+            return self._measured(await self._workers.ask("memory", RankMemoryRow))
         if state.state == "serving":
             await pause_within(self._control, self._shared, body.pause, body.timeout_s)
-        self._shared.change(lambda now: _asleep(now, body.level, tags))
+        self._shared.change(lambda now: asleep(now, body.level, left))
         try:
-            if "kv_cache" in tags:
-                await self._control.flush(prefix_cache=True, multimodal_cache=False)
-            keep = body.level == 1
-            rows = await self._workers.ask("release", RankMemoryRow, tags=tags, keep=keep)
-        except EnginePluginError as error:
-            await self._undo(state, tags, error, lost=body.level == 2 and "weights" in tags)
-            raise
-        report = self._assess(rows)
-        self._shared.change(lambda now: _judged(now, report))
+            rows = await self._release(left, keep=body.level == 1)
+        except Exception as met:
+            error = _ours(met)
+            await self._undo(state, left, error, lost=body.level == 2 and "weights" in left)
+            raise error from met
+        report = self._measured(rows)
         watch = self._leaks().after(report)
-        self._shared.put(_FOLDER, _LEAKS, msgspec.json.encode(watch))
+        try:
+            self._shared.put(_FOLDER, _LEAKS, msgspec.json.encode(watch))
+        except OSError as error:
+            logger.warning("this sleep is missing in the leak watch: %s", error)
         residual_metrics().record(report, watch.trends())
+        return report
+
+    async def _release(self, tags: Sequence[MemoryTag], *, keep: bool) -> list[RankMemoryRow]:
+        if "kv_cache" in tags:
+            await self._control.flush(prefix_cache=True, multimodal_cache=False)
+        return await self._workers.ask("release", RankMemoryRow, tags=tags, keep=keep)
+
+    def _measured(self, rows: list[RankMemoryRow]) -> ResidualReport:
+        """The report on a sleeping engine; the state has its verdict."""
+        report = self._assess(rows)
+        self._shared.change(lambda now: judged(now, report))
+        self._tell(report)
         return report
 
     async def memory(self) -> ResidualReport:
         """What every rank holds now; of an engine that is awake, its mapped memory is kept."""
-        return self._assess(await self._workers.ask("memory", RankMemoryRow))
+        report = self._assess(await self._workers.ask("memory", RankMemoryRow))
+        if (report.verdict, report.reason) != self._told:
+            self._tell(report)
+        return report
+
+    def _tell(self, report: ResidualReport) -> None:
+        self._told = (report.verdict, report.reason)
+        if report.verdict != "pass":
+            logger.warning(
+                "residual memory: %s (%s) on %s under policy %s: %s",
+                *(report.verdict, report.reason, report.worst_device),
+                *(report.policy, report.detail),
+            )
 
     def leaks(self) -> list[LeakTrend]:
         """Whether what stays resident grows from sleep to sleep, by device."""
@@ -114,34 +152,31 @@ class Sleeping:
     async def wake(self, body: WakeBody) -> None:
         """Map memory again; serve once all is mapped and the weights hold something.
 
+        What is mapped already is passed over, so a wake that failed, or whose answer was lost, is
+        completed by the same call.
+
         Raises:
-            ConflictError: the engine does not sleep, a tag is not released, or there is no room.
+            ConflictError: the engine is fenced or updating, or there is no room.
             SleepRefusedError: a rank had no room after all; the engine sleeps on.
             EnginePluginError: a rank failed half way, and the engine is fenced for good.
         """
-        state = self._shared.read()
-        require(state, "asleep", doing="wake")
-        asleep = state.sleep
-        if asleep is None or not asleep.released:  # all is mapped: only an update ends this sleep
-            raise not_now(state, doing="wake")
-        tags = asleep.released if body.tags is None else body.tags
-        wrong = [tag for tag in tags if tag not in asleep.released]
-        if wrong:
-            raise ConflictError(
-                f"cannot wake {_named(wrong)}: released are {_named(asleep.released)}",
-                remedy="name only those, or none",
-            )
-        _require_room(await self._workers.ask("room", Room, tags=tags))
+        tags = left_to_map(self._shared.read(), body)
+        if tags is None:
+            return
+        if tags:
+            require_room(await self._workers.ask("room", Room, tags=tags))
+            await self._restore(tags)
+        sleep = self._shared.change(lambda now: mapped(now, tags)).sleep
+        if sleep is not None and not sleep.released and not sleep.weights_lost:
+            await self._rise(resume=sleep.resume)
+
+    async def _restore(self, tags: Sequence[MemoryTag]) -> None:
         try:
             await self._workers.ask("restore", LedgerView, tags=tags)
-        except EnginePluginError as error:
+        except Exception as met:
+            error = _ours(met)
             await self._sleep_on(error)
-            raise
-        left = [tag for tag in asleep.released if tag not in tags]
-        now = msgspec.structs.replace(asleep, released=left)
-        self._shared.change(lambda then: msgspec.structs.replace(then, sleep=now))
-        if not left and not asleep.weights_lost:
-            await self._rise(resume=asleep.resume)
+            raise error from met
 
     async def _sleep_on(self, error: EnginePluginError) -> None:
         """After a wake that failed: asleep as before, where every rank knows what it has mapped.
@@ -152,10 +187,10 @@ class Sleeping:
             views = await self._workers.ask("ledger", LedgerView)
         except EnginePluginError as another:
             logger.error("asking what a wake has mapped met another error: %s", another)
-            self._fence("wake_failed", error)
+            await self._fence(unknown_memory("wake_failed", error), error)
             return
         if any(view.broken for view in views):
-            self._fence("wake_failed", error)
+            await self._fence(unknown_memory("wake_failed", error), error)
             return
         error.remedy = error.remedy or "the engine sleeps on; mend the cause and wake again"
 
@@ -173,35 +208,55 @@ class Sleeping:
         *,
         lost: bool,
     ) -> None:
-        """Map again what ranks have released; the engine is as before, or fenced for good."""
+        """Map again what ranks have released; the engine is as before, or fenced."""
         try:
             views = await self._workers.ask("ledger", LedgerView)
             gone = {tag for view in views for tag in view.released} & set(tags)
             await self._workers.ask("restore", LedgerView, tags=[*gone])
         except EnginePluginError as another:
             logger.error("undoing a sleep met another error: %s", another)
-            self._fence("sleep_failed", error)
+            await self._fence(unknown_memory("sleep_failed", error), error)
             return
-        if (lost and "weights" in gone) or any(view.broken for view in views):
-            self._fence("sleep_failed", error)
+        if any(view.broken for view in views):
+            await self._fence(unknown_memory("sleep_failed", error), error)
+            return
+        if lost and "weights" in gone:
+            self._shared.change(lambda now: awake_without_weights(now, before.sleep))
+            await self._fence(without_weights(error), error)
             return
         if before.state == "serving":
-            await self._control.resume()
+            try:
+                await self._control.resume()
+            except EnginePluginError as another:
+                # All is mapped, and a wake has nothing left to do but this.
+                logger.error("undoing a sleep met another error: %s", another)
+                self._shared.change(lambda now: mapped(now, tags, weights=before.weights))
+                error.remedy = "POST /admin/v1/wake, to have the engine serve again"
+                return
         self._shared.change(
             lambda now: moved(now, before.state, sleep=before.sleep, weights=before.weights)
         )
         error.remedy = error.remedy or "the engine is as before; mend the cause and sleep again"
 
-    def _fence(self, code: str, error: EnginePluginError) -> None:
-        fence = Fence(
-            code=code,
-            detail=f"a rank's memory is in an unknown state: {error.message}",
-            remedy="restart the engine",
-            attempted_version=0,
-            for_good=True,
+    async def _fence(self, fence: Fence, error: EnginePluginError) -> None:
+        """Serve nothing: no version names what is in memory, and held requests end."""
+        self._shared.change(
+            lambda now: moved(now, "fenced", fence=fence, weights=WeightsInstalled())
         )
-        self._shared.change(lambda now: moved(now, "fenced", fence=fence))
         error.remedy = f"the engine is fenced; {fence.remedy}"
+        try:
+            ended = await self._control.fail_requests()
+        except EnginePluginError as another:
+            logger.error("engine fenced; its requests could not be ended: %s", another)
+        else:
+            logger.error("engine fenced: %s; %d requests ended", error.message, ended)
+
+
+def _ours(error: Exception) -> EnginePluginError:
+    """The error as the contract gives it: nothing may leave a sleep half undone."""
+    if isinstance(error, EnginePluginError):
+        return error
+    return EnginePluginError(f"{type(error).__name__}: {error}")
 
 
 residual_metrics = functools.cache(ResidualMetrics)
@@ -220,48 +275,3 @@ def residual_memory(report: ResidualReport, memory: object) -> ResidualMemoryErr
         remedy="POST /admin/v1/wake, or restart the engine; see `memory` for who holds what",
         memory=memory,
     )
-
-
-def _require_room(rooms: Sequence[Room]) -> None:
-    """Refuse a wake that would end half mapped.
-
-    Raises:
-        ConflictError: a device has less free than its ranks are about to map.
-    """
-    for device in {room.device for room in rooms}:
-        ranks = [room for room in rooms if room.device == device]
-        needed, free = sum(each.needed_bytes for each in ranks), min(r.free_bytes for r in ranks)
-        if needed > free:
-            raise ConflictError(
-                f"cannot wake: {needed / GIB:.3g} GiB are to be mapped on {device}, where "
-                f"{free / GIB:.3g} GiB are free",
-                remedy="have whoever holds that memory give it back, then wake; or wake by tags",
-            )
-
-
-def _asleep(state: EngineState, level: int, tags: Sequence[MemoryTag]) -> EngineState:
-    """The state from the moment on at which tags may be out of memory."""
-    before = state.sleep
-    lost = level == 2 and "weights" in tags
-    released = {*tags, *(before.released if before is not None else ())}
-    sleep = Sleep(
-        level=max(level, before.level if before is not None else level),
-        released=[tag for tag in MEMORY_TAGS if tag in released],
-        since=time.time(),
-        resume=state.state == "serving" if before is None else before.resume,
-        weights_lost=lost or (before is not None and before.weights_lost),
-    )
-    weights = WeightsInstalled() if lost else state.weights
-    return moved(state, "asleep", sleep=sleep, weights=weights)
-
-
-def _judged(state: EngineState, report: ResidualReport) -> EngineState:
-    sleep = state.sleep
-    if sleep is None:
-        return state
-    sleep = msgspec.structs.replace(sleep, verdict=report.verdict, reason=report.reason or None)
-    return msgspec.structs.replace(state, sleep=sleep)
-
-
-def _named(tags: Sequence[MemoryTag]) -> str:
-    return ", ".join(tags) or "nothing"

@@ -61,6 +61,11 @@ class StagingClaims:
             finally:
                 path.unlink(missing_ok=True)
 
+    def clear_dead(self) -> None:
+        """Remove what servers left that died with a claim; the own one must not be there yet."""
+        for _ in self._others(self._folder):
+            pass
+
     def _others(self, own: Path) -> Iterator[int]:
         for path in self._folder.glob(f"{_CLAIM}*"):
             if path != own:

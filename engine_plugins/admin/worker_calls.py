@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,18 +51,41 @@ class WorkerCalls:
         return await self.ask("describe", WorkerDescription)
 
     async def connect(
-        self, plan_id: str, manifests: Sequence[Path], *, direction: Literal["pull", "push"]
+        self,
+        plan_id: str,
+        manifests: Sequence[Path],
+        *,
+        direction: Literal["pull", "push"],
+        reached_at: str | None = None,
     ) -> list[ConnectAnswer]:
-        """Plan on every rank. Ranks of this host read the manifests themselves."""
-        push = {"direction": direction} if direction == "push" else {}
+        """Plan on every rank. Ranks of this host read the manifests themselves.
+
+        Args:
+            plan_id: of the plan.
+            manifests: of the sources.
+            direction: who moves the bytes.
+            reached_at: this server's address, as the caller sees it; ranks listen there. Of
+                another host's ranks loopback says nothing.
+        """
         hosts = {worker.host for worker in await self.describe()}
         here = hosts == {socket.gethostname()}
         offers = list(map(str, manifests)) if here else await asyncio.to_thread(_read, manifests)
-        return await self.ask("connect", ConnectAnswer, plan_id=plan_id, manifests=offers, **push)
+        return await self.ask(
+            "connect",
+            ConnectAnswer,
+            plan_id=plan_id,
+            manifests=offers,
+            direction=direction,
+            reached_at=reached_at if here or not _is_loopback(reached_at) else None,
+        )
 
-    async def manifests(self, model: Mapping[str, str | int | bool], word: int) -> list[bytes]:
+    async def manifests(
+        self, model: Mapping[str, str | int | bool], word: int, *, reached_at: str | None = None
+    ) -> list[bytes]:
         """What every rank offers to other engines, as msgpack, under a version word."""
-        return await self.ask("manifest", bytes, model=dict(model), word=word)
+        return await self.ask(
+            "manifest", bytes, model=dict(model), word=word, reached_at=reached_at
+        )
 
     async def drop(self, plan_id: str) -> None:
         """Forget a plan on every rank; a rank that cannot now will when the next one comes."""
@@ -162,3 +186,10 @@ class WorkerCalls:
 
 def _read(paths: Sequence[Path]) -> list[bytes]:
     return [path.read_bytes() for path in paths]
+
+
+def _is_loopback(address: str | None) -> bool:
+    try:
+        return address is not None and ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False

@@ -8,13 +8,14 @@ figures are handed to all, and every rank makes the same decisions of them.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -36,11 +37,12 @@ from engine_plugins.settings import Settings
 __all__ = [
     "EngineGate",
     "Keep",
+    "Samples",
     "StepFigures",
     "calibration_file",
+    "changed",
     "make_engine_gate",
     "no_gate",
-    "refused_calls",
     "require_cap",
 ]
 
@@ -210,14 +212,12 @@ class EngineGate:
         Raises:
             SettingsError: a value that makes no sense here; nothing has changed.
         """
-        settings = replace(
-            self._settings,
-            **{f"prefill_{_SETTING.get(name, name)}": changes[name] for name in changes},
-        )
+        settings = changed(self._settings, changes)
         require_cap(settings, self._ranks.device_bytes())
         self.gate.configure(settings)
         self._take_settings(settings)
         self._limits = None
+        self._published_at = -math.inf  # the next step tells what holds with its memory in use
         self._publish()
         return self.report()
 
@@ -276,6 +276,17 @@ class EngineGate:
         if self._limits is None:
             self._limits = entry_limits(self.gate, self._entry)
         self._board.publish(self._limits, self.report())
+
+
+def changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """Settings with those of the gate changed, by their names in `GateSettings`.
+
+    Raises:
+        SettingsError: a value that makes no sense anywhere.
+    """
+    return replace(
+        settings, **{f"prefill_{_SETTING.get(name, name)}": changes[name] for name in changes}
+    )
 
 
 def make_engine_gate(
@@ -337,15 +348,6 @@ def no_gate(error: Exception) -> EnginePluginError:
         f"this engine has no prefill gate: {type(error).__name__}: {error}",
         remedy="see the server's log",
     )
-
-
-def refused_calls(why: EnginePluginError) -> dict[str, Callable[..., Any]]:
-    """The calls of an engine without a gate; all raise."""
-
-    def refuse(**arguments: Any) -> NoReturn:
-        raise why
-
-    return dict.fromkeys(("gate_report", "gate_configure", "gate_reset"), refuse)
 
 
 def require_cap(settings: Settings, device_bytes: int | None = None) -> None:

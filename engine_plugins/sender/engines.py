@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
+import httpx
 import msgspec
 
 from engine_plugins.admin_answers import Direction, UpdateRequest
@@ -14,18 +16,27 @@ from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import (
     AdminAnswerError,
     EnginePluginError,
+    EngineUnreachableError,
     SettingsError,
     UnknownIdError,
+    UpdateEndUnknownError,
     UpdateFailedError,
 )
 from engine_plugins.sender.access import EngineAccess
+from engine_plugins.sender.busy_engine import once_it_is_free
+from engine_plugins.sender.held_weights import ASKED_S, held_by
 from engine_plugins.sender.known_end import answer_or_end
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
-__all__ = ["EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
+__all__ = ["SILENT_S", "EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
 
 Result = TypeVar("Result")
+
+LEAST_S = 1.0
+"""A commit is waited for as long as this, however little of its update's time is left."""
+SILENT_S = 0.3
+"""For one more question to an engine that has just been silent."""
 
 
 class EngineLink:
@@ -38,11 +49,18 @@ class EngineLink:
         self._planned: tuple[str, ...] = ()
         self._peers: dict[bytes, str] = {}
         self._planned_again = False
+        self._until = 0.0
+        """When the engine gives up what it prepared, on the monotonic clock."""
 
     @property
     def url(self) -> str:
         """The engine's base url, which names it everywhere."""
         return self.client.url
+
+    @property
+    def host(self) -> str:
+        """Name or address of the engine's host, as its url has it."""
+        return httpx.URL(self.url).host
 
     def publish(self, manifest: Callable[[], bytes]) -> str:
         """Offer this process's manifest, unless the engine has it already."""
@@ -76,8 +94,12 @@ class EngineLink:
             UpdateEndUnknownError: what became of it cannot be found out.
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
-        self._connect(source_ids, model, "pull")
-        return self._carried(request, self.client.update)
+
+        def connected(request: UpdateRequest) -> UpdateReport:
+            self._connect(source_ids, model, "pull")
+            return self._carried(request, self.client.update)
+
+        return once_it_is_free(request, connected)
 
     def prepare(
         self,
@@ -91,8 +113,13 @@ class EngineLink:
         Raises:
             EnginePluginError: the engine refused, failed or cannot be reached.
         """
-        self._connect(source_ids, model, direction)
-        return self._carried(request, self.client.prepare)
+
+        def connected(request: UpdateRequest) -> UpdateReport:
+            self._connect(source_ids, model, direction)
+            self._until = time.monotonic() + request.timeout_s
+            return self._carried(request, self.client.prepare)
+
+        return once_it_is_free(request, connected)
 
     def commit(self, request: UpdateRequest) -> UpdateReport:
         """Have the engine install what it prepared.
@@ -100,6 +127,9 @@ class EngineLink:
         Raises:
             EnginePluginError: the engine failed or cannot be reached.
         """
+        # The engine's deadline runs from prepare, so what is waited for here is what is left of it.
+        left = max(self._until - time.monotonic(), LEAST_S)
+        request = msgspec.structs.replace(request, timeout_s=left)
         plan, report = self.plan, self._carried(request, self._ask_to_commit)
         pushed = plan is not None and plan.direction == "push" and not plan.direct_bytes
         if pushed and not self._planned_again and request.mode != "staged":
@@ -187,9 +217,10 @@ def forgot_us(error: object) -> bool:
 def failure_of(link: EngineLink, error: EnginePluginError, *, where: str = "") -> EngineFailure:
     """Describe a failure together with what the engine says it holds now."""
     detail = error.detail if isinstance(error, AdminAnswerError) else error.message
-    return EngineFailure(
-        code=error.code, detail=where + detail, remedy=error.remedy, holds=_holds(link)
-    )
+    # One that has just been asked in vain is asked briefly: the trainer waits to be told.
+    silent = isinstance(error, UpdateEndUnknownError | EngineUnreachableError)
+    holds = held_by(link.client, timeout_s=SILENT_S if silent else ASKED_S)
+    return EngineFailure(code=error.code, detail=where + detail, remedy=error.remedy, holds=holds)
 
 
 def _reported(report: UpdateReport) -> UpdateFailedError:
@@ -200,14 +231,3 @@ def _reported(report: UpdateReport) -> UpdateFailedError:
     )
     error.code = told.get("code", error.code)
     return error
-
-
-def _holds(link: EngineLink) -> str:
-    try:
-        state = link.client.state()
-    except EnginePluginError as error:
-        return f"unknown weights, /state gave no answer ({error.code})"
-    version = state.weights.version
-    weights = "the weights it started with" if version is None else f"version {version}"
-    fence = f": {state.fence.get('detail', '')}" if state.fence else ""
-    return f"{weights}, {state.state}{fence}"

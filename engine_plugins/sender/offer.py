@@ -6,13 +6,13 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from engine_plugins.errors import EnginePluginError, SourceError
 from engine_plugins.sender.push import Push
 from engine_plugins.sender.ranks import TrainerRanks
-from engine_plugins.weights.network_devices import current_gpu, prepare_network
+from engine_plugins.weights.agent_network import AgentNetwork
 from engine_plugins.weights.placement import SourceBox
 from engine_plugins.weights.source import WeightSource
 from engine_plugins.weights.transport.base import Transport
@@ -46,6 +46,7 @@ class TrainerOffer:
     ) -> None:
         self._boxes, self._ranks, self._model = boxes, ranks, model
         self._given, self._pushes, self._let_go = transport, pushes, let_go
+        self._network = AgentNetwork()
         self._owned: Transport | None = None
         self._source: WeightSource | None = None
         self.push: Push | None = None
@@ -62,6 +63,21 @@ class TrainerOffer:
             raise SourceError("nothing is offered now", remedy="update again")
         return self._source
 
+    def reach(self, engines: Iterable[str]) -> None:
+        """Have the agent be reachable from engines' networks; one that is not is closed.
+
+        Args:
+            engines: hosts, as in the engines' urls.
+
+        Raises:
+            SettingsError: see `choose_devices`.
+            TransportError: see `choose_devices`.
+        """
+        lacking = [host for host in engines if self._network.reach(host)]
+        if lacking and self._owned is not None:
+            logger.info("the agent is made anew, to be reachable from %s", ", ".join(lacking))
+            self.close()
+
     def open(self) -> None:
         """Register the memory, with an agent of its own if no transport was given.
 
@@ -72,7 +88,7 @@ class TrainerOffer:
         """
         transport = self._given
         if transport is None:
-            transport = self._owned = _nixl()
+            transport = self._owned = self._network.open(_agent_name())
         if self._pushes:
             self.push = Push(self._ranks, transport)
         place = f"trainer rank {self._ranks.global_rank} of {self._ranks.count}"
@@ -145,10 +161,6 @@ class TrainerOffer:
         self._let_go()
 
 
-def _nixl() -> Transport:
-    """A NIXL agent whose name no other process has: a restarted trainer is another peer."""
-    from engine_plugins.weights.transport.nixl import NixlTransport
-
-    prepare_network(current_gpu())
-    host = socket.gethostname()
-    return NixlTransport(f"trainer-{host}-{os.getpid()}-{secrets.token_hex(4)}")
+def _agent_name() -> str:
+    """One that no other process has: a restarted trainer is another peer."""
+    return f"trainer-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"

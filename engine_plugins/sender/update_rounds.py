@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.sender.engine_urls import refuse_hidden_feeders, refuse_one_engine_twice
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.offer import TrainerOffer
 from engine_plugins.sender.options import Ways
@@ -47,6 +48,7 @@ class UpdateRounds:
     ) -> None:
         self._ranks, self._links, self._ways = ranks, links, ways
         self._mine, self._model, self._shown = offer, model, shown
+        self._told_apart: set[str] = set()
 
     def refresh(self, word: int) -> None:
         """Offer the weights as they are now; if memory moved, engines are told where it is.
@@ -55,19 +57,39 @@ class UpdateRounds:
             word: the version word of this update, the same on every rank.
 
         Raises:
-            SourceError: a tensor that can no longer be offered.
+            SourceError: a tensor that can no longer be offered; see also `TrainerOffer.reach`.
         """
+        self._mine.reach([link.host for link in self._links.values()])
         if self._mine.refresh(word):
             for link in self._links.values():
                 link.forget()
 
     def run(self, request: UpdateRequest) -> Round:
-        """Have every engine take the version; what each answered."""
+        """Have every engine take the version; what each answered.
+
+        Raises:
+            SettingsError: two urls lead to one engine, or with fan_out one to loopback and others
+                elsewhere.
+        """
+        if self._ways.fan_out is not None:
+            refuse_hidden_feeders(self._links.values())
+        self._tell_apart()
         if self._ways.two_phase:
             return self._in_two_phases(request)
         if self._ways.fan_out is not None:
             return self._down_a_tree(self._ways.fan_out, request)
         return self._in_one_phase(request)
+
+    def _tell_apart(self) -> None:
+        """Once for every set of engines, by the leading rank."""
+        urls = set(self._links)
+        if len(urls) > 1 and urls != self._told_apart:
+            links = list(self._links.values())
+            look = partial(refuse_one_engine_twice, links)
+            self._ranks.agree(
+                "telling the engines apart", look if self._ranks.leads else _nothing, None
+            )
+        self._told_apart = urls
 
     def _in_one_phase(self, request: UpdateRequest) -> Round:
         """Offer and update, and once more for engines that had forgotten us."""
@@ -150,3 +172,7 @@ class UpdateRounds:
     ) -> Round:
         with self._mine.withdrawn_on_error(), self._shown(list(self._links), version):
             return update.round(roots, offers)
+
+
+def _nothing() -> None:
+    pass

@@ -43,8 +43,13 @@ class MemoryLedger:
         """Tags of which nobody knows whether they are mapped, nor what they hold."""
         return tuple(self._broken)
 
-    def require_mapped(self, tags: Sequence[MemoryTag]) -> None:
-        """Refuse what `release` would refuse, and change nothing."""
+    def mapped(self, tags: Sequence[MemoryTag]) -> list[MemoryTag]:
+        """Those of the tags that are still mapped.
+
+        Raises:
+            ConflictError: a call on a tag failed before, or it goes with one that is released.
+            UnsupportedError: a tag that this engine cannot release, or not alone.
+        """
         for tag in tags:
             if tag not in self._backend.tags:
                 raise UnsupportedError(
@@ -52,13 +57,23 @@ class MemoryLedger:
                     remedy="leave it out of the tags, or leave the tags out",
                 )
             self._require_known(tag)
-            if tag in self._released:
+        left = [tag for tag in tags if tag not in self._released]
+        if left and self._backend.together and {*left} != {*self.tags}:
+            together = f"this engine releases {' and '.join(self.tags)} only together"
+            if self._released:
+                raise ConflictError(
+                    f"{together}, and {', '.join(self.released)} is released already",
+                    remedy="POST /admin/v1/wake, then sleep without tags",
+                )
+            raise UnsupportedError(together, remedy="leave the tags out")
+        return left
+
+    def require_mapped(self, tags: Sequence[MemoryTag]) -> None:
+        """Refuse what `release` would refuse, and change nothing."""
+        mapped = self.mapped(tags)
+        for tag in tags:
+            if tag not in mapped:
                 raise ConflictError(f"{tag} is released already", remedy="POST /admin/v1/wake")
-        if self._backend.together and set(tags) != set(self.tags):
-            raise UnsupportedError(
-                f"this engine releases {' and '.join(self.tags)} only together",
-                remedy="leave the tags out",
-            )
 
     def require_released(self, tags: Sequence[MemoryTag]) -> None:
         """Refuse what `restore` would refuse, and change nothing."""

@@ -84,19 +84,18 @@ class RankSleep:
         }
 
     def _may_release(self, tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:
-        """The tags that a sleep would release: all, where none are named."""
+        """What a sleep has still to release, of all tags where none are named."""
         ledger = self._required()
-        chosen = ledger.tags if tags is None else tags
-        ledger.require_mapped(chosen)
-        return list(chosen)
+        return ledger.mapped(ledger.tags if tags is None else tags)
 
     def _release(self, tags: Sequence[MemoryTag], keep: bool) -> RankMemoryRow:
-        """Release the tags; the row is of when memory had come to rest."""
+        """Release those of the tags that are mapped; the row is of when memory had come to rest."""
         ledger = self._required()
-        ledger.require_mapped(tags)
-        # What an update left behind stays with no sleeper, and no device may read what goes.
-        self._weights.let_go(lost="weights" in tags and not keep)
-        ledger.release(tags, keep=keep)
+        left = ledger.mapped(tags)
+        if left:
+            # What an update left behind stays with no sleeper, and no device may read what goes.
+            self._weights.let_go(lost="weights" in left and not keep)
+            ledger.release(left, keep=keep)
         return self._row(settle=True)
 
     def _room(self, tags: Sequence[MemoryTag]) -> Room:

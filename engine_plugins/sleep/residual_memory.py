@@ -6,7 +6,6 @@ passed where the whole interval lies on one side of the threshold; otherwise it 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -23,8 +22,6 @@ from engine_plugins.sleep.memory_report import (
 )
 
 __all__ = ["assess", "device_of"]
-
-logger = logging.getLogger(__name__)
 
 _WORST_FIRST: tuple[Verdict, ...] = ("fail", "unknown", "pass")
 
@@ -56,7 +53,7 @@ def assess(
     worst = min(devices, key=_badness, default=None)
     verdict: Verdict = worst.verdict if worst else "unknown"
     refused = verdict == "fail" or (policy == "enforce" and verdict == "unknown")
-    report = ResidualReport(
+    return ResidualReport(
         verdict=verdict,
         reason=worst.reason if worst else "no_rows",
         detail=worst.detail if worst else "no rank has reported its memory",
@@ -69,12 +66,6 @@ def assess(
         rows=list(rows),
         measured_at=measured_at,
     )
-    if verdict != "pass":
-        logger.warning(
-            "residual memory: %s (%s) on %s under policy %s: %s",
-            *(verdict, report.reason, report.worst_device, policy, report.detail),
-        )
-    return report
 
 
 class _Limits(NamedTuple):

@@ -1,11 +1,11 @@
-"""Tell UCX which network devices to use, before an agent is made."""
+"""Which network devices UCX shall use for an agent, by the operator's word, GPU or address."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from engine_plugins.weights.rdma_ports import (
     read_ports,
 )
 
-__all__ = ["INHERIT", "SETTING", "UCX_SETTING", "current_gpu", "prepare_network"]
+__all__ = ["INHERIT", "SETTING", "UCX_SETTING", "choose_devices", "current_gpu"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,23 +39,26 @@ def current_gpu() -> int | None:
     return torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
 
-def prepare_network(
+def choose_devices(
     device_index: int | None,
-    environ: MutableMapping[str, str] = os.environ,
+    environ: Mapping[str, str] = os.environ,
     *,
+    interfaces: Sequence[str] = (),
     net_devices: str | None = None,
     sysfs: Path = SYSFS,
     dev: Path = DEV,
     pci_address: Callable[[int], str] = gpu_pci_address,
 ) -> str | None:
-    """Set `UCX_NET_DEVICES` to the ports nearest to a GPU, unless the operator chose others.
+    """Choose what `UCX_NET_DEVICES` shall be for an agent that is about to be made.
 
-    To be called in the process that makes the agent, before it does: UCX reads the variable for
-    every agent anew. Without a GPU, or without RDMA devices, the environment is left alone.
+    The operator's word comes first: our setting, then UCX's own. Memory of a GPU travels over the
+    RDMA ports nearest to it, whatever UCX's says. Anything else takes the interfaces over which
+    this process is reached, and the RDMA ports that are up, which open no TCP port.
 
     Args:
         device_index: the CUDA device whose memory will travel; `None` where there is no GPU.
-        environ: read and written.
+        environ: only read.
+        interfaces: over which this process is reached; see `AgentNetwork`.
         net_devices: `ENGINE_PLUGINS_NET_DEVICES` where an engine's own configuration has it; what
             UCX calls them (`mlx5_0:1,mlx5_1:1`, `eth0`), or `inherit`.
         sysfs: where sysfs is mounted.
@@ -63,7 +66,7 @@ def prepare_network(
         pci_address: gives the PCI address of a CUDA device.
 
     Returns:
-        `UCX_NET_DEVICES` as it now stands.
+        Devices as UCX calls them; None leaves all of them to UCX.
 
     Raises:
         SettingsError: a device was named that this machine does not have.
@@ -77,15 +80,23 @@ def prepare_network(
         return inherited
     if wanted:
         _check_named(wanted, SETTING, ports, sysfs)
-    elif ports and device_index is not None:
+        return wanted
+    if ports and device_index is not None:
         address = pci_address(device_index)
         chosen = ports_of_gpu(address, gpu_places(sysfs), ports)
         wanted = ",".join(port.name for port in chosen)
         _tell(wanted, inherited, f"GPU {device_index} ({address})")
-    else:
+        return wanted
+    if inherited:
         return inherited
-    environ[UCX_SETTING] = wanted
-    return wanted
+    if not interfaces:
+        logger.warning(
+            "nobody knows over which network this process is reached, so UCX listens on every one; "
+            "name its devices in %s (docs/network-trust.md)",
+            SETTING,
+        )
+        return None
+    return ",".join([*interfaces, *(port.name for port in ports if port.is_up)])
 
 
 def _tell(chosen: str, inherited: str | None, gpu: str) -> None:

@@ -71,6 +71,7 @@ class PreparedFetch:
         """Straight into place, by the first of the steps that they are for."""
         self._packed: list[list[list[PreparedTransfer]]] = []
         """By way of the scratch area: of every step, batch by batch."""
+        transport.vet_peers([(each.agent, each.agent_metadata) for each in manifests])
         for manifest in manifests:
             if met:
                 transport.add_peer(manifest.agent, manifest.agent_metadata)

@@ -331,6 +331,16 @@ class WeightReceiver:
             self._model.forget_values()
             self._forget_plans()
 
+    def renew_agent(self) -> None:
+        """End the agent and all that is registered with it; the next plan makes another.
+
+        Raises:
+            ConflictError: in the middle of an update.
+        """
+        self._refuse_while_running()
+        self._deregister()
+        self._memory.close()
+
     def close(self) -> None:
         """Release the arena, the live parameters and the agent."""
         self.abort()

@@ -139,11 +139,18 @@ def read_answer(body: bytes, kind: type[T]) -> T:
 
     Raises:
         EnginePluginError: the error that the worker met, in its own class where it is one of ours.
+        EngineCallError: the bytes are no answer to this call.
     """
-    answer = msgspec.msgpack.decode(body, type=_Answer)
-    if answer.failure is not None:
-        raise raised(answer.failure)
-    return msgspec.msgpack.decode(answer.value, type=kind)
+    try:
+        answer = msgspec.msgpack.decode(body, type=_Answer)
+        if answer.failure is None:
+            return msgspec.msgpack.decode(answer.value, type=kind)
+    except msgspec.MsgspecError as error:
+        raise EngineCallError(
+            f"a rank's answer cannot be read: {error}",
+            remedy="have every process of the server run the same release of engine-plugins",
+        ) from error
+    raise raised(answer.failure)
 
 
 def raised(failure: Failure) -> EnginePluginError:
@@ -186,12 +193,8 @@ def answer_call(
     except EnginePluginError as error:
         return refuse(error)
     except Exception as error:  # whatever the engine raised must travel as data
-        failure = Failure(
-            kind="EngineCallError",
-            message=f"{who}: {name}: {type(error).__name__}: {error}",
-            remedy="see the engine's log",
-        )
-        return msgspec.msgpack.encode(_Answer(failure=failure))
+        what = f"{who}: {name}: {type(error).__name__}: {error}"
+        return refuse(EngineCallError(what, remedy="see the engine's log"))
     return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(value)))
 
 
@@ -206,6 +209,8 @@ class WorkerService:
         calls: further calls of an engine, by name; what they return must be plain data.
         clear_kv: clears this rank's KV pages of what an engine's flush leaves there; told whether
             requests go on with what the pages hold.
+        reach: told this server's address as its callers see it, before a plan is made; says
+            whether the agents made so far cannot be reached there.
     """
 
     def __init__(
@@ -216,8 +221,10 @@ class WorkerService:
         page: Path | None,
         calls: Mapping[str, Callable[..., Any]] | None = None,
         clear_kv: Callable[[bool], None] | None = None,
+        reach: Callable[[str], bool] | None = None,
     ) -> None:
         self._clear_kv = clear_kv
+        self._reach = reach
         self._receiver = receiver
         self._tp_rank = tp_rank
         self._page_path = page
@@ -268,9 +275,14 @@ class WorkerService:
         return WorkerDescription(tp_rank=self._tp_rank, pid=os.getpid(), host=socket.gethostname())
 
     def _connect(
-        self, plan_id: str, manifests: Sequence[bytes | str], direction: Direction = "pull"
+        self,
+        plan_id: str,
+        manifests: Sequence[bytes | str],
+        direction: Direction = "pull",
+        reached_at: str | None = None,
     ) -> ConnectAnswer:
         """Manifests come as they are, or as paths of files on this host."""
+        self._be_reachable(reached_at)
         decoder = msgspec.msgpack.Decoder(SourceManifest)
         bodies = (Path(each).read_bytes() if isinstance(each, str) else each for each in manifests)
         offers = [decoder.decode(body) for body in bodies]
@@ -283,8 +295,15 @@ class WorkerService:
             destination=result.destination,
         )
 
-    def _manifest(self, model: dict[str, str | int | bool], word: int) -> bytes:
+    def _manifest(
+        self, model: dict[str, str | int | bool], word: int, reached_at: str | None = None
+    ) -> bytes:
+        self._be_reachable(reached_at)
         return self._receiver.manifest(model, word)
+
+    def _be_reachable(self, address: str | None) -> None:
+        if address is not None and self._reach is not None and self._reach(address):
+            self._receiver.renew_agent()
 
     def _drop(self, plan_id: str) -> None:
         self._receiver.drop(plan_id)
@@ -365,7 +384,14 @@ def pull_page(runtime_dir: Path | None, tp_rank: int) -> Path | None:
 
 
 def _failure(error: EnginePluginError) -> Failure:
-    return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)
+    return Failure(
+        kind=type(error).__name__, message=_plain(error.message), remedy=_plain(error.remedy)
+    )
+
+
+def _plain(text: str) -> str:
+    """Text that can be encoded: a path that is no UTF-8 has characters that nothing encodes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _cut(failure: Failure) -> Failure:

@@ -18,6 +18,7 @@ from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.configurations import DENSE, NEW, OLD, on
 from tests.support.engine_server import EngineServer
 from tests.support.live_models import LiveModel
+from tests.support.nixl_peer import damaged
 from tests.support.offers import MSGPACK, Offer, offered
 from tests.support.problems import problem
 from tests.support.served import Served
@@ -131,6 +132,22 @@ def test_garbage_metadata_with_a_right_checksum(offer: Offer) -> None:
         agent_metadata_sha256=hashlib.sha256(garbage).hexdigest(),
     )
     assert "garbage-" in problem(offer.connect(bad), 422, "bad_peer")
+
+
+def test_metadata_that_ends_the_process_that_loads_it(served: Served, offer: Offer) -> None:
+    """A throwaway process dies of it; the engine's own go on, and the peer is named."""
+    workers = [worker["pid"] for worker in served.server.state()["workers"]]
+    hostile = damaged(offer.source.manifest.agent_metadata)
+    bad = msgspec.structs.replace(
+        offer.source.manifest,
+        agent_metadata=hostile,
+        agent_metadata_sha256=hashlib.sha256(hostile).hexdigest(),
+    )
+    said = problem(offer.connect(bad), 422, "bad_peer")
+    assert f"{bad.agent}: " in said
+    assert "SIG" in said
+    assert [worker["pid"] for worker in served.server.state()["workers"]] == workers
+    assert offer.connect().status_code == 200, "the same agent is welcome with whole metadata"
 
 
 def test_a_source_that_claims_memory_that_is_not_registered(offer: Offer) -> None:

@@ -145,4 +145,4 @@ def test_what_matches_no_route_is_denied_before_its_body_is_read(guarded: Served
             assert (answer.status, answer.code) == expected, target
     wrong = announce(guarded.server, "DELETE", PREFIX + b"/prefill-gate", TOKEN)
     assert (wrong.status, wrong.code) == (405, "method_not_allowed")
-    assert wrong.headers["allow"] == "GET, PATCH"
+    assert wrong.headers["allow"] == "GET, HEAD, PATCH"

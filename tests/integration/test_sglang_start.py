@@ -8,12 +8,15 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
+import psutil
 import pytest
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.admin.shared_state import create_runtime_dir
 from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import AdminAnswerError
+from engine_plugins.sleep.process_identity import ProcessIdentity
 from sglang_ext.roll_call import absences, report_present
 from sglang_ext.server_flags import prepare_server_args, refuse_unsupported, take_flags
 from tests.support.engine_server import TOKEN, EngineServer
@@ -189,28 +192,53 @@ def test_a_server_without_all_hooks_does_not_start(tmp_path: Path, broken: str, 
 
 @pytest.mark.engine
 @pytest.mark.parametrize(
-    ("broken", "said"),
+    ("broken", "said", "told"),
     [
         (
             "wanted:the prefill gate:sglang.srt.mem_cache.common:release_kv_cache(req, cache)",
             "has sglang.srt.mem_cache.common.release_kv_cache",
+            True,
         ),
         (
             "unhookable:sglang.srt.managers.scheduler.Scheduler.run_batch",
             "did not take the hooks on sglang.srt.managers.scheduler.Scheduler.run_batch",
+            False,  # nobody had tried
         ),
     ],
 )
 def test_what_the_gate_alone_lacks_leaves_a_server_without_one(
-    tmp_path: Path, broken: str, said: str
+    tmp_path: Path, broken: str, said: str, told: bool
 ) -> None:
-    """It serves, and whoever asks for the gate is told why there is none."""
+    """It serves, its State tells what is known, and who turns the gate on is told why not."""
     with _broken(tmp_path, broken) as server:
         assert len(server.greedy([5, 6, 7], 2)) == 2
+        absent = server.admin.get("/state").json()["absent"]
+        assert [each["part"] for each in absent] == (["prefill_gate"] if told else [])
+        assert all(said in each["reason"] for each in absent)
         with AdminClient(server.url, token=TOKEN) as client:
-            for call in (client.prefill_gate, client.reset_prefill_gate):
-                with pytest.raises(AdminAnswerError, match=said):
-                    call()
+            assert client.prefill_gate().settings.mode == "off"
+            with pytest.raises(AdminAnswerError, match=said):
+                client.set_prefill_gate(mode="observe")
+            assert client.reset_prefill_gate().settings.mode == "off"
+        assert len(server.greedy([5, 6, 7], 2)) == 2
+
+
+@pytest.mark.engine
+def test_a_server_in_a_process_of_its_own_is_ours_by_the_environment(tmp_path: Path) -> None:
+    """Its arguments come from no command line; its directory is its own, and goes with it."""
+    with sglang_server(
+        LiveModel(kind="qwen3_live", version=0).copy_to(tmp_path / "model"),
+        tmp_path / "log",
+        environment={"ENGINE_PLUGINS_ENABLE": "1"},
+        launcher="tests.support.launching_sglang",
+        preload=True,
+    ) as server:
+        state = server.admin.get("/state").json()
+        assert (state["state"], state["absent"]) == ("serving", [])
+        assert len(state["workers"]) == 1
+        (owner,) = tmp_path.glob("engine-plugins-*/owner")
+        noted = msgspec.json.decode(owner.read_bytes(), type=ProcessIdentity)
+        assert noted.pid in [each.pid for each in psutil.Process(server.pid).children()]
 
 
 def _broken(folder: Path, broken: str) -> AbstractContextManager[EngineServer]:

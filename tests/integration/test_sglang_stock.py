@@ -16,8 +16,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from sglang_ext.versions import SGLANG
 from tests.support.configurations import OLD
 from tests.support.engine_server import StreamEvent
+from tests.support.looked_into import FOLDER, look_into
 from tests.support.sglang_server import SglangServer, sglang_server
 
 pytestmark = pytest.mark.engine
@@ -32,7 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[SglangServer]:
     """A server that the last of the tests below ends."""
-    with sglang_server(OLD.copy_to(folder / "model"), folder / "log", preload=True) as server:
+    with sglang_server(
+        OLD.copy_to(folder / "model"),
+        folder / "log",
+        launcher="tests.support.looked_into_sglang",
+        environment={FOLDER: str(folder), "ENGINE_PLUGINS_STALL_TIMEOUT_S": "7"},
+        preload=True,
+    ) as server:
         yield server
 
 
@@ -78,6 +86,9 @@ def test_a_server_without_a_flag_of_ours_is_stock(server: SglangServer, folder: 
     """
     assert server.admin.get("/state").status_code == 404
     assert not list(folder.glob("engine-plugins-*")), "a runtime directory"
+    told = look_into(server.pid, folder, sorted(SGLANG.hooked))
+    assert len(told) >= 3, "an API process, a scheduler and a detokenizer"
+    assert all(each == {"modules": [], "hooked": []} for each in told.values()), told
     assert OLD.wrong_answers(server.greedy) == []
     with contextlib.suppress(httpx.TransportError):
         server.http.post("/resume_memory_occupation", json={}, timeout=5)

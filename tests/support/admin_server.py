@@ -19,6 +19,7 @@ from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.settings import Settings
 from engine_plugins.weights.manifest import SourceManifest, encode_manifest
+from tests.support.documented import check_answer_async
 from tests.support.in_memory_engine import InMemoryEngine
 
 __all__ = ["MSGPACK", "TOKEN", "AdminServer"]
@@ -64,6 +65,7 @@ class AdminServer:
             transport=httpx.ASGITransport(app=self.app),
             base_url=f"http://engine{PREFIX}",
             headers={"authorization": f"Bearer {TOKEN}"},
+            event_hooks={"response": [check_answer_async]},
         )
 
     @asynccontextmanager

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import httpx
+import msgspec
 
+from engine_plugins.sleep.process_identity import ProcessIdentity, presence
+from tests.support.documented import check_answer
 from tests.support.preloaded import Nursery, PreloadedProcess
 
 __all__ = [
@@ -26,6 +29,7 @@ __all__ = [
     "ServerProcess",
     "StreamEvent",
     "answering",
+    "dead_servers",
     "free_port",
     "running",
     "server_environment",
@@ -190,7 +194,20 @@ def answering(
         with _client(url, api_key) as http, _client(url + "/admin/v1", TOKEN) as admin:
             yield kind(url=url, pid=process.pid, log=log, http=http, admin=admin)
     finally:
-        _end_group(process)
+        ended = _end_group(process)
+    if ended:
+        left = dead_servers(log.parent)
+        assert not left, f"a server that was asked to end has left {left}"
+
+
+def dead_servers(folder: Path) -> list[Path]:
+    """Runtime directories in a folder whose owners have ended."""
+    found = []
+    for note in folder.glob("engine-plugins-*/owner"):
+        owner = msgspec.json.decode(note.read_bytes(), type=ProcessIdentity)
+        if presence(owner) in ("gone", "reused"):
+            found.append(note.parent)
+    return found
 
 
 def _client(url: str, token: str | None) -> httpx.Client:
@@ -200,6 +217,7 @@ def _client(url: str, token: str | None) -> httpx.Client:
         timeout=120,
         limits=httpx.Limits(max_keepalive_connections=0),
         headers={} if token is None else {"Authorization": f"Bearer {token}"},
+        event_hooks={"response": [] if token != TOKEN else [check_answer]},
     )
 
 
@@ -209,7 +227,7 @@ def server_environment(log: Path, extra: Mapping[str, str]) -> dict[str, str]:
         "TMPDIR": str(log.parent),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
-        "UCX_NET_DEVICES": "lo",
+        "UCX_NET_DEVICES": "",  # what the tests' own is does not count: a server finds its network
         "ENGINE_PLUGINS_ADMIN_TOKEN": TOKEN,
         "PYTHONPATH": str(ROOT),
         **extra,
@@ -229,12 +247,15 @@ def _wait_ready(url: str, process: ServerProcess, log: Path, api_servers: int) -
     raise RuntimeError(f"the server did not come up (exit code {process.poll()}):\n{tail}")
 
 
-def _end_group(process: ServerProcess) -> None:
-    """SIGTERM to the group, then SIGKILL to what is left of it."""
+def _end_group(process: ServerProcess) -> bool:
+    """SIGTERM to the group, then SIGKILL to what is left of it; whether the first was enough."""
+    asked = process.poll() is None
     for number, patience_s in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 10.0)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience_s)
+        asked = asked and (number != signal.SIGTERM or process.poll() is not None)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+    return asked

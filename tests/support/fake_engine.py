@@ -42,9 +42,12 @@ TOKEN = "s3cret"
 class Refused(Exception):
     """Becomes problem+json."""
 
-    def __init__(self, status: int, code: str, detail: str) -> None:
+    def __init__(
+        self, status: int, code: str, detail: str, *, state: str = "serving", **headers: str
+    ) -> None:
         super().__init__(detail)
         self.status, self.code, self.detail = status, code, detail
+        self.state, self.headers = state, {k.replace("_", "-"): v for k, v in headers.items()}
 
 
 class FakeEngine:
@@ -74,6 +77,7 @@ class FakeEngine:
         self.prepare_s = 0.0
         self.after_update: Callable[[], object] = lambda: None
         self.progress: dict[str, Any] | None = None
+        self.more_state: dict[str, Any] = {}
         self.polls = 0
 
     def reset(self) -> None:
@@ -205,6 +209,7 @@ class FakeEngine:
             "requests": {"running": 0, "waiting": 0},
             "workers": [],
             "update": self.progress,
+            **self.more_state,
         }
 
     def _refuse_unfit(self, body: dict[str, Any]) -> None:
@@ -280,9 +285,9 @@ def application(engine: FakeEngine) -> FastAPI:
                 raise engine.refuse[path]
             return JSONResponse(await answer(path, request))
         except Refused as error:
-            return _problem(error.status, error.code, error.detail)
+            return _problem(error)
         except EnginePluginError as error:
-            return _problem(422, error.code, error.message)
+            return _problem(Refused(422, error.code, error.message))
 
     async def answer(path: str, request: Request) -> dict[str, Any]:
         body = await request.body()
@@ -317,17 +322,22 @@ def application(engine: FakeEngine) -> FastAPI:
     return app
 
 
-def _problem(status: int, code: str, detail: str) -> JSONResponse:
+def _problem(refused: Refused) -> JSONResponse:
     told = {
-        "type": f"urn:engine-plugins:{code}",
+        "type": f"urn:engine-plugins:{refused.code}",
         "title": "no",
-        "status": status,
-        "detail": detail,
-        "code": code,
-        "state": "serving",
-        "remedy": f"mend {code}",
+        "status": refused.status,
+        "detail": refused.detail,
+        "code": refused.code,
+        "state": refused.state,
+        "remedy": f"mend {refused.code}",
     }
-    return JSONResponse(told, status_code=status, media_type="application/problem+json")
+    return JSONResponse(
+        told,
+        status_code=refused.status,
+        headers=refused.headers,
+        media_type="application/problem+json",
+    )
 
 
 @contextmanager

@@ -11,6 +11,8 @@ import itertools
 import json
 import logging
 import os
+import signal
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -32,7 +34,7 @@ from engine_plugins.admin.background import going_on
 from engine_plugins.admin.engine_control import EngineInfo
 from engine_plugins.admin.error_responses import problem_from
 from engine_plugins.admin.mount import AdminMount
-from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir, shared_state
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, build_runtime_dir, shared_state
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import refusal
@@ -281,7 +283,7 @@ def _serve(
     """Serve until a signal comes; all API servers are in the one process."""
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
-    ensure_runtime_dir()
+    build_runtime_dir()
     shared = shared_state()
     engine = ServedEngine(model, tensor_parallel, shared)
     apis = [_Api(engine, shared, api_key) for _ in range(api_servers)]
@@ -296,4 +298,5 @@ def _serve(
 
     application = FastAPI(lifespan=generating)
     application.mount("/", _ByTurns([api.app for api in apis]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
     uvicorn.run(application, host="127.0.0.1", port=port, access_log=False)

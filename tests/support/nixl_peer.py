@@ -33,6 +33,13 @@ def pattern(nbytes: int, seed: int | None) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
 
 
+def damaged(metadata: bytes) -> bytes:
+    """Metadata that ends the process that loads it: NIXL takes a kind of memory as an index."""
+    tag = b"nixlSDList|t"
+    kind = metadata.index(tag) + len(tag) + 8
+    return metadata[:kind] + b"\xff" + metadata[kind + 1 :]
+
+
 class PeerProcess:
     """A running peer: its agent's name, metadata, and the address of its buffer."""
 

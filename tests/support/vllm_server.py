@@ -101,6 +101,7 @@ def vllm_server(
     environment: Mapping[str, str] | None = None,
     api_key: str | None = None,
     tokenizer: Path | None = None,
+    launcher: str = "vllm.entrypoints.cli.main",
     preload: bool = False,
 ) -> AbstractContextManager[VllmServer]:
     """A server for as long as a context lasts: as users start it, or preloaded.
@@ -110,7 +111,7 @@ def vllm_server(
     port = free_port()
     program = Path(sys.executable).with_name("vllm")
     command = [
-        *((sys.executable, "-m", "vllm.entrypoints.cli.main") if preload else (str(program),)),
+        *((sys.executable, "-m", launcher) if preload else (str(program),)),
         *("serve", str(model), "--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", "float32", "--max-num-seqs", "8", "--enforce-eager"),
         *("--kv-cache-memory-bytes", "64M", "--block-size", "32"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,28 @@ def test_a_silent_engine_is_named_after_its_deadline() -> None:
             client.state()
 
 
+def test_a_call_that_may_be_repeated_is_sent_again_when_its_answer_is_lost() -> None:
+    """A proxy gave up, or the connection broke: the engine may have done the work."""
+    for call, sent in (("pause", 2), ("resume", 2), ("sleep", 2), ("wake", 2), ("flush", 1)):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            asked: list[bytes] = []
+
+            def serve(server: socket.socket = server, asked: list[bytes] = asked) -> None:
+                for _ in range(2):
+                    with suppress(OSError), server.accept()[0] as connection:
+                        asked.append(connection.recv(1 << 16).split(b" HTTP", 1)[0])
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            url = f"http://127.0.0.1:{server.getsockname()[1]}"
+            with (
+                AdminClient(url, token=TOKEN, timeout_s=5) as client,
+                pytest.raises(EngineUnreachableError, match=f"/{call}: "),
+            ):
+                getattr(client, call)()
+            assert asked == [f"POST /admin/v1/{call}".encode()] * sent
+
+
 @pytest.mark.parametrize(
     "url", ["", "127.0.0.1:8000", "ftp://host", "http://", "http://u:p@host", "http://h:99999"]
 )
@@ -110,6 +134,28 @@ def test_what_is_no_engine_url_is_refused(url: str) -> None:
     with pytest.raises(SettingsError) as caught:
         AdminClient(url)
     assert "p@" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "instead"),
+    [
+        ("http://engine:8000/v1", "give http://engine:8000"),
+        ("https://engine/v1/", "give https://engine"),
+        ("http://gateway/engine-3/v1", "give http://gateway/engine-3"),
+    ],
+)
+def test_an_openai_base_url_is_refused_with_the_right_one(url: str, instead: str) -> None:
+    """It would be a 404, and with a key of the engine's a 401, of another route."""
+    with pytest.raises(SettingsError, match="/v1 does not belong there") as caught:
+        AdminClient(url)
+    assert caught.value.remedy == instead
+
+
+@pytest.mark.parametrize("path", ["", "/", "/admin/v1", "/admin/v1/", "/engine-3"])
+def test_other_paths_of_an_engine_are_welcome(path: str) -> None:
+    """The whole url of the contract too: it is what the docs name."""
+    with AdminClient(f"http://engine:8000{path}") as client:
+        assert client.url.removesuffix("/engine-3") == "http://engine:8000"
 
 
 def test_tokens_come_from_the_argument_the_variable_or_the_file(

@@ -7,6 +7,7 @@ because the wires have none.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import numpy as np
@@ -102,6 +103,18 @@ class Transport(Protocol):
 
     def metadata(self) -> bytes:
         """This agent and its registered memory, as opaque bytes for peers."""
+        ...
+
+    def vet_peers(self, peers: Sequence[tuple[str, bytes]]) -> None:
+        """Refuse metadata that would crash or hang the process that loads it, before it is met.
+
+        Args:
+            peers: agents' names, each with its metadata; what was vetted before costs nothing.
+
+        Raises:
+            PeerError: loading one ends a process; the text names it.
+            TransportError: it cannot be tried here.
+        """
         ...
 
     def add_peer(self, agent: str, metadata: bytes) -> None:

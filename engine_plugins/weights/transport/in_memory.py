@@ -12,6 +12,7 @@ import json
 import time
 import uuid
 import weakref
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -66,6 +67,9 @@ class InMemoryTransport:
     def metadata(self) -> bytes:
         self._check_open()
         return json.dumps({"agent": self._agent, "incarnation": self._incarnation}).encode()
+
+    def vet_peers(self, peers: Sequence[tuple[str, bytes]]) -> None:
+        """Nothing to fear: it is JSON, read by Python."""
 
     def add_peer(self, agent: str, metadata: bytes) -> None:
         self._check_open()

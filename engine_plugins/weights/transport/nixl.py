@@ -12,8 +12,9 @@ import functools
 import importlib
 import logging
 import os
+import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -24,6 +25,7 @@ import numpy as np
 from engine_plugins.errors import NotConfiguredError, PeerError, PeerLostError, TransportError
 from engine_plugins.weights.transport.base import Descriptors, Direction
 from engine_plugins.weights.transport.regions import HOST, RegionTable, check_descriptors
+from engine_plugins.weights.transport.vetting import vet
 
 __all__ = ["NixlTransport"]
 
@@ -32,6 +34,9 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
 _POLL_INTERVAL_US = 10_000
 """How often the progress thread looks without having been woken. At 0 NIXL spins a core."""
+_NET_DEVICES = "UCX_NET_DEVICES"
+_starting = threading.Lock()
+"""One agent starts at a time: each reads the environment as it shall be for it."""
 
 
 @functools.cache
@@ -169,14 +174,26 @@ class NixlTransport:
     Registration, peers and `close` belong to one thread at a time. UCX chooses its wires from
     `UCX_TLS` and `UCX_NET_DEVICES`, which it reads for every agent anew.
 
+    Args:
+        agent: its name.
+        net_devices: what `UCX_NET_DEVICES` is while this agent starts; None leaves it as it is.
+        poll_interval_us: how often the progress thread looks without having been woken.
+
     Raises:
-        NotConfiguredError: NIXL is not installed.
+        NotConfiguredError: NIXL is not installed, or its configuration cannot be read.
         TransportError: UCX does not start with its present settings.
     """
 
-    def __init__(self, agent: str, *, poll_interval_us: int = _POLL_INTERVAL_US) -> None:
+    def __init__(
+        self,
+        agent: str,
+        *,
+        net_devices: str | None = None,
+        poll_interval_us: int = _POLL_INTERVAL_US,
+    ) -> None:
         bindings = _bindings()
         self._agent_name = agent
+        self._net_devices = net_devices
         self._regions = RegionTable()
         self._peers: dict[str, _Peer] = {}
         self._transfers: weakref.WeakSet[_NixlTransfer] = weakref.WeakSet()
@@ -185,7 +202,7 @@ class NixlTransport:
         config.useListenThread = False
         config.pthrDelay = max(poll_interval_us, 1)
         config.syncMode = bindings.NIXL_THREAD_SYNC_RW
-        with self._translated("starting UCX"):
+        with _net_devices_are(net_devices), _home_is_readable(), self._translated("starting UCX"):
             self._open: Any = bindings.nixlAgent(agent, config)
             self._open.createBackend("UCX", {})
 
@@ -216,6 +233,9 @@ class NixlTransport:
     def metadata(self) -> bytes:
         with self._translated("describing this agent"):
             return bytes(self._nixl.getLocalMD())
+
+    def vet_peers(self, peers: Sequence[tuple[str, bytes]]) -> None:
+        vet(peers, bindings_file=str(_bindings().__file__), net_devices=self._net_devices)
 
     def add_peer(self, agent: str, metadata: bytes) -> None:
         nixl = self._nixl
@@ -342,6 +362,38 @@ class NixlTransport:
             yield
         except _nixl_errors() as error:
             raise _translate(error, doing, self._agent_name, peer) from error
+
+
+@contextmanager
+def _net_devices_are(devices: str | None) -> Iterator[None]:
+    """Let UCX see these devices. Put back afterwards: processes started later inherit it."""
+    with _starting:
+        before = os.environ.get(_NET_DEVICES)
+        if devices is not None:
+            os.environ[_NET_DEVICES] = devices
+        try:
+            yield
+        finally:
+            if devices is not None and before is None:
+                del os.environ[_NET_DEVICES]
+            elif devices is not None and before is not None:
+                os.environ[_NET_DEVICES] = before
+
+
+@contextmanager
+def _home_is_readable() -> Iterator[None]:
+    """NIXL looks for `.nixl.cfg` in HOME, and raises what C++ does where it may not look."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "nixl.cfg" not in str(error):
+            raise
+        raise NotConfiguredError(
+            f"NIXL looks for its configuration in HOME ({os.environ.get('HOME')}), which this "
+            f"process may not read, so it does not start: {error}",
+            remedy="set HOME to a folder that this user may read; in a container with an arbitrary "
+            "uid /tmp will do",
+        ) from error
 
 
 def _translate(error: Exception, doing: str, agent: str, peer: _Peer | None) -> TransportError:

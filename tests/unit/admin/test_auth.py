@@ -217,7 +217,7 @@ FORBIDDEN = {
 }
 WRONG_METHOD = {
     "code": "method_not_allowed",
-    "detail": "this route takes GET, PATCH, not DELETE",
+    "detail": "this route takes GET, HEAD, PATCH, not DELETE",
     "remedy": "GET /admin/v1/openapi.json lists the routes",
     "state": "serving",
 }
@@ -238,7 +238,7 @@ ODD_PATH = {
     [
         ("POST", "/pause", "nobody's", 401, NO_TOKEN, {"www-authenticate": "Bearer"}),
         ("POST", "/pause", "both", 403, FORBIDDEN, {}),
-        ("DELETE", "/prefill-gate", "both", 405, WRONG_METHOD, {"allow": "GET, PATCH"}),
+        ("DELETE", "/prefill-gate", "both", 405, WRONG_METHOD, {"allow": "GET, HEAD, PATCH"}),
         ("POST", "/nowhere", "both", 404, NO_ROUTE, {}),
         ("POST", "//pause", "both", 404, ODD_PATH, {}),
     ],

@@ -167,12 +167,7 @@ async def test_the_first_look_may_hang_too(file: Path, monkeypatch: pytest.Monke
     """Nothing was ever read: the environment's token is all that there is."""
     monkeypatch.setattr(token_book, "PATIENCE_S", 0.05)
     hangs = threading.Event()
-
-    def hang(_: Path) -> object:
-        hangs.wait(30)
-        return token_book._Look(trouble="hung")
-
-    monkeypatch.setattr(token_book, "_look", hang)
+    monkeypatch.setattr(token_book, "_look", lambda _: token_book._Look(mode=hangs.wait(30)))
     for settings in (Settings(admin_token_file=file), Settings(admin_token=LONG)):
         book = TokenBook(settings)
         await book.refresh()

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import sglang_ext
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.engine_release import GATE, UPDATES
 from engine_plugins.engine_sources import EngineSources
-from sglang_ext import plugin
+from sglang_ext import gate_hooks, process_hooks
 from sglang_ext.versions import SGLANG
 from tests.support.engine_names import EngineCode
 
@@ -135,19 +136,23 @@ def test_every_name_is_listed() -> None:
 
 
 def test_every_hook_is_listed_in_the_part_that_installs_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A hook of the gate must not be asked of a server whose gate is off."""
+    monkeypatch.setenv(RUNTIME_DIR, str(tmp_path))
     installed: dict[str, set[str]] = {UPDATES: set(), GATE: set()}
 
     def install(target: str, kind: Any, function: Any, *, part: str = UPDATES) -> None:
         installed[part].add(target)
 
     for module in Path(str(sglang_ext.__file__)).parent.glob("*.py"):
-        monkeypatch.setattr(sglang_ext, module.stem, _Anything(), raising=False)
-    monkeypatch.setattr(plugin, "install", install)
-    plugin._hook_first_process()
-    plugin._hook_scheduler()
+        if module.stem not in ("process_hooks", "gate_hooks"):
+            monkeypatch.setattr(sglang_ext, module.stem, _Anything(), raising=False)
+    for module_of_hooks in (process_hooks, gate_hooks):
+        monkeypatch.setattr(module_of_hooks, "install", install)
+    process_hooks.hook_first_process()
+    process_hooks.hook_scheduler()
+    gate_hooks.hook_gate()
     for part, targets in installed.items():
         hooked = {f"{module}.{path}" for module, path, _, hook in SGLANG.names[part] if hook}
         assert targets == hooked

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,28 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
 
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.admin.shared_state import create_runtime_dir
 from engine_plugins.errors import SettingsError, UnsupportedError
 from tests.support.megatron_hf import dense_config
 from tests.support.vllm_server import EXTENSION
 from tests.unit.vllm_ext.test_kv_scales import SERVED
-from vllm_ext.engine_arguments import _refuse_stores, hook_engine_arguments
+from vllm_ext import asked
+from vllm_ext.engine_arguments import _refuse_stores
+from vllm_ext.plugin import watch_arguments
 
 SLEEP, RAY_COPIES = "ENGINE_PLUGINS_SLEEP", "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 @pytest.fixture(autouse=True)
-def _hooked(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Hooked twice, as plugins are loaded more than once; as it was before, afterwards."""
+def _hooked(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Watched twice, as plugins are loaded more than once."""
     monkeypatch.delenv(SLEEP, raising=False)
     monkeypatch.setenv(RAY_COPIES, "MY_OWN")
-    original = EngineArgs.create_engine_config
-    hook_engine_arguments()
+    watch_arguments()
     once = EngineArgs.create_engine_config
-    hook_engine_arguments()
+    watch_arguments()
     assert EngineArgs.create_engine_config is once
-    yield
-    EngineArgs.create_engine_config = original
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def test_on_the_cpu_sleep_mode_stays_off(
     monkeypatch.setattr(ours, "propagate", False)  # whatever becomes of the loggers above it
     monkeypatch.setattr(ours, "handlers", [caplog.handler])
     with caplog.at_level(logging.INFO, logger=ours.name):
-        config = AsyncEngineArgs(**arguments).create_engine_config()
+        made = AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION)
+        config = made.create_engine_config()
     assert config.model_config.enable_sleep_mode is False
     assert any("enable_sleep_mode stays off on the CPU" in said for said in caplog.messages)
 
@@ -71,7 +72,7 @@ def test_on_a_gpu_sleep_mode_is_on_before_anything_is_derived(
         monkeypatch.setenv(SLEEP, "true")
     else:
         arguments["additional_config"] = {"engine_plugins": {"sleep": True}}
-    made = AsyncEngineArgs(**arguments)
+    made = AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION)
     with pytest.raises(ValueError, match="Sleep mode is not supported"):
         made.create_engine_config()
     assert made.enable_sleep_mode is True
@@ -91,7 +92,7 @@ def test_workers_that_ray_starts_are_given_our_settings(
     monkeypatch.setenv("ENGINE_PLUGINS_STALL_TIMEOUT_S", "7")
     monkeypatch.setenv("ENGINE_PLUGINS_ADMIN_TOKEN", "s3cret")
     monkeypatch.setenv("MY_OWN", "1")
-    AsyncEngineArgs(**arguments).create_engine_config()
+    AsyncEngineArgs(**arguments, worker_extension_cls=EXTENSION).create_engine_config()
     copied = get_env_vars_to_copy()
     assert {"MY_OWN", "ENGINE_PLUGINS_STALL_TIMEOUT_S"} <= copied
     assert "ENGINE_PLUGINS_ADMIN_TOKEN" not in copied
@@ -229,3 +230,41 @@ def test_kernels_by_shape_are_bounded_where_memory_is_watched(
     monkeypatch.setenv("ENGINE_PLUGINS_PREFILL_GATE", gate)
     AsyncEngineArgs(**arguments).create_engine_config()
     assert os.environ.get(KERNELS) == expected
+
+
+@pytest.mark.parametrize(
+    ("more", "server"),
+    [
+        ({}, "none"),
+        ({"worker_extension_cls": EXTENSION}, "its own"),
+        ({"worker_extension_cls": EXTENSION, "_api_process_count": 2}, "its parent's"),
+        (
+            {
+                "worker_extension_cls": EXTENSION,
+                "_api_process_count": 2,
+                "_api_process_rank": -1,
+            },
+            "its own",
+        ),
+    ],
+    ids=["not-ours", "ours", "one-of-two-apis", "above-two-apis"],
+)
+def test_a_server_of_a_launcher_has_its_own_runtime_directory(
+    arguments: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    more: dict[str, Any],
+    server: str,
+) -> None:
+    """Whatever was inherited from a launcher that is a server itself, or has configured one."""
+    create_runtime_dir(tmp_path)
+    monkeypatch.setenv(RUNTIME_DIR, str(tmp_path))
+    monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", str(os.getppid()))
+    AsyncEngineArgs(**arguments, **more).create_engine_config()
+    found = os.environ.get(RUNTIME_DIR)
+    assert server == {None: "none", str(tmp_path): "its parent's"}.get(found, "its own")
+
+
+def test_the_names_in_a_servers_environment_are_the_same_everywhere() -> None:
+    """The plugin's own are written out, since it imports nothing of ours."""
+    assert asked.RUNTIME_DIR == RUNTIME_DIR

@@ -5,22 +5,26 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.v1.engine.core import EngineCore
 
+from engine_plugins.admin.runtime_dir import build_runtime_dir
 from engine_plugins.engine_release import EngineNames, EngineRelease
-from engine_plugins.errors import SettingsError, UnsupportedError
+from engine_plugins.errors import EngineCallError, SettingsError, UnsupportedError
 from engine_plugins.prefill_gate.engine_gate import calibration_file
+from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.settings import Settings
+from engine_plugins.weights.worker_service import encode_call, read_answer
 from tests.support.megatron_hf import dense_config
 from tests.unit.vllm_ext.test_kv_scales import SERVED
-from vllm_ext import core_hooks, engine_arguments, hooks
-from vllm_ext.engine_arguments import hook_engine_arguments
+from vllm_ext import asked, core_hooks, engine_arguments, hooks
 from vllm_ext.memory_baseline import hook_load_model
+from vllm_ext.plugin import watch_arguments
 from vllm_ext.versions import VLLM
 
 OURS = "vllm_ext.worker_extension.EnginePluginsWorkerExtension"
@@ -28,14 +32,11 @@ GATE_SETTING = "ENGINE_PLUGINS_PREFILL_GATE"
 
 
 @pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _watched(as_before: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hooks, "_lost", {})
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("ENGINE_PLUGINS")}
-    monkeypatch.setattr(os, "environ", environment)
-    original = EngineArgs.create_engine_config
-    hook_engine_arguments()
-    yield
-    EngineArgs.create_engine_config = original
+    for name in [each for each in os.environ if each.startswith("ENGINE_PLUGINS")]:
+        del os.environ[name]
+    watch_arguments()
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_bad_settings_end_only_servers_that_asked_for_us(
 )
 def test_our_extension_is_known_by_its_method(name: str | None, *, ours: bool) -> None:
     """Another server's extension is none of ours, and may be misspelt."""
-    assert hooks.has_extension(name) == ours
+    assert asked.has_extension(name) == ours
 
 
 class Extended:
@@ -155,24 +156,54 @@ def test_a_worker_whose_memory_cannot_be_measured_loads(
     assert not hasattr(worker, "_engine_plugins_memory")
 
 
-def test_a_gate_that_is_off_is_why_there_is_none_and_nothing_more() -> None:
-    """A core that it cannot be made of serves all the same; its calls tell the reason."""
-    no_core: Any = object()
-    reason = core_hooks._gate_or_reason(no_core, Settings())
-    assert isinstance(reason, UnsupportedError)
-    assert "no prefill gate: AttributeError: 'object' object has no" in reason.message
-    with pytest.raises(AttributeError):
-        core_hooks._gate_or_reason(no_core, Settings(prefill_gate="observe"))
+def test_a_gate_that_cannot_be_made_is_told_to_who_turns_it_on() -> None:
+    """A core without one serves all the same."""
+    core = _core(prefill_gate="off")
+    assert not vars(core).keys() & {"_engine_plugins_gate"}
+    refused = core.engine_plugins_gate_call("gate_configure", _changes(mode="observe"))
+    with pytest.raises(EngineCallError, match="AttributeError"):
+        read_answer(refused, GateReport)
+    assert _told(core).settings.mode == "off"
 
 
 @pytest.mark.usefixtures("another_release")
 def test_a_core_of_another_release_is_not_touched_by_the_gate(arguments: dict[str, Any]) -> None:
     """The first process has found that it does not fit."""
     AsyncEngineArgs(**arguments, worker_extension_cls=OURS).create_engine_config()
-    no_core: Any = object()
-    reason = core_hooks._gate_or_reason(no_core, Settings())
-    assert isinstance(reason, UnsupportedError)
-    assert "add_request(self, request), not (self, request, soon)" in reason.message
+    core = _core(prefill_gate="off")
+    refused = core.engine_plugins_gate_call("gate_configure", _changes(mode="observe"))
+    with pytest.raises(UnsupportedError, match=r"add_request\(self, request\), not .*, soon\)"):
+        read_answer(refused, GateReport)
+
+
+def test_settings_of_a_gate_that_is_off_are_kept_until_it_is_made() -> None:
+    """Checked as ever, and nothing is made for them."""
+    core = _core(prefill_gate="off")
+    for wrong in ({"margin_quantile": 2.0}, {"cap_bytes": 1 << 60}):
+        with pytest.raises(SettingsError):
+            read_answer(core.engine_plugins_gate_call("gate_configure", _changes(**wrong)), Any)
+    core.engine_plugins_gate_call("gate_configure", _changes(margin_bytes=5))
+    assert _told(core).settings.margin_bytes == 5
+
+
+def _core(**settings: Any) -> Any:
+    """A core of which nothing is there but its configuration."""
+    build_runtime_dir()
+    core_hooks.hook_engine_core()
+    core: Any = object.__new__(EngineCore)
+    core.vllm_config = SimpleNamespace(
+        parallel_config=SimpleNamespace(worker_extension_cls=OURS),
+        additional_config={"engine_plugins": settings},
+    )
+    return core
+
+
+def _changes(**changes: Any) -> bytes:
+    return encode_call(changes=changes)
+
+
+def _told(core: Any) -> GateReport:
+    return read_answer(core.engine_plugins_gate_call("gate_report", encode_call()), GateReport)
 
 
 def test_without_a_home_the_gate_says_what_to_set(

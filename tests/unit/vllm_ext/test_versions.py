@@ -70,7 +70,8 @@ CODE = EngineCode(
             "self.config": MODEL,
             "vllm_config.speculative_config": "vllm.config:SpeculativeConfig",
         },
-        "engine_arguments.py": {"self": "vllm.engine.arg_utils:EngineArgs"},
+        "engine_arguments.py": {"arguments": "vllm.engine.arg_utils:EngineArgs"},
+        "asked.py": {"arguments": "vllm.engine.arg_utils:EngineArgs"},
         "held_stream.py": {
             "output": "vllm.outputs:RequestOutput",
             "each": COMPLETION,

@@ -1,0 +1,54 @@
+"""vLLM as it comes, in an environment where we are installed: nothing of ours runs in it.
+
+And with our extension: of the prefill gate there is nothing until it is turned on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine_plugins.engine_release import GATE
+from tests.support.configurations import OLD
+from tests.support.looked_into import FOLDER, look_into
+from tests.support.vllm_server import EXTENSION, vllm_server
+from vllm_ext.versions import VLLM
+
+pytestmark = pytest.mark.engine
+
+WATCHED = "vllm.engine.arg_utils.EngineArgs.create_engine_config"
+OF_THE_GATE = {f"{module}.{path}" for module, path, _, hook in VLLM.names[GATE] if hook}
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_only_what_was_asked_for_is_there(tmp_path: Path, ours: bool) -> None:
+    with vllm_server(
+        OLD.copy_to(tmp_path / "model"),
+        tmp_path / "log",
+        extension=EXTENSION if ours else "",
+        launcher="tests.support.looked_into_vllm",
+        environment={FOLDER: str(tmp_path), "ENGINE_PLUGINS_STALL_TIMEOUT_S": "7"},
+        preload=True,
+    ) as server:
+        assert OLD.wrong_answers(server.greedy) == []
+        told = look_into(server.pid, tmp_path, sorted(VLLM.hooked))
+        api, (core, *others) = told.pop(str(server.pid)), told.values()
+        assert not others
+        assert WATCHED in api["hooked"]
+        if not ours:
+            assert (api["modules"], api["hooked"]) == ([], [WATCHED])
+            assert core == {"modules": [], "hooked": []}
+            assert not list(tmp_path.glob("engine-plugins-*")), "a runtime directory"
+            assert server.admin.get("/state").status_code == 404
+            return
+        assert "vllm.v1.engine.core.EngineCore.preprocess_add_request" in core["hooked"]
+        assert not OF_THE_GATE & {*core["hooked"], *api["hooked"]}
+        assert "vllm_ext.scheduler_hook" not in core["modules"]
+        assert server.admin.get("/state").json()["absent"] == []
+        server.admin.patch("/prefill-gate", json={"mode": "observe"}).raise_for_status()
+        assert OLD.wrong_answers(server.greedy) == []
+        core = look_into(server.pid, tmp_path, sorted(VLLM.hooked))
+        assert "vllm.v1.worker.gpu_worker.Worker.execute_model" in {
+            name for each in core.values() for name in each["hooked"]
+        }
