@@ -17,7 +17,7 @@ from engine_plugins.admin.engine_processes import kernel_state, stands_still
 from engine_plugins.admin.pausing import end_left_pause, end_overdue
 from engine_plugins.admin.server_end import ServerEnd
 from engine_plugins.admin.shared_state import SharedState, UnderWay
-from engine_plugins.admin.state import overdue
+from engine_plugins.admin.state import overdue, refusal
 from engine_plugins.admin.update_record import UpdateRecord
 from engine_plugins.admin.updates import Updates
 from engine_plugins.errors import ConflictError, EngineStuckError, WriterStoppedError
@@ -75,6 +75,9 @@ class Watcher:
             return
         state = self._shared.read()
         call = self._shared.under_way()
+        why = refusal(state)
+        if why is not None:
+            await self._control.end_waiting(why)
         if state.state == "updating":
             await self._look_at_update(call)
         elif call is not None:
