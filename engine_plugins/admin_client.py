@@ -6,7 +6,9 @@ becomes an error that names the engine.
 
 from __future__ import annotations
 
+import copy
 import gzip
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -47,6 +49,9 @@ PREFIX = "/admin/v1"
 PROBLEM = "urn:engine-plugins:"
 """How the type of an engine's own problem documents begins."""
 GZIP_ABOVE_BYTES = 64 * 1024
+UPDATE_GRACE_S = 4.2
+"""How long after an update's deadline its answer is waited for: engines answer before that, and
+the trainer is to be told within 5 s of it, whatever is stopped."""
 RELEASE_S = 300.0
 """For weights that go to host memory or disk, or come back, and for memory to come to rest."""
 
@@ -99,6 +104,12 @@ class AdminClient:
             ),
             trust_env=False,
         )
+
+    def hurried(self, timeout_s: float) -> Self:
+        """The same client, over the same connections, that waits less for ordinary answers."""
+        made = copy.copy(self)
+        made._timeout_s = min(timeout_s, self._timeout_s)
+        return made
 
     def close(self) -> None:
         """Close the connections. Repeating it does nothing."""
@@ -226,6 +237,7 @@ class AdminClient:
             json=msgspec.to_builtins(request),
             scope="weights",
             patience_s=request.timeout_s,
+            grace_s=UPDATE_GRACE_S,
         )
 
     def prepare(self, request: UpdateRequest) -> UpdateReport:
@@ -237,6 +249,7 @@ class AdminClient:
             json=msgspec.to_builtins(request),
             scope="weights",
             patience_s=request.timeout_s,
+            grace_s=UPDATE_GRACE_S,
         )
 
     def commit(self, request_id: str, *, timeout_s: float) -> UpdateReport:
@@ -248,6 +261,7 @@ class AdminClient:
             json={"request_id": request_id},
             scope="weights",
             patience_s=timeout_s,
+            grace_s=UPDATE_GRACE_S,
         )
 
     def abort(self, request_id: str, *, writes_ended: bool = False) -> UpdateReport:
@@ -271,9 +285,13 @@ class AdminClient:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         patience_s: float = 0.0,
+        grace_s: float = math.inf,
     ) -> Answer:
-        """Send one request; `patience_s` is what the engine may take beyond the usual wait."""
-        wait_s = patience_s + self._timeout_s
+        """Send one request; `patience_s` is what the engine may take beyond the usual wait.
+
+        The usual wait is at most `grace_s`.
+        """
+        wait_s = patience_s + min(self._timeout_s, grace_s)
         send = partial(
             self._http.request,
             method,

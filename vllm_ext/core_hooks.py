@@ -7,7 +7,9 @@ does.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -17,7 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 
 from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
-from engine_plugins.admin.runtime_dir import hold_runtime_dir, shared_state
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir, shared_state
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import refusal
 from engine_plugins.errors import ConflictError
@@ -99,7 +101,8 @@ def _isolate_waiting(self: EngineCore) -> int:
 
     They were hashed when they arrived. Those that hold KV keep it, under the old mark.
     """
-    mark = shared_state().read().kv_mark
+    shared = _state_of(self)
+    mark = None if shared is None else shared.read().kv_mark
     changed = 0
     for request in list(self.scheduler.requests.values()):
         if request.num_computed_tokens == 0 and not request.is_finished():
@@ -155,7 +158,7 @@ def _gate_call(self: EngineCore, call: str, arguments: bytes) -> bytes:
             _settings(self),
             functools.partial(_make_gate, self),
             on_host=current_platform.is_cpu(),
-            board=GateBoard(shared_state().runtime_dir),
+            board=GateBoard(Path(os.environ[RUNTIME_DIR])),
         )
         setattr(self, _GATE, gate)
     return answer_call(gate.calls, call, arguments, who="the engine core")
