@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from engine_plugins.admin.absent_parts import note_absent
-from engine_plugins.admin.runtime_dir import build_runtime_dir, ensure_runtime_dir
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir, join_runtime_dir
 from engine_plugins.engine_release import gate_refusal
 from engine_plugins.errors import EnginePluginError, UnsupportedError
 from engine_plugins.settings import Settings
@@ -74,9 +74,9 @@ def _install(arguments: EngineArgs) -> None:
     Of several API processes each makes the configuration again, for the server of its parent.
     """
     if arguments._api_process_count > 1 and arguments._api_process_rank >= 0:
-        ensure_runtime_dir()
+        join_runtime_dir()
     else:
-        build_runtime_dir()
+        ensure_runtime_dir()
     if (no_gate := gate_refusal()) is not None:
         note_absent("prefill_gate", no_gate.message)
     hook_api_process()

@@ -13,7 +13,7 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.core import EngineCore
 
-from engine_plugins.admin.runtime_dir import build_runtime_dir
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir
 from engine_plugins.engine_release import EngineNames, EngineRelease
 from engine_plugins.errors import EngineCallError, SettingsError, UnsupportedError
 from engine_plugins.prefill_gate.engine_gate import calibration_file
@@ -188,7 +188,7 @@ def test_settings_of_a_gate_that_is_off_are_kept_until_it_is_made() -> None:
 
 def _core(**settings: Any) -> Any:
     """A core of which nothing is there but its configuration."""
-    build_runtime_dir()
+    ensure_runtime_dir()
     core_hooks.hook_engine_core()
     core: Any = object.__new__(EngineCore)
     core.vllm_config = SimpleNamespace(
