@@ -21,6 +21,8 @@ from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir, shared_state
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import refusal
+from engine_plugins.errors import ConflictError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.entry import GateBoard
 from engine_plugins.prefill_gate.gate_on_demand import GateOnDemand
@@ -62,7 +64,12 @@ def _state_of(core: EngineCore) -> SharedState | None:
 
 
 def _salt_new_requests(state_of: Callable[[EngineCore], SharedState | None]) -> None:
-    """KV of other weights must not be found: the mark of the weights goes into the hash."""
+    """KV of other weights must not be found: the mark of the weights goes into the hash.
+
+    A request that was let in before a fence closed, and comes after the fence has ended all others,
+    would wait in a core that stands still. Its error ends it; nothing can come between this look
+    and the end of the others, which the same thread takes in.
+    """
     original = EngineCore.preprocess_add_request
 
     @functools.wraps(original)
@@ -70,9 +77,16 @@ def _salt_new_requests(state_of: Callable[[EngineCore], SharedState | None]) -> 
         self: EngineCore, request: EngineCoreRequest, *args: Any, **kwargs: Any
     ) -> Any:
         shared = state_of(self)
-        if shared is not None:
-            request.cache_salt = marked(request.cache_salt, shared.read().kv_mark)
-        return original(self, request, *args, **kwargs)
+        if shared is None:
+            return original(self, request, *args, **kwargs)
+        state = shared.read()
+        request.cache_salt = marked(request.cache_salt, state.kv_mark)
+        # First, since API processes count on it that the core has what they sent of an image.
+        made = original(self, request, *args, **kwargs)
+        refused = refusal(state)
+        if refused is not None:
+            raise ConflictError(refused)
+        return made
 
     EngineCore.preprocess_add_request = preprocess_add_request
 
