@@ -11,6 +11,7 @@ import gzip
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar, Unpack
@@ -33,6 +34,7 @@ from engine_plugins.errors import (
     SettingsError,
 )
 from engine_plugins.prefill_gate.gate_report import GateChanges, GateReport
+from engine_plugins.repeated_calls import answered
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.tls import CaFile, ClientCert, tls_context, tls_error, tls_hint
@@ -59,8 +61,9 @@ Answer = TypeVar("Answer")
 class AdminClient:
     """Calls one engine's admin routes; safe to use from several threads.
 
-    A connection that cannot be made is tried again twice: nothing has been sent then. Anything
-    later is not repeated here; an update may be repeated by its `request_id`. Proxies from the
+    A connection that cannot be made is tried again twice: nothing has been sent then. A pause,
+    resume, sleep or wake whose connection breaks is sent once more; nothing else is repeated here.
+    An update may be repeated by its `request_id`. Proxies from the
     environment are not used, and redirects are not followed: the token is for this engine.
 
     Args:
@@ -289,15 +292,17 @@ class AdminClient:
         The usual wait is at most `grace_s`.
         """
         wait_s = patience_s + min(self._timeout_s, grace_s)
+        send = partial(
+            self._http.request,
+            method,
+            path,
+            json=json,
+            content=content,
+            headers={**(headers or {}), "authorization": f"Bearer {self._bearer(scope)}"},
+            timeout=httpx.Timeout(wait_s, connect=5.0, write=self._timeout_s, pool=5.0),
+        )
         try:
-            response = self._http.request(
-                method,
-                path,
-                json=json,
-                content=content,
-                headers={**(headers or {}), "authorization": f"Bearer {self._bearer(scope)}"},
-                timeout=httpx.Timeout(wait_s, connect=5.0, write=self._timeout_s, pool=5.0),
-            )
+            response = answered(send, path)
         except httpx.TimeoutException as error:
             raise EngineUnreachableError(
                 f"{self.url} did not answer {method} {PREFIX}{path} within {wait_s:g} s "
