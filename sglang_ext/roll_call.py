@@ -21,7 +21,8 @@ def report_present(tp_rank: int, missing: list[str]) -> None:
 
 def absences(tp_size: int) -> list[str]:
     """What is wrong with which rank; empty when the server may start."""
-    notes = {rank: shared_state().get("ranks", f"tp{rank}") for rank in range(tp_size)}
+    shared = shared_state()
+    notes = {rank: shared.get("ranks", f"tp{rank}") for rank in range(tp_size)}
     found = []
     for rank, note in notes.items():
         if note is None:

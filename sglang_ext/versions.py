@@ -34,6 +34,7 @@ _UPDATES = EngineNames(
         "sglang.srt.managers.scheduler": (
             "Scheduler.init_request_dispatcher(self)",
             "Scheduler.handle_generate_request(self, recv_req, **kwargs)",
+            "Scheduler.handle_embedding_request(self, recv_req, **kwargs)",
         ),
         "sglang.srt.model_executor.model_runner": (
             "ModelRunner.load_model(self, *args, **kwargs)",
@@ -92,7 +93,7 @@ _UPDATES = EngineNames(
             "UpdateWeightVersionReqInput: abort_all_requests, new_version",
             "GenerateReqInput: batch_size, parallel_sample_num, rid, stream",
             "GenerateReqInput.normalize_batch_and_arguments(self)",
-            "TokenizedGenerateReqInput: extra_key, rid",
+            "TokenizedGenerateReqInput: extra_key, input_ids, rid",
         ),
         "sglang.srt.managers.mm_schedule": ("embedding_cache",),
         "sglang.srt.managers.tokenizer_manager": (

@@ -7,7 +7,9 @@ does.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -17,8 +19,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
-from engine_plugins.admin.runtime_dir import hold_runtime_dir, shared_state
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir, shared_state
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import refusal
+from engine_plugins.errors import ConflictError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.entry import GateBoard
 from engine_plugins.prefill_gate.gate_on_demand import GateOnDemand
@@ -60,7 +64,12 @@ def _state_of(core: EngineCore) -> SharedState | None:
 
 
 def _salt_new_requests(state_of: Callable[[EngineCore], SharedState | None]) -> None:
-    """KV of other weights must not be found: the mark of the weights goes into the hash."""
+    """KV of other weights must not be found: the mark of the weights goes into the hash.
+
+    A request that was let in before a fence closed, and comes after the fence has ended all others,
+    would wait in a core that stands still. Its error ends it; nothing can come between this look
+    and the end of the others, which the same thread takes in.
+    """
     original = EngineCore.preprocess_add_request
 
     @functools.wraps(original)
@@ -68,9 +77,16 @@ def _salt_new_requests(state_of: Callable[[EngineCore], SharedState | None]) -> 
         self: EngineCore, request: EngineCoreRequest, *args: Any, **kwargs: Any
     ) -> Any:
         shared = state_of(self)
-        if shared is not None:
-            request.cache_salt = marked(request.cache_salt, shared.read().kv_mark)
-        return original(self, request, *args, **kwargs)
+        if shared is None:
+            return original(self, request, *args, **kwargs)
+        state = shared.read()
+        request.cache_salt = marked(request.cache_salt, state.kv_mark)
+        # First, since API processes count on it that the core has what they sent of an image.
+        made = original(self, request, *args, **kwargs)
+        refused = refusal(state)
+        if refused is not None:
+            raise ConflictError(refused)
+        return made
 
     EngineCore.preprocess_add_request = preprocess_add_request
 
@@ -85,7 +101,8 @@ def _isolate_waiting(self: EngineCore) -> int:
 
     They were hashed when they arrived. Those that hold KV keep it, under the old mark.
     """
-    mark = shared_state().read().kv_mark
+    shared = _state_of(self)
+    mark = None if shared is None else shared.read().kv_mark
     changed = 0
     for request in list(self.scheduler.requests.values()):
         if request.num_computed_tokens == 0 and not request.is_finished():
@@ -141,7 +158,7 @@ def _gate_call(self: EngineCore, call: str, arguments: bytes) -> bytes:
             _settings(self),
             functools.partial(_make_gate, self),
             on_host=current_platform.is_cpu(),
-            board=GateBoard(shared_state().runtime_dir),
+            board=GateBoard(Path(os.environ[RUNTIME_DIR])),
         )
         setattr(self, _GATE, gate)
     return answer_call(gate.calls, call, arguments, who="the engine core")

@@ -64,6 +64,7 @@ _UPDATES = EngineNames(
         "vllm.v1.engine": ("EngineCoreRequest: cache_salt", "FinishReason: ERROR"),
         "vllm.v1.engine.core": (
             "EngineCore: scheduler, vllm_config",
+            "EngineCoreProc._handle_request_preproc_error(self, request)",
             "EngineCoreProc._send_finish_outputs_to_client"
             "(self, req_ids, client_index, finish_reason)",
         ),

@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,4 +126,5 @@ def _lay_out() -> Path:
     create_runtime_dir(path)
     note_owner(path)
     atexit.register(remove_runtime_dir)
+    Finalize(None, remove_runtime_dir, exitpriority=-1)  # a process that was forked runs no other
     return path

@@ -11,6 +11,8 @@ import itertools
 import json
 import logging
 import os
+import signal
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -291,4 +293,5 @@ def _serve(
 
     application = FastAPI(lifespan=generating)
     application.mount("/", _ByTurns([api.app for api in apis]))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again at its end
     uvicorn.run(application, host="127.0.0.1", port=port, access_log=False)

@@ -106,13 +106,18 @@ def test_two_servers_of_one_launcher_have_a_directory_each(
     monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_DIR", "")  # so that it is as before afterwards
     monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", "")
     launchers = str(build_runtime_dir())
-    context = multiprocessing.get_context("spawn")
-    servers = [context.Process(target=_a_server, args=(str(tmp_path), name)) for name in "ab"]
+    servers: list[multiprocessing.process.BaseProcess] = [
+        multiprocessing.get_context("spawn").Process(target=_a_server, args=(str(tmp_path), "a")),
+        multiprocessing.get_context("fork").Process(target=_a_server, args=(str(tmp_path), "b")),
+    ]
     for server in servers:
         server.start()
     for server in servers:
         server.join(60)
-    assert len({launchers, *((tmp_path / name).read_text() for name in "ab")}) == 3
+    folders = [Path((tmp_path / name).read_text()) for name in "ab"]
+    assert len({launchers, *map(str, folders)}) == 3
+    assert Path(launchers).exists()
+    assert not any(each.exists() for each in folders), "each took its own away"
 
 
 def test_the_next_start_clears_what_a_killed_server_left(environment: dict[str, str]) -> None:
