@@ -6,9 +6,12 @@ becomes an error that names the engine.
 
 from __future__ import annotations
 
+import copy
 import gzip
+import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self, TypeVar, Unpack
@@ -24,6 +27,7 @@ from engine_plugins.admin_answers import (
     UpdateRequest,
     Weights,
 )
+from engine_plugins.engine_url import PREFIX, engine_url
 from engine_plugins.errors import (
     AdminAnswerError,
     EngineUnreachableError,
@@ -31,6 +35,7 @@ from engine_plugins.errors import (
     SettingsError,
 )
 from engine_plugins.prefill_gate.gate_report import GateChanges, GateReport
+from engine_plugins.repeated_calls import answered
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.tls import CaFile, ClientCert, tls_context, tls_error, tls_hint
@@ -41,10 +46,12 @@ __all__ = ["AdminClient"]
 
 TOKEN = "ENGINE_PLUGINS_ADMIN_TOKEN"
 TOKEN_FILE = "ENGINE_PLUGINS_ADMIN_TOKEN_FILE"
-PREFIX = "/admin/v1"
 PROBLEM = "urn:engine-plugins:"
 """How the type of an engine's own problem documents begins."""
 GZIP_ABOVE_BYTES = 64 * 1024
+UPDATE_GRACE_S = 4.2
+"""How long after an update's deadline its answer is waited for: engines answer before that, and
+the trainer is to be told within 5 s of it, whatever is stopped."""
 RELEASE_S = 300.0
 """For weights that go to host memory or disk, or come back, and for memory to come to rest."""
 
@@ -54,8 +61,9 @@ Answer = TypeVar("Answer")
 class AdminClient:
     """Calls one engine's admin routes; safe to use from several threads.
 
-    A connection that cannot be made is tried again twice: nothing has been sent then. Anything
-    later is not repeated here; an update may be repeated by its `request_id`. Proxies from the
+    A connection that cannot be made is tried again twice: nothing has been sent then. A pause,
+    resume, sleep or wake whose connection breaks is sent once more; nothing else is repeated here.
+    An update may be repeated by its `request_id`. Proxies from the
     environment are not used, and redirects are not followed: the token is for this engine.
 
     Args:
@@ -84,7 +92,7 @@ class AdminClient:
         ca_file: CaFile | None = None,
         client_cert: ClientCert | None = None,
     ) -> None:
-        base = _base_url(url)
+        base = engine_url(url)
         self.url = str(base).rstrip("/").removesuffix(PREFIX)
         self._token = token
         self._timeout_s = timeout_s
@@ -96,6 +104,12 @@ class AdminClient:
             ),
             trust_env=False,
         )
+
+    def hurried(self, timeout_s: float) -> Self:
+        """The same client, over the same connections, that waits less for ordinary answers."""
+        made = copy.copy(self)
+        made._timeout_s = min(timeout_s, self._timeout_s)
+        return made
 
     def close(self) -> None:
         """Close the connections. Repeating it does nothing."""
@@ -223,6 +237,7 @@ class AdminClient:
             json=msgspec.to_builtins(request),
             scope="weights",
             patience_s=request.timeout_s,
+            grace_s=UPDATE_GRACE_S,
         )
 
     def prepare(self, request: UpdateRequest) -> UpdateReport:
@@ -234,6 +249,7 @@ class AdminClient:
             json=msgspec.to_builtins(request),
             scope="weights",
             patience_s=request.timeout_s,
+            grace_s=UPDATE_GRACE_S,
         )
 
     def commit(self, request_id: str, *, timeout_s: float) -> UpdateReport:
@@ -245,6 +261,7 @@ class AdminClient:
             json={"request_id": request_id},
             scope="weights",
             patience_s=timeout_s,
+            grace_s=UPDATE_GRACE_S,
         )
 
     def abort(self, request_id: str, *, writes_ended: bool = False) -> UpdateReport:
@@ -268,18 +285,24 @@ class AdminClient:
         content: bytes | None = None,
         headers: Mapping[str, str] | None = None,
         patience_s: float = 0.0,
+        grace_s: float = math.inf,
     ) -> Answer:
-        """Send one request; `patience_s` is what the engine may take beyond the usual wait."""
-        wait_s = patience_s + self._timeout_s
+        """Send one request; `patience_s` is what the engine may take beyond the usual wait.
+
+        The usual wait is at most `grace_s`.
+        """
+        wait_s = patience_s + min(self._timeout_s, grace_s)
+        send = partial(
+            self._http.request,
+            method,
+            path,
+            json=json,
+            content=content,
+            headers={**(headers or {}), "authorization": f"Bearer {self._bearer(scope)}"},
+            timeout=httpx.Timeout(wait_s, connect=5.0, write=self._timeout_s, pool=5.0),
+        )
         try:
-            response = self._http.request(
-                method,
-                path,
-                json=json,
-                content=content,
-                headers={**(headers or {}), "authorization": f"Bearer {self._bearer(scope)}"},
-                timeout=httpx.Timeout(wait_s, connect=5.0, write=self._timeout_s, pool=5.0),
-            )
+            response = answered(send, path)
         except httpx.TimeoutException as error:
             raise EngineUnreachableError(
                 f"{self.url} did not answer {method} {PREFIX}{path} within {wait_s:g} s "
@@ -363,29 +386,6 @@ def _problem(url: str, response: httpx.Response) -> AdminAnswerError:
         by_engine=problem.type.startswith(PROBLEM),
         retry_after="retry-after" in response.headers,
     )
-
-
-def _base_url(url: str) -> httpx.URL:
-    try:
-        parts = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise SettingsError(f"an engine's url cannot be read: {error}") from error
-    known = parts.scheme in ("http", "https") and parts.host and (parts.port or 80) < 2**16
-    if not known or parts.userinfo or parts.query or parts.fragment:
-        # Without what may be a secret.
-        shown = parts.copy_with(userinfo=b"", query=None, fragment=None)
-        raise SettingsError(
-            f"{shown} is not an engine's url",
-            remedy="give http://host:port, without user, password or query",
-        )
-    if parts.path.rstrip("/").endswith("/v1") and not parts.path.rstrip("/").endswith(PREFIX):
-        plain = parts.copy_with(path=parts.path.rstrip("/").removesuffix("/v1") or "/")
-        raise SettingsError(
-            f"{parts} is the url of the engine's OpenAI routes, and /v1 does not belong there: "
-            "the admin routes are beside it",
-            remedy=f"give {str(plain).rstrip('/')}",
-        )
-    return parts
 
 
 def _token_from_file(scope: str) -> str:

@@ -20,15 +20,29 @@ from sglang.srt.managers.io_struct import (
 
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.errors import EngineCallError
+from sglang_ext.health_probe import is_probe
 
-__all__ = ["SchedulerHooks", "mark_from_the_start", "mark_new_request"]
+__all__ = ["SchedulerHooks", "end_if_fenced", "fenced", "mark_from_the_start", "mark_new_request"]
 
 _MARK = "engine_plugins_kv_mark"
+_FENCE = "engine_plugins_fence"
+"""Why requests were ended, until weights have come that may serve."""
 
 
 def mark_new_request(scheduler: Any, request: Any, **kwargs: Any) -> None:
     """Before `Scheduler.handle_generate_request`: KV of other weights must not be found."""
     request.extra_key = marked(request.extra_key, getattr(scheduler, _MARK, None))
+
+
+def end_if_fenced(result: None, scheduler: Any, request: Any, **kwargs: Any) -> None:
+    """After a request has come to a scheduler: a fence that has ended all others ends it too.
+
+    It was let in before the fence closed, and was being tokenized or on its way. All ranks are told
+    of the fence as of requests, in one order, so all end the same ones.
+    """
+    reason = getattr(scheduler, _FENCE, None)
+    if reason is not None and not is_probe(request, len(request.input_ids or ())):
+        _end_all(scheduler, reason)
 
 
 def mark_from_the_start(scheduler: Any, mark: str | None) -> None:
@@ -93,33 +107,44 @@ class SchedulerHooks:
         Those that hold KV keep it, under the old mark. Says how many changed.
         """
         setattr(self._scheduler, _MARK, mark)
+        setattr(self._scheduler, _FENCE, None)
         without_kv = [request for request in self._waiting() if not request.kv.holds_kv]
         for request in without_kv:
             request.extra_key = marked(request.extra_key, mark)
         return len(without_kv)
 
     def _fail_requests(self, reason: str) -> int:
-        """End every request, running or queued, with an error; say how many.
-
-        Retracted first: SGLang ends a running request only by one more step of the model.
-        """
-        scheduler = self._scheduler
-        scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
-        compiling = scheduler.grammar_manager.grammar_queue
-        scheduler.waiting_queue.extend(compiling)
-        compiling.clear()
-        ended = len(scheduler.waiting_queue)
-        why = {
-            "type": "abort",
-            "message": reason,
-            "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
-            "err_type": "ServiceUnavailableError",
-        }
-        scheduler.abort_request(AbortReq(abort_all=True, finished_reason=why))
-        return ended
+        """End every request, and those that come until the weights are good; say how many."""
+        setattr(self._scheduler, _FENCE, reason)
+        return _end_all(self._scheduler, reason)
 
     def _waiting(self) -> list[Any]:
         return [*self._scheduler.waiting_queue, *self._scheduler.grammar_manager.grammar_queue]
+
+
+def fenced(reason: str) -> dict[str, Any]:
+    """Why a request of a fenced engine ends, as SGLang's API processes read it."""
+    return {
+        "type": "abort",
+        "message": reason,
+        "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
+        "err_type": "ServiceUnavailableError",
+    }
+
+
+def _end_all(scheduler: Any, reason: str) -> int:
+    """End every request, running or queued, with an error; say how many.
+
+    Retracted first: SGLang ends a running request only by one more step of the model.
+    """
+    scheduler.pause_generation(PauseGenerationReqInput(mode="retract"))
+    compiling = scheduler.grammar_manager.grammar_queue
+    scheduler.waiting_queue.extend(compiling)
+    compiling.clear()
+    ended = len(scheduler.waiting_queue)
+    why = fenced(reason)
+    scheduler.abort_request(AbortReq(abort_all=True, finished_reason=why))
+    return ended
 
 
 def _flush_multimodal() -> None:

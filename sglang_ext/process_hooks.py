@@ -122,4 +122,6 @@ def hook_scheduler() -> None:
         HookType.BEFORE,
         core_hooks.mark_new_request,
     )
+    for name in ("handle_generate_request", "handle_embedding_request"):
+        install(f"{_SCHEDULER}.{name}", HookType.AFTER, core_hooks.end_if_fenced)
     memory_saver.take_hook_mode()

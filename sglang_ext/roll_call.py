@@ -22,7 +22,8 @@ def report_present(tp_rank: int, missing: list[str]) -> None:
 
 def absences(tp_size: int) -> list[str]:
     """What is wrong with which rank; empty when the server may start."""
-    notes = {rank: _notes().get(f"tp{rank}") for rank in range(tp_size)}
+    kept = _notes()
+    notes = {rank: kept.get(f"tp{rank}") for rank in range(tp_size)}
     found = []
     for rank, note in notes.items():
         if note is None:

@@ -34,6 +34,7 @@ _UPDATES = EngineNames(
         "sglang.srt.managers.scheduler": (
             "Scheduler.init_request_dispatcher(self)",
             "Scheduler.handle_generate_request(self, recv_req, **kwargs)",
+            "Scheduler.handle_embedding_request(self, recv_req, **kwargs)",
         ),
         "sglang.srt.model_executor.model_runner": (
             "ModelRunner.load_model(self, *args, **kwargs)",
@@ -92,13 +93,14 @@ _UPDATES = EngineNames(
             "UpdateWeightVersionReqInput: abort_all_requests, new_version",
             "GenerateReqInput: batch_size, parallel_sample_num, rid, stream",
             "GenerateReqInput.normalize_batch_and_arguments(self)",
-            "TokenizedGenerateReqInput: extra_key, rid",
+            "TokenizedGenerateReqInput: extra_key, input_ids, rid",
         ),
         "sglang.srt.managers.mm_schedule": ("embedding_cache",),
         "sglang.srt.managers.tokenizer_manager": (
             "TokenizerManager: _result_dispatcher, is_pause, is_pause_cond, mm_processor, "
-            "model_config, model_update_lock, served_model_name, server_args",
+            "model_config, model_update_lock, rid_to_state, served_model_name, server_args",
             "TokenizerManager._dispatch_to_scheduler(self, obj)",
+            "TokenizerManager._handle_abort_req(self, recv_obj)",
             "TokenizerManager._update_weight_version_if_provided(self, weight_version)",
             "TokenizerManager.abort_request(self, *, abort_all)",
             "TokenizerManager.auto_create_handle_loop(self)",

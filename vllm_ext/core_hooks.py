@@ -7,7 +7,9 @@ does.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -17,8 +19,10 @@ from vllm.v1.request import Request, RequestStatus
 
 from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
-from engine_plugins.admin.runtime_dir import hold_runtime_dir, shared_state
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir, shared_state
 from engine_plugins.admin.shared_state import SharedState
+from engine_plugins.admin.state import refusal
+from engine_plugins.errors import ConflictError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.entry import GateBoard
 from engine_plugins.prefill_gate.gate_on_demand import GateOnDemand
@@ -27,7 +31,7 @@ from engine_plugins.weights.worker_service import answer_call
 from vllm_ext.asked import has_extension
 from vllm_ext.hooks import settings_of
 
-__all__ = ["hook_engine_core", "hook_gate"]
+__all__ = ["hook_core_start", "hook_engine_core"]
 
 _GATE = "_engine_plugins_gate"
 _STATE = "_engine_plugins_state"
@@ -60,7 +64,12 @@ def _state_of(core: EngineCore) -> SharedState | None:
 
 
 def _salt_new_requests(state_of: Callable[[EngineCore], SharedState | None]) -> None:
-    """KV of other weights must not be found: the mark of the weights goes into the hash."""
+    """KV of other weights must not be found: the mark of the weights goes into the hash.
+
+    A request that was let in before a fence closed, and comes after the fence has ended all others,
+    would wait in a core that stands still. Its error ends it; nothing can come between this look
+    and the end of the others, which the same thread takes in.
+    """
     original = EngineCore.preprocess_add_request
 
     @functools.wraps(original)
@@ -68,9 +77,16 @@ def _salt_new_requests(state_of: Callable[[EngineCore], SharedState | None]) -> 
         self: EngineCore, request: EngineCoreRequest, *args: Any, **kwargs: Any
     ) -> Any:
         shared = state_of(self)
-        if shared is not None:
-            request.cache_salt = marked(request.cache_salt, shared.read().kv_mark)
-        return original(self, request, *args, **kwargs)
+        if shared is None:
+            return original(self, request, *args, **kwargs)
+        state = shared.read()
+        request.cache_salt = marked(request.cache_salt, state.kv_mark)
+        # First, since API processes count on it that the core has what they sent of an image.
+        made = original(self, request, *args, **kwargs)
+        refused = refusal(state)
+        if refused is not None:
+            raise ConflictError(refused)
+        return made
 
     EngineCore.preprocess_add_request = preprocess_add_request
 
@@ -85,7 +101,8 @@ def _isolate_waiting(self: EngineCore) -> int:
 
     They were hashed when they arrived. Those that hold KV keep it, under the old mark.
     """
-    mark = shared_state().read().kv_mark
+    shared = _state_of(self)
+    mark = None if shared is None else shared.read().kv_mark
     changed = 0
     for request in list(self.scheduler.requests.values()):
         if request.num_computed_tokens == 0 and not request.is_finished():
@@ -111,10 +128,11 @@ def _fail_requests(self: EngineCoreProc) -> int:
     return len(ended)
 
 
-def hook_gate() -> None:
-    """Make the gate that a start asks for as soon as both the scheduler and the ranks are there.
+def hook_core_start() -> None:
+    """Have a core say that it is there, and make the gate that its start asks for.
 
-    The core loads plugins within its `__init__`: what is wrapped is a method that this calls then.
+    By now both the scheduler and the ranks are there. The core loads plugins within its
+    `__init__`: what is wrapped is a method that this calls then.
     """
     original = EngineCore._initialize_effective_attention_block_size
     if hasattr(original, _HOOKED):
@@ -123,8 +141,9 @@ def hook_gate() -> None:
     @functools.wraps(original)
     def initialize(self: EngineCore, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if has_extension(self.vllm_config.parallel_config.worker_extension_cls):
-            sign_in(shared_state().runtime_dir, "engine core")
+        state = _state_of(self)  # opened now: the directory may be removed under a running server
+        if state is not None:
+            sign_in(state.runtime_dir, "engine core")
         settings = _settings(self)
         if settings.prefill_gate != "off":
             setattr(self, _GATE, _make_gate(self, settings))
@@ -141,7 +160,7 @@ def _gate_call(self: EngineCore, call: str, arguments: bytes) -> bytes:
             _settings(self),
             functools.partial(_make_gate, self),
             on_host=current_platform.is_cpu(),
-            board=GateBoard(shared_state().runtime_dir),
+            board=GateBoard(Path(os.environ[RUNTIME_DIR])),
         )
         setattr(self, _GATE, gate)
     return answer_call(gate.calls, call, arguments, who="the engine core")

@@ -6,6 +6,7 @@ worker already has would be refused.
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from vllm.config import set_current_vllm_config
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir
 from engine_plugins.engine_rank import make_rank_service
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EngineCallError, EnginePluginError
 from engine_plugins.settings import Settings
 from engine_plugins.weights.worker_service import WorkerService, refuse
 from vllm_ext.draft_model import draft_of
@@ -24,6 +25,8 @@ from vllm_ext.memory_baseline import memory_of
 from vllm_ext.weight_installer import VllmWeightInstaller
 
 __all__ = ["EnginePluginsWorkerExtension"]
+
+logger = logging.getLogger(__name__)
 
 _SERVICE = "_engine_plugins_service"
 
@@ -41,15 +44,19 @@ class EnginePluginsWorkerExtension:
         An exception here would leave the answers of the ranks after this one unread, and vLLM
         would take them for those of the next call.
         """
-        service: WorkerService | None = getattr(self, _SERVICE, None)
-        if service is None:
-            try:
+        try:
+            service: WorkerService | None = getattr(self, _SERVICE, None)
+            if service is None:
                 service = _make_service(self)
-            except EnginePluginError as error:
-                return refuse(error)
-            setattr(self, _SERVICE, service)
-        with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
-            return service.call(call, arguments)
+                setattr(self, _SERVICE, service)
+            with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined]
+                return service.call(call, arguments)
+        except EnginePluginError as error:
+            return refuse(error)
+        except Exception as error:  # of torch, of psutil, of vLLM: whatever its kind
+            logger.exception("%s failed", call)
+            what = f"{call}: {type(error).__name__}: {error}"
+            return refuse(EngineCallError(what, remedy="see the engine's log"))
 
 
 def _make_service(worker: Any) -> WorkerService:

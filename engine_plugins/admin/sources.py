@@ -25,6 +25,10 @@ __all__ = ["Sources"]
 
 logger = logging.getLogger(__name__)
 
+MAX_SOURCES = 1 << 16
+"""Most that one plan is made of: the ranks of one trainer."""
+CONNECT_BYTES = MAX_SOURCES * 64
+"""What it takes to name them."""
 IDLE_S = 3600.0
 """A source that no plan is made of goes when nobody has used it for so long."""
 PUBLISHING_S = 600.0

@@ -8,6 +8,7 @@ figures are handed to all, and every rank makes the same decisions of them.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -216,6 +217,7 @@ class EngineGate:
         self.gate.configure(settings)
         self._take_settings(settings)
         self._limits = None
+        self._published_at = -math.inf  # the next step tells what holds with its memory in use
         self._publish()
         return self.report()
 

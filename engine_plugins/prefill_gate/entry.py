@@ -57,8 +57,9 @@ class EntryLimits(msgspec.Struct, frozen=True, kw_only=True):
         largest_with_logprobs: the same of a prompt whose log-probabilities are asked for.
         waiting_s: seconds that the first in line has waited for memory.
         retry_after_s: when it is worth to try again.
-        at: seconds of the epoch. The scheduler says nothing while the engine is idle, and memory
-            may have come free since.
+        at: seconds of this host's monotonic clock, which is the same in every process and which
+            nobody sets back. The scheduler says nothing while the engine is idle, and memory may
+            have come free since.
     """
 
     enforced: bool
@@ -119,7 +120,7 @@ def entry_limits(gate: PrefillGate, kind: EntryKind) -> EntryLimits:
         largest_with_logprobs=gate.largest_prompt(with_logprobs),
         waiting_s=gate.longest_wait_s(),
         retry_after_s=gate.retry_after_s(),
-        at=time.time(),
+        at=time.monotonic(),
     )
 
 
@@ -127,7 +128,7 @@ def refusal_at_entry(
     limits: EntryLimits, *, prompt_tokens: int, prompt_logprobs: bool
 ) -> EnginePluginError | None:
     """Why a request is refused before its answer begins; `None` lets it in."""
-    if not limits.enforced or time.time() - limits.at > LIMITS_LAST_S:
+    if not limits.enforced or time.monotonic() - limits.at > LIMITS_LAST_S:
         return None
     largest = limits.largest_with_logprobs if prompt_logprobs else limits.largest_prompt
     if prompt_tokens > largest:

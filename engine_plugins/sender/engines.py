@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
@@ -15,20 +16,27 @@ from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import (
     AdminAnswerError,
     EnginePluginError,
+    EngineUnreachableError,
     SettingsError,
     UnknownIdError,
+    UpdateEndUnknownError,
     UpdateFailedError,
 )
 from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.busy_engine import once_it_is_free
-from engine_plugins.sender.held_weights import held_by
+from engine_plugins.sender.held_weights import ASKED_S, held_by
 from engine_plugins.sender.known_end import answer_or_end
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
-__all__ = ["EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
+__all__ = ["SILENT_S", "EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
 
 Result = TypeVar("Result")
+
+LEAST_S = 1.0
+"""A commit is waited for as long as this, however little of its update's time is left."""
+SILENT_S = 0.3
+"""For one more question to an engine that has just been silent."""
 
 
 class EngineLink:
@@ -41,6 +49,8 @@ class EngineLink:
         self._planned: tuple[str, ...] = ()
         self._peers: dict[bytes, str] = {}
         self._planned_again = False
+        self._until = 0.0
+        """When the engine gives up what it prepared, on the monotonic clock."""
 
     @property
     def url(self) -> str:
@@ -106,6 +116,7 @@ class EngineLink:
 
         def connected(request: UpdateRequest) -> UpdateReport:
             self._connect(source_ids, model, direction)
+            self._until = time.monotonic() + request.timeout_s
             return self._carried(request, self.client.prepare)
 
         return once_it_is_free(request, connected)
@@ -116,6 +127,9 @@ class EngineLink:
         Raises:
             EnginePluginError: the engine failed or cannot be reached.
         """
+        # The engine's deadline runs from prepare, so what is waited for here is what is left of it.
+        left = max(self._until - time.monotonic(), LEAST_S)
+        request = msgspec.structs.replace(request, timeout_s=left)
         plan, report = self.plan, self._carried(request, self._ask_to_commit)
         pushed = plan is not None and plan.direction == "push" and not plan.direct_bytes
         if pushed and not self._planned_again and request.mode != "staged":
@@ -203,9 +217,10 @@ def forgot_us(error: object) -> bool:
 def failure_of(link: EngineLink, error: EnginePluginError, *, where: str = "") -> EngineFailure:
     """Describe a failure together with what the engine says it holds now."""
     detail = error.detail if isinstance(error, AdminAnswerError) else error.message
-    return EngineFailure(
-        code=error.code, detail=where + detail, remedy=error.remedy, holds=held_by(link.client)
-    )
+    # One that has just been asked in vain is asked briefly: the trainer waits to be told.
+    silent = isinstance(error, UpdateEndUnknownError | EngineUnreachableError)
+    holds = held_by(link.client, timeout_s=SILENT_S if silent else ASKED_S)
+    return EngineFailure(code=error.code, detail=where + detail, remedy=error.remedy, holds=holds)
 
 
 def _reported(report: UpdateReport) -> UpdateFailedError:

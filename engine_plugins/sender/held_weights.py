@@ -6,13 +6,21 @@ from engine_plugins.admin_answers import EngineState
 from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import AdminAnswerError, EnginePluginError
 
-__all__ = ["held_by"]
+__all__ = ["ASKED_S", "held_by"]
 
 
-def held_by(client: AdminClient) -> str:
-    """Ask an engine for its state, and say which weights it holds; never raises."""
+ASKED_S = 5.0
+
+
+def held_by(client: AdminClient, *, timeout_s: float = ASKED_S) -> str:
+    """Ask an engine for its state, and say which weights it holds; never raises.
+
+    Args:
+        client: of the engine.
+        timeout_s: how long it may take; what failed before may be stopped for good.
+    """
     try:
-        return _told(client.state())
+        return _told(client.hurried(timeout_s).state())
     except EnginePluginError as error:
         if isinstance(error, AdminAnswerError) and error.code == "forbidden":
             return "unknown weights: the sender's token has no scope `read`, which /state wants"

@@ -25,13 +25,17 @@ __all__ = ["answer_or_end"]
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 60.0
-"""What an engine may take beyond the deadline of an update to put itself in order."""
+GRACE_S = 3.5
+"""How long after the deadline of an update it is still asked about. Engines bound what they do by
+that deadline, and a trainer is to be told soon after it: the memory is taken back then."""
 POLL_S = 0.2
 UNSEEN_S = 5.0
 """An engine that answers, and has shown nothing of the update for so long, has not begun it. A
 request that reaches it later is refused, because the memory is taken back."""
-GONE_S = 10.0
+LOOK_S = 5.0
+"""For one question, and less near the end: a process that is stopped takes it and never answers."""
+LEAST_LOOK_S = 0.5
+GONE_S = 5.0
 """A server that nobody listens for so long has ended; nobody is left to be asked."""
 
 Ask = Callable[[UpdateRequest], UpdateReport]
@@ -49,25 +53,32 @@ def answer_or_end(client: AdminClient, request: UpdateRequest, ask: Ask) -> Upda
         EnginePluginError: the engine's own refusal or failure, or nothing was sent.
         UpdateEndUnknownError: what became of the update cannot be found out.
     """
+    give_up = time.monotonic() + request.timeout_s + GRACE_S
     try:
         return _checked(client, ask(request), request)
     except EnginePluginError as error:
         if _nothing_is_left_open(error):
             raise
         logger.warning("%s; asking the engine what became of %s", error, request.request_id)
-        return _Inquiry(client, request, ask, error).end()
+        return _Inquiry(client, request, ask, error, give_up).end()
 
 
 class _Inquiry:
     """Asks an engine about one update until its end is known."""
 
     def __init__(
-        self, client: AdminClient, request: UpdateRequest, ask: Ask, cause: EnginePluginError
+        self,
+        client: AdminClient,
+        request: UpdateRequest,
+        ask: Ask,
+        cause: EnginePluginError,
+        give_up: float,
     ) -> None:
         self._client = client
         self._request = request
         self._ask = ask
         self._cause = cause
+        self._give_up = give_up
         self._unseen_since: float | None = None
         self._gone_since: float | None = None
 
@@ -77,8 +88,7 @@ class _Inquiry:
         Raises:
             EnginePluginError: as `answer_or_end`.
         """
-        give_up = time.monotonic() + self._request.timeout_s + GRACE_S
-        while time.monotonic() < give_up:
+        while time.monotonic() < self._give_up:
             try:
                 report = self._look()
             except EnginePluginError as error:
@@ -96,11 +106,13 @@ class _Inquiry:
 
     def _look(self) -> UpdateReport | None:
         """The report, if there is one by now; what is seen of the update is noted."""
-        history = self._client.weights().history
+        left = self._give_up - time.monotonic()
+        client = self._client.hurried(min(max(left, LEAST_LOOK_S), LOOK_S))
+        history = client.weights().history
         ours = [report for report in history if report.request_id == self._request.request_id]
         if ours:
             return ours[0]
-        state = self._client.state()
+        state = client.state()
         self._gone_since = None
         if _is_under_way(state, self._request):
             self._unseen_since = None

@@ -6,13 +6,13 @@ The leading rank drives it. Engines that wait for a commit that never comes give
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from engine_plugins.admin_answers import UpdateRequest
 from engine_plugins.errors import EnginePluginError, UpdateAbortedError, UpdateEndUnknownError
-from engine_plugins.sender.engines import EngineLink, failure_of, for_each_engine
+from engine_plugins.sender.engines import SILENT_S, EngineLink, failure_of, for_each_engine
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.sender.rounds import Round
 from engine_plugins.weights.report import UpdateReport
@@ -20,6 +20,9 @@ from engine_plugins.weights.report import UpdateReport
 __all__ = ["abort_all", "aborted", "commit_all"]
 
 logger = logging.getLogger(__name__)
+
+ABORT_S = 8.0
+"""For one engine to let what is under way end, and give up what it prepared."""
 
 
 def commit_all(links: Mapping[str, EngineLink], prepared: Round, request: UpdateRequest) -> Round:
@@ -56,12 +59,18 @@ def aborted(links: Mapping[str, EngineLink], prepared: Round, request: UpdateReq
         request,
         because=f"it had prepared and was told to abort: {others} could not prepare",
         writes_ended=True,
+        silent=perhaps,
     )
     return msgspec.structs.replace(prepared, reports={}, failures=failures | prepared.failures)
 
 
 def abort_all(
-    links: Iterable[EngineLink], request: UpdateRequest, *, because: str, writes_ended: bool
+    links: Iterable[EngineLink],
+    request: UpdateRequest,
+    *,
+    because: str,
+    writes_ended: bool,
+    silent: Collection[str] = (),
 ) -> dict[str, EngineFailure]:
     """Have engines give up what they prepared; say what each holds then.
 
@@ -70,15 +79,19 @@ def abort_all(
         request: what was prepared.
         because: why, for people.
         writes_ended: of a push, whether no rank's write is under way.
+        silent: urls of engines whose answer is hardly waited for, since they have just given none.
+            What each of them holds is not asked.
     """
 
     def abort(link: EngineLink) -> UpdateReport:
-        return link.client.abort(request.request_id, writes_ended=writes_ended)
+        # An engine that does not answer gives up by itself, by the update's own deadline.
+        client = link.client.hurried(SILENT_S if link.url in silent else ABORT_S)
+        return client.abort(request.request_id, writes_ended=writes_ended)
 
     links = list(links)
     answers = for_each_engine(links, abort)
     failures: dict[str, EngineFailure] = {}
-    for link in links:
+    for link in (link for link in links if link.url not in silent):
         answer = answers[link.url]
         if isinstance(answer, EnginePluginError):
             failure = failure_of(link, answer, where=f"{because}; the abort failed: ")

@@ -11,12 +11,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.sender.engine_urls import refuse_hidden_feeders, refuse_one_engine_twice
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.offer import TrainerOffer
 from engine_plugins.sender.options import Ways
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.rounds import Offer, Round, drive, offer_to
-from engine_plugins.sender.same_engine import refuse_one_engine_twice
 from engine_plugins.sender.tree_update import TreeUpdate
 from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
 from engine_plugins.weights.report import UpdateReport
@@ -68,8 +68,11 @@ class UpdateRounds:
         """Have every engine take the version; what each answered.
 
         Raises:
-            SettingsError: two urls lead to one engine.
+            SettingsError: two urls lead to one engine, or with fan_out one to loopback and others
+                elsewhere.
         """
+        if self._ways.fan_out is not None:
+            refuse_hidden_feeders(self._links.values())
         self._tell_apart()
         if self._ways.two_phase:
             return self._in_two_phases(request)

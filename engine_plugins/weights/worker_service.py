@@ -141,11 +141,18 @@ def read_answer(body: bytes, kind: type[T]) -> T:
 
     Raises:
         EnginePluginError: the error that the worker met, in its own class where it is one of ours.
+        EngineCallError: the bytes are no answer to this call.
     """
-    answer = msgspec.msgpack.decode(body, type=_Answer)
-    if answer.failure is not None:
-        raise raised(answer.failure)
-    return msgspec.msgpack.decode(answer.value, type=kind)
+    try:
+        answer = msgspec.msgpack.decode(body, type=_Answer)
+        if answer.failure is None:
+            return msgspec.msgpack.decode(answer.value, type=kind)
+    except msgspec.MsgspecError as error:
+        raise EngineCallError(
+            f"a rank's answer cannot be read: {error}",
+            remedy="have every process of the server run the same release of engine-plugins",
+        ) from error
+    raise raised(answer.failure)
 
 
 def raised(failure: Failure) -> EnginePluginError:
@@ -381,7 +388,14 @@ def pull_page(runtime_dir: Path | None, tp_rank: int) -> Path | None:
 
 
 def _failure(error: EnginePluginError) -> Failure:
-    return Failure(kind=type(error).__name__, message=error.message, remedy=error.remedy)
+    return Failure(
+        kind=type(error).__name__, message=_plain(error.message), remedy=_plain(error.remedy)
+    )
+
+
+def _plain(text: str) -> str:
+    """Text that can be encoded: a path that is no UTF-8 has characters that nothing encodes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _cut(failure: Failure) -> Failure:

@@ -7,6 +7,7 @@ connection, so where there are two API processes either may answer it.
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,31 @@ def test_a_trainer_that_dies_half_way_fences_the_engine(
     assert (state["state"], state["fence"]) == ("serving", None)
     assert state["weights"]["version"] == version
     assert NEW.wrong_answers(server.greedy) == []
+
+
+def test_requests_that_come_as_a_fence_closes_all_end(
+    served: Served, trainer: TrainerProcess, steps: Steps, background: ThreadPoolExecutor
+) -> None:
+    """Those let in before it and on their way to the engine too: a hang tells nobody anything."""
+    server, plan = served.server, trainer.connect(served.server.admin)
+    fenced, version = threading.Event(), served.next_version()
+
+    def client() -> list[int]:
+        statuses = []
+        while not fenced.is_set():
+            statuses.append(server.complete(PROMPT, 1).status_code)
+        return statuses
+
+    clients = [background.submit(client) for _ in range(5)]
+    time.sleep(0.3)
+    steps.fail(0, HALF_WAY)
+    problem(served.update(plan, version), 500, "engine_call_failed")
+    time.sleep(0.2)
+    fenced.set()
+    for each in clients:
+        assert set(each.result(15)) == {200, 503}
+    assert server.state()["requests"] == {"running": 0, "waiting": 0}
+    _check_fenced(server, version)
 
 
 def test_a_trainer_that_stops_half_way_fences_the_engine(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -119,3 +120,59 @@ def test_a_flush_within_a_pause_hurts_no_held_request(server: EngineServer) -> N
     server.admin.post("/flush").raise_for_status()
     server.admin.post("/resume").raise_for_status()
     assert stream.result() == greedy(reference_model(OLD.folder), PROMPT, 120)
+
+
+def test_a_repeated_wait_holds_new_requests_as_the_first_one_did(
+    server: EngineServer, background: ThreadPoolExecutor
+) -> None:
+    """Under steady traffic: a pause that was given up takes nothing from the next one."""
+    stream = Stream(server, PROMPT, 300)
+    stream.wait_for(5)
+    late = server.admin.post("/pause", json={"mode": "wait", "timeout_s": 0.2})
+    problem(late, 504, "pause_timeout")
+    done = threading.Event()
+
+    def traffic() -> None:
+        while not done.is_set():
+            server.complete(PROMPT, 40)
+
+    clients = [background.submit(traffic) for _ in range(3)]
+    try:
+        _pause(server, "wait")
+        assert len(stream.result()) == 300, "it ended before the pause took effect"
+    finally:
+        done.set()
+        server.admin.post("/resume").raise_for_status()
+    for client in clients:
+        client.result(30)
+
+
+def test_a_pause_that_is_given_up_at_any_moment_leaves_the_engine_serving(
+    server: EngineServer,
+) -> None:
+    """Also just as the last request ends, when the engine is about to stand still."""
+    began = time.monotonic()
+    Stream(server, PROMPT, 40).result()
+    lasts = time.monotonic() - began
+    for part in (0.5, 0.8, 0.95, 1.0, 1.1):
+        stream = Stream(server, PROMPT, 40)
+        asked = {"mode": "wait", "timeout_s": max(part * lasts, 0.01)}
+        paused = server.admin.post("/pause", json=asked)
+        assert len(stream.result()) == 40
+        time.sleep(0.2)  # what is late would take effect by then
+        state = server.state()["state"]
+        assert state == ("paused" if paused.status_code == 200 else "serving")
+        if state == "paused":
+            server.admin.post("/resume").raise_for_status()
+        assert server.greedy(PROMPT) == OLD.expected()[0]
+
+
+def test_only_a_resume_ends_a_pause_without_an_end(server: EngineServer) -> None:
+    """Another caller's `hold_s` runs beside it."""
+    _pause(server, "keep")
+    held = server.admin.post("/pause", json={"mode": "keep", "hold_s": 0.2})
+    assert held.json()["pause"] == {"mode": "keep", "until": None}
+    time.sleep(0.6)
+    assert server.state()["state"] == "paused"
+    server.admin.post("/resume").raise_for_status()
+    assert server.greedy(PROMPT) == OLD.expected()[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,11 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from engine_plugins.admin_client import AdminClient
 from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, SIZED, on
 from tests.support.engine_server import TOKEN, EngineServer
+from tests.support.engines import SGLANG, VLLM, only
+from tests.support.hf_reference import greedy, reference_model
 from tests.support.problems import problem
 from tests.support.served import Served
 from tests.support.stepping import Steps
@@ -48,6 +52,12 @@ def wake(server: EngineServer, tags: Sequence[str] | None = None) -> dict[str, A
     answer = server.admin.post("/wake", json={"tags": tags})
     assert answer.status_code == 200, answer.text
     return dict(answer.json())
+
+
+def hang_up(server: EngineServer, route: str) -> None:
+    """Send a call, and be gone before the answer."""
+    with contextlib.suppress(httpx.ReadTimeout):
+        server.admin.post(route, timeout=httpx.Timeout(10, read=0.005))
 
 
 def resident(server: EngineServer) -> int:
@@ -142,7 +152,7 @@ def test_weights_that_were_discarded_have_to_come_from_an_update(awake: Served) 
     refused = server.admin.post("/resume")
     assert "weights were discarded" in problem(refused, 409, "illegal_state")
     assert "/weights/update" in refused.json()["remedy"]
-    assert problem(server.admin.post("/wake"), 409, "illegal_state")
+    assert wake(server)["sleep"] == mapped["sleep"], "there is nothing left to map"
     report = awake.install(NEW)
     assert (report["outcome"], server.state()["state"]) == ("installed", "serving")
     assert held.result() == NEW.expected()[0]
@@ -207,28 +217,99 @@ def test_an_update_of_weights_that_sleep_kept(awake: Served) -> None:
 
 
 @on(DENSE)
-def test_what_is_illegal_is_refused_with_the_way_out(awake: Served) -> None:
-    """Double sleep, unmatched wake, anything else while asleep: 409, and nothing has changed."""
+def test_a_call_whose_answer_was_lost_is_repeated(awake: Served) -> None:
+    """The same call again is 200 with what it was to bring, also after a caller that hung up."""
     server = awake.server
-    assert "/sleep" not in problem(server.admin.post("/wake"), 409, "illegal_state")
+    held = Stream(server, PROMPT, TOKENS)
+    first = sleep(server)
+    again = sleep(server)
+    assert again["sleep"] == first["sleep"]
+    assert again["memory"].keys() == first["memory"].keys()
+    assert (again["memory"]["verdict"], again["state"]) == ("pass", "asleep")
+    for tags in (["weights"], ["weights"]):
+        assert wake(server, tags)["sleep"]["released"] == ["kv_cache"]
+    hang_up(server, "/wake")
+    for _ in range(2):
+        assert wake(server)["state"] == "serving"
+    assert held.result() == server.greedy(PROMPT, TOKENS)
+    hang_up(server, "/sleep")
+    assert sleep(server, tags=["kv_cache"])["sleep"]["released"] == ["weights", "kv_cache"]
+    assert wake(server)["state"] == "serving"
+    for route, state in (("/pause", "paused"), ("/resume", "serving")):
+        hang_up(server, route)
+        for _ in range(2):
+            assert server.admin.post(route).json()["state"] == state
+    assert OLD.wrong_answers(server.greedy) == []
+
+
+@on(DENSE)
+@only(VLLM, SGLANG)
+def test_requests_of_every_kind_outlive_a_sleep(
+    awake: Served, background: ThreadPoolExecutor
+) -> None:
+    """In a prefill, a stream, several sequences, and new ones; who hangs up frees the request."""
+    server = awake.server
+    stream = Stream(server, PROMPT, 120)
+    several = background.submit(_four_sequences, server, 60)
+    stream.wait_for(5)
+    prompts = [[2 + (each + 7 * index) % 300 for index in range(400)] for each in range(3)]
+    prefills = [background.submit(server.greedy, prompt, 4) for prompt in prompts]
+    sleep(server)
+    held = len(stream.ids)
+    new = background.submit(server.greedy, PROMPT)
+    with pytest.raises(httpx.ReadTimeout):
+        _post(server, PROMPT, 200, timeout=0.5)
+    assert not new.done()
+    assert len(stream.ids) == held < 120
+    assert wake(server)["state"] == "serving"
+    model = reference_model(OLD.folder)
+    assert stream.result() == greedy(model, PROMPT, 120)
+    assert new.result(30) == OLD.expected()[0]
+    assert [each.result(30) for each in prefills] == [greedy(model, each, 4) for each in prompts]
+    assert several.result(30) == [greedy(model, PROMPT, 60)] * 4
+    idle = {"running": 0, "waiting": 0}
+    until(lambda: server.state()["requests"] == idle, within_s=5, otherwise=server.state)
+
+
+def _post(
+    server: EngineServer, prompt: Sequence[int], tokens: int, *, n: int = 1, timeout: float = 60
+) -> httpx.Response:
+    sampling: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "n": n}
+    if server.kind == "sglang":
+        sampling["max_new_tokens"] = tokens
+        body: dict[str, Any] = {"input_ids": prompt, "sampling_params": sampling}
+        return server.http.post("/generate", json=body, timeout=timeout)
+    body = {"prompt": prompt, "max_tokens": tokens, "return_token_ids": True, **sampling}
+    return server.http.post("/v1/completions", json=body, timeout=timeout)
+
+
+def _four_sequences(server: EngineServer, tokens: int) -> list[list[int]]:
+    answer = _post(server, PROMPT, tokens, n=4).raise_for_status().json()
+    if server.kind == "sglang":
+        return [each["output_ids"] for each in answer]
+    return [each["token_ids"] for each in answer["choices"]]
+
+
+@on(DENSE)
+def test_what_is_illegal_is_refused_with_the_way_out(awake: Served) -> None:
+    """A sleep of another level, anything else while asleep: 409, and nothing has changed."""
+    server = awake.server
     assert problem(server.admin.post("/sleep", json={"tags": ["gold"]}), 400, "malformed_request")
     assert problem(server.admin.post("/sleep", json={"tags": []}), 400, "malformed_request")
     graphs = server.admin.post("/sleep", json={"tags": ["cuda_graph"]})
     assert "cannot release 'cuda_graph'" in problem(graphs, 422, "unsupported")
     assert server.state()["state"] == "serving"
     sleep(server, tags=["kv_cache"])
-    again = server.admin.post("/sleep")
-    assert "sleeps already" in problem(again, 409, "illegal_state")
-    twice = server.admin.post("/sleep", json={"tags": ["kv_cache"]})
-    assert "released already" in problem(twice, 409, "illegal_state")
-    unmatched = server.admin.post("/wake", json={"tags": ["weights"]})
-    assert "cannot wake weights" in problem(unmatched, 409, "illegal_state")
     for route in ("/pause", "/resume", "/flush"):
         refused = server.admin.post(route)
         assert "asleep" in problem(refused, 409, "illegal_state")
         assert "/wake" in refused.json()["remedy"]
     state = server.state()
     assert (state["state"], state["sleep"]["released"]) == ("asleep", ["kv_cache"])
+    sleep(server)
+    discard = server.admin.post("/sleep", json={"level": 2})
+    assert "released already, and kept" in problem(discard, 409, "illegal_state")
+    assert "/wake" in discard.json()["remedy"]
     assert wake(server)["state"] == "serving"
     assert OLD.wrong_answers(server.greedy) == []
 
@@ -257,7 +338,9 @@ def test_nobody_sleeps_while_an_update_is_under_way(
     until(lambda: server.state()["state"] == "updating", within_s=5, otherwise=server.state)
     refused = server.admin.post("/sleep")
     trainer.signal(signal.SIGCONT)
-    assert f"version {version} is under way" in problem(refused, 409, "illegal_state")
+    told = problem(refused, 409, "illegal_state")
+    assert f"version {version}" in told
+    assert "is under way" in told
     assert pull.result(30).status_code == 200
     assert NEW.wrong_answers(server.greedy) == []
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -38,6 +40,7 @@ def main() -> None:
         for number, row in wanted:
             print(number, row)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # servers end, and disks are taken down
     # Before UCX loads, here and in every child: over tcp it would listen on other addresses too.
     os.environ |= {"UCX_NET_DEVICES": "lo", "OMP_NUM_THREADS": "1"}
     raise SystemExit(not _holds(chosen, wanted))

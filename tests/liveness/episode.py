@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.chaos_update.acts import in_phase, judge, probe, saw, trainer_of
 from tests.chaos_update.clients import under_load
-from tests.chaos_update.fleet import Fleet, Target
+from tests.chaos_update.fleet import Target
 from tests.chaos_update.judge import Answer
 from tests.chaos_update.models import VARIANTS
 from tests.chaos_update.processes import Processes, held
@@ -18,6 +18,7 @@ from tests.liveness.calls import CALLS, begin_call
 from tests.liveness.leftovers import Owned
 from tests.liveness.result import TRUE_S, Result
 from tests.liveness.rows import Row
+from tests.liveness.servers import LiveFleet
 from tests.liveness.strikes import Mend, Stage, culprits, struck
 from tests.liveness.watch import Watch, exit_status
 from tests.support.waiting import until
@@ -33,7 +34,7 @@ LONG_TEXT = "told to fail: " + "a missing key, " * 4000
 """Longer than half of the page that holds the state."""
 
 
-def run_row(row: Row, fleet: Fleet, folder: Path) -> Result:
+def run_row(row: Row, fleet: LiveFleet, folder: Path) -> Result:
     """Make a row's state on its server, which is ended where it is of no more use."""
     result, answers = Result(row=row), list[Answer]()
     began = time.monotonic()
@@ -44,7 +45,7 @@ def run_row(row: Row, fleet: Fleet, folder: Path) -> Result:
         owned = Owned(target)
         while not result.reached and result.tries < TRIES:
             result.tries += 1
-            _hurt(stage, owned, result, folder)
+            _hurt(stage, owned, result, fleet)
             if stage.trainer.process.poll() is not None:
                 break
         if result.gone_s is None and result.reached:
@@ -72,7 +73,7 @@ def ended(owned: Owned, target: Target) -> list[str]:
     return owned.left()
 
 
-def _stage(row: Row, fleet: Fleet, folder: Path, stack: ExitStack) -> Stage:
+def _stage(row: Row, fleet: LiveFleet, folder: Path, stack: ExitStack) -> Stage:
     target = fleet.target(row.server)
     trainer = trainer_of(
         target, fleet.models, folder, target.server.url, two_phase=row.commit == "two"
@@ -86,11 +87,11 @@ def _stage(row: Row, fleet: Fleet, folder: Path, stack: ExitStack) -> Stage:
     )
 
 
-def _hurt(stage: Stage, owned: Owned, result: Result, folder: Path) -> None:
+def _hurt(stage: Stage, owned: Owned, result: Result, fleet: LiveFleet) -> None:
     """Update, make the state where it is to be made, and watch how it ends."""
     row = result.row
     if row.stepping:
-        (folder / "steps" / "fail-0-3").write_text(LONG_TEXT)
+        fleet.steps.fail(0, 3, LONG_TEXT)
     version = 0
     if row.phase in CALLS:
         mend = _called(stage)
@@ -168,7 +169,7 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
 
 
 def repaired(
-    stage: Stage, fleet: Fleet, folder: Path, answers: list[Answer], result: Result
+    stage: Stage, fleet: LiveFleet, folder: Path, answers: list[Answer], result: Result
 ) -> None:
     """A good update by a new trainer, or the wake once more; either must succeed the first time."""
     target = stage.target

@@ -12,7 +12,7 @@ from tests.chaos_update.cases import ServerKind
 from tests.chaos_update.fleet import Fleet, Target, runtime_dirs
 from tests.chaos_update.models import Models
 from tests.liveness.rows import SteppingKind
-from tests.support.stepping import STEPPING_FOLDER
+from tests.support.stepping import STEPPING_FOLDER, Steps
 
 __all__ = ["LiveFleet", "folder_of_its_own_disk"]
 
@@ -32,10 +32,15 @@ class LiveFleet(Fleet):
     """
 
     def __init__(self, folder: Path, disk: Path) -> None:
-        super().__init__(Models(folder / "models"), folder, disk)
         self._disk, self._steps = disk, folder / "steps"
-        self._steps.mkdir()
+        self._steps.mkdir(parents=True)
+        super().__init__(Models(folder / "models"), folder, disk)
         self.stale: set[Path] = set()
+
+    @property
+    def steps(self) -> Steps:
+        """Makes an install fail, on servers of which a row asks for it."""
+        return Steps(self._steps)
 
     def target(self, kind: ServerKind) -> Target:
         """The running server of a kind; a new one must have cleared what dead ones left."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,28 @@ def test_a_silent_engine_is_named_after_its_deadline() -> None:
             pytest.raises(EngineUnreachableError, match=r"within 0\.2 s"),
         ):
             client.state()
+
+
+def test_a_call_that_may_be_repeated_is_sent_again_when_its_answer_is_lost() -> None:
+    """A proxy gave up, or the connection broke: the engine may have done the work."""
+    for call, sent in (("pause", 2), ("resume", 2), ("sleep", 2), ("wake", 2), ("flush", 1)):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            asked: list[bytes] = []
+
+            def serve(server: socket.socket = server, asked: list[bytes] = asked) -> None:
+                for _ in range(2):
+                    with suppress(OSError), server.accept()[0] as connection:
+                        asked.append(connection.recv(1 << 16).split(b" HTTP", 1)[0])
+
+            thread = threading.Thread(target=serve, daemon=True)
+            thread.start()
+            url = f"http://127.0.0.1:{server.getsockname()[1]}"
+            with (
+                AdminClient(url, token=TOKEN, timeout_s=5) as client,
+                pytest.raises(EngineUnreachableError, match=f"/{call}: "),
+            ):
+                getattr(client, call)()
+            assert asked == [f"POST /admin/v1/{call}".encode()] * sent
 
 
 @pytest.mark.parametrize(

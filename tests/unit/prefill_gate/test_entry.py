@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import msgspec
 import pytest
 
@@ -96,3 +98,15 @@ def test_a_new_cap_is_told_at_once_and_old_limits_refuse_nobody() -> None:
     assert refusal_at_entry(old, prompt_tokens=5000, prompt_logprobs=False) is None
     gate.configure(Settings(prefill_gate="enforce"))
     assert _limits(gate).largest_prompt == 40_000, "what is free is not known before a step"
+
+
+def test_limits_grow_old_by_a_clock_that_nobody_sets_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a step back of the wall clock they would refuse for as long."""
+    gate = _gate(300 * MIB)
+    gate.configure(Settings(prefill_gate="enforce", prefill_cap_bytes=64))
+    limits = _limits(gate)
+    assert refusal_at_entry(limits, prompt_tokens=5000, prompt_logprobs=False) is not None
+    later = time.monotonic() + LIMITS_LAST_S + 1
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert refusal_at_entry(limits, prompt_tokens=5000, prompt_logprobs=False) is None

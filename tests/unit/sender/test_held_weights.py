@@ -10,7 +10,8 @@ from engine_plugins.admin_client import AdminClient
 from engine_plugins.sender.held_weights import held_by
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused
 
-FENCE = {"detail": "the update to version 9 failed half way", "attempted_version": 9}
+WHY = "the update to version 9 failed half way"
+FENCE = {"detail": WHY, "attempted_version": 9}
 PULL = {"request_id": "a", "version": 9, "phase": "pull", "bytes_done": 1, "bytes_total": 2}
 LOST = {"level": 2, "released": ["weights"], "weights_lost": True}
 KEPT = {"level": 1, "released": ["weights"], "weights_lost": False}
@@ -26,7 +27,7 @@ KEPT = {"level": 1, "released": ["weights"], "weights_lost": False}
         ({"state": "asleep", "sleep": LOST}, "no weights: a sleep discarded them, asleep"),
         # Awake again, and paused until an update brings weights.
         ({"state": "paused", "sleep": LOST}, "no weights: a sleep discarded them, paused"),
-        ({"state": "fenced", "fence": FENCE}, "no whole version, fenced: " + str(FENCE["detail"])),
+        ({"state": "fenced", "fence": FENCE}, f"no whole version, fenced: {WHY}"),
         (
             {"state": "updating", "update": PULL},
             "{before}, and an update to version 9 is at pull",

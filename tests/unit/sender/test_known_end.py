@@ -22,6 +22,8 @@ from tests.support.fake_engine import TOKEN, FakeEngine
 from tests.support.waiting import until
 
 BROKEN = [*FAULTS, "reset", "cut"]
+STEPS = ("/weights/update", "/weights/prepare", "/weights/commit", "/weights/abort")
+CALLS = (*STEPS, "/weights", "/state")
 
 
 @pytest.fixture
@@ -254,3 +256,26 @@ def test_closing_while_an_update_runs_takes_the_memory_back(
     assert ctypes.c_uint64.from_address(manifest.version_word).value == CLOSED
     thread.join(20)
     assert failures
+
+
+@pytest.mark.parametrize("two_phase", [False, True])
+def test_the_trainer_is_told_within_5_s_of_the_deadline_whatever_stands_still(
+    gateway: BadGateway,
+    transport: InMemoryTransport,
+    model: torch.nn.Module,
+    engine: FakeEngine,
+    two_phase: bool,
+) -> None:
+    """Connections are accepted, as the kernel does for a process that is stopped."""
+    with sender_of(gateway, transport, model, two_phase=two_phase) as sender:
+        sender.update(1)
+        gateway.faults |= dict.fromkeys(CALLS, "hang")
+        gateway.delivery = "never"
+        began = time.monotonic()
+        with pytest.raises(EnginesFailedError, match="update_end_unknown"):
+            sender.update(2, timeout_s=1.0)
+        told_s = time.monotonic() - began
+        assert told_s < 1.0 + 5.0, told_s
+        assert word_of(engine) == CLOSED
+        gateway.heal()
+        assert sender.update(3).version == engine.version == 3

@@ -207,3 +207,19 @@ def test_a_fan_out_below_one_is_refused(
 ) -> None:
     with pytest.raises(SettingsError, match="fan_out is 0"):
         tree_sender(model, engines, transport, 0)
+
+
+def test_engines_on_loopback_do_not_feed_engines_elsewhere(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """An engine listens where its url leads, so they could not reach it: nobody is asked."""
+    model = torch.nn.Linear(2, 2)
+    urls = [engines[0].url, "http://engine-2.invalid:8000"]
+    with (
+        WeightSender.from_hf(
+            model, engines=urls, token=TOKEN, transport=transport, fan_out=1
+        ) as sender,
+        pytest.raises(SettingsError, match=f"cannot reach {engines[0].url}$"),
+    ):
+        sender.update(1)
+    assert engines[0].plans == {}

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm.ray.ray_env import get_env_vars_to_copy
 
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
+from engine_plugins.admin.shared_state import create_runtime_dir
 from engine_plugins.errors import SettingsError, UnsupportedError
 from tests.support.megatron_hf import dense_config
 from tests.support.vllm_server import EXTENSION
@@ -256,6 +257,7 @@ def test_a_server_of_a_launcher_has_its_own_runtime_directory(
     server: str,
 ) -> None:
     """Whatever was inherited from a launcher that is a server itself, or has configured one."""
+    create_runtime_dir(tmp_path)
     monkeypatch.setenv(RUNTIME_DIR, str(tmp_path))
     monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", str(os.getppid()))
     AsyncEngineArgs(**arguments, **more).create_engine_config()

@@ -264,3 +264,18 @@ def _told(
             yield status
             if until(status):
                 return
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff", msgspec.msgpack.encode({"value": [1]})])
+def test_bytes_that_are_no_answer_are_an_error_of_ours(body: bytes) -> None:
+    """Whoever asks handles one tree of errors, not msgspec's as well."""
+    with pytest.raises(EngineCallError, match="a rank's answer cannot be read"):
+        read_answer(body, WorkerDescription)
+
+
+def test_an_error_that_names_a_path_that_is_no_text_travels(rank: InMemoryRank) -> None:
+    """Python spells such a path with characters that no encoding takes."""
+    for error in (OSError("no file b\udcff"), ConflictError("b\udcff")):
+        rank.receiver.failures["start"] = error  # type: ignore[assignment]
+        with pytest.raises(EnginePluginError, match=r"b\\udcff"):
+            ask(rank, "start", StatusAnswer, plan_id="p", staged=True, timeout_s=1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -52,6 +53,43 @@ def test_ucx_settings_that_cannot_work_are_explained(monkeypatch: pytest.MonkeyP
     with pytest.raises(TransportError, match="starting UCX") as caught:
         nixl.NixlTransport("engine")
     assert "UCX_TLS" in caught.value.remedy
+
+
+def test_a_home_that_nixl_may_not_read_is_explained() -> None:
+    """As in a container with an arbitrary uid. For a path that is too long NIXL raises the same.
+
+    NIXL reads its configuration once for each process.
+    """
+    printed = run(
+        """
+        import os
+        from engine_plugins.errors import NotConfiguredError
+        from engine_plugins.weights.transport.nixl import NixlTransport
+
+        os.environ["HOME"] = "/" + "x" * 300
+        try:
+            NixlTransport("engine")
+        except NotConfiguredError as error:
+            print("configuration in HOME" in error.message, "set HOME" in error.remedy)
+        """
+    )
+    assert printed == "True True\n"
+
+
+def test_the_devices_of_one_agent_are_not_those_of_processes_started_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A trainer may start engines, which find their own network."""
+    for before in ("lo", None):
+        if before is None:
+            monkeypatch.delenv("UCX_NET_DEVICES", raising=False)
+        else:
+            monkeypatch.setenv("UCX_NET_DEVICES", before)
+        nixl.NixlTransport("engine", net_devices="lo").close()
+        assert os.environ.get("UCX_NET_DEVICES") == before
+        with pytest.raises(TransportError, match="starting UCX"):
+            nixl.NixlTransport("engine", net_devices="nosuch0")
+        assert os.environ.get("UCX_NET_DEVICES") == before
 
 
 def test_an_idle_agent_costs_no_core_and_takes_no_signal() -> None:

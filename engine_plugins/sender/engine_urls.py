@@ -1,7 +1,8 @@
-"""One engine under two urls is found before it is asked to update twice at a time."""
+"""What engines' urls tell beforehand: one engine named twice, one that others cannot reach."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 from collections.abc import Iterable
 
@@ -11,7 +12,7 @@ from engine_plugins.admin_answers import EngineState
 from engine_plugins.errors import EnginePluginError, SettingsError
 from engine_plugins.sender.engines import EngineLink, for_each_engine
 
-__all__ = ["refuse_one_engine_twice"]
+__all__ = ["refuse_hidden_feeders", "refuse_one_engine_twice"]
 
 _PORTS = {"http": 80, "https": 443}
 
@@ -36,6 +37,31 @@ def refuse_one_engine_twice(links: Iterable[EngineLink]) -> None:
                 f"{other} and {url} are one engine: its workers are the same processes",
                 remedy="name each engine once",
             )
+
+
+def refuse_hidden_feeders(links: Iterable[EngineLink]) -> None:
+    """Refuse loopback among other addresses, where engines read each other's memory.
+
+    An engine listens on the network that its url names, so those elsewhere could not reach it.
+
+    Raises:
+        SettingsError: it names the engines on loopback.
+    """
+    hidden = {link.url: _is_loopback(link.host) for link in links}
+    if len(set(hidden.values())) > 1:
+        named = ", ".join(url for url, yes in hidden.items() if yes)
+        raise SettingsError(
+            f"with fan_out engines read each other's memory, and those elsewhere cannot reach "
+            f"{named}",
+            remedy="name every engine by an address that the others reach",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _at_one_address(links: Iterable[EngineLink]) -> list[EngineLink]:

@@ -1,0 +1,72 @@
+"""A few rows of `make liveness` on each engine: stuck states that once lasted until a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.liveness.episode import run_row
+from tests.liveness.rows import Row, rows
+from tests.liveness.servers import LiveFleet
+from tests.support.engines import IN_MEMORY, Engine, engine_parameters, engines_here
+
+SHORT_S = 3.0
+"""Seconds that a hurt update may take here: a frozen engine is waited for that long."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=engine_parameters([each for each in engines_here() if each is not IN_MEMORY]),
+)
+def real_engine(request: pytest.FixtureRequest) -> Engine:
+    """Every real engine of this environment."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for models, logs and servers' temporary files."""
+    return tmp_path_factory.mktemp("liveness")
+
+
+@pytest.fixture(scope="module")
+def fleet(real_engine: Engine, place: Path) -> Iterator[LiveFleet]:
+    """One server for all rows; the last row kills it."""
+    disk = place / f"disk-{real_engine.kind}"
+    disk.mkdir()
+    fleet = LiveFleet(place / real_engine.kind, disk)
+    yield fleet
+    fleet.close()
+
+
+@pytest.mark.parametrize(
+    ("fault", "phase"),
+    [
+        ("trainer_killed", "prepared"),
+        ("core_stopped", "install"),
+        ("folder_deleted", "pull"),
+        ("core_killed", "install"),
+    ],
+)
+def test_a_stuck_state_ends(
+    fleet: LiveFleet, real_engine: Engine, place: Path, fault: str, phase: str
+) -> None:
+    """The trainer is told in time, the culprit is named, and a good update repairs the engine.
+
+    A server whose core was killed ends, and leaves nothing.
+    """
+    result = run_row(_row(real_engine.kind, fault, phase), fleet, place)
+    assert list(result.violations()) == [], result
+    assert fleet.started == 1, "one server lasted until its core was killed"
+
+
+def _row(engine: str, fault: str, phase: str) -> Row:
+    (found,) = [
+        row
+        for row in rows(engine)
+        if (row.tensor_parallel, row.api_servers, row.fault, row.phase) == (1, 1, fault, phase)
+    ]
+    return found if fault == "trainer_killed" else replace(found, timeout_s=SHORT_S)
