@@ -21,6 +21,7 @@ _UPDATES = EngineNames(
             "(self, request_id, engine_input, sampling_params, *args, **kwargs)",
         ),
         "vllm.v1.engine.core": (
+            "EngineCore._initialize_effective_attention_block_size(self, *args, **kwargs)",
             "EngineCore.preprocess_add_request(self, request, *args, **kwargs)",
         ),
         "vllm.v1.worker.gpu_worker": ("Worker.load_model(self, *args, **kwargs)",),
@@ -145,9 +146,6 @@ _UPDATES = EngineNames(
 
 _GATE = EngineNames(
     hooked={
-        "vllm.v1.engine.core": (
-            "EngineCore._initialize_effective_attention_block_size(self, *args, **kwargs)",
-        ),
         "vllm.v1.core.sched.scheduler": (
             "Scheduler.add_request(self, request)",
             "Scheduler.schedule(self, *args, **kwargs)",

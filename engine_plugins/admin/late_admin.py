@@ -14,6 +14,7 @@ from engine_plugins.admin.app import create_admin_app
 from engine_plugins.admin.background import going_on
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.error_responses import problem, problem_from
+from engine_plugins.admin.http_manners import HttpManners
 from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.service import AdminService
 from engine_plugins.errors import EnginePluginError
@@ -59,10 +60,10 @@ class LateAdmin:
         try:
             admin = self._built()
         except EnginePluginError as error:
-            await problem_from(error, state=None)(scope, receive, send)
+            await HttpManners(problem_from(error, state=None))(scope, receive, send)
             return
         if admin is None:
-            admin = problem(503, "not_configured", "the engine is still starting")
+            admin = HttpManners(_starting())
         await admin(scope, receive, send)
 
     def _built(self) -> ASGIApp | None:
@@ -73,3 +74,13 @@ class LateAdmin:
                 self._service = AdminService(control, shared_state(), settings)
                 self._admin = create_admin_app(self._service, settings)
         return self._admin
+
+
+def _starting() -> ASGIApp:
+    return problem(
+        503,
+        "not_configured",
+        "the engine is still starting",
+        remedy="try again once it answers requests",
+        headers={"Retry-After": "5"},
+    )
