@@ -54,10 +54,11 @@ def wake(server: EngineServer, tags: Sequence[str] | None = None) -> dict[str, A
     return dict(answer.json())
 
 
-def hang_up(server: EngineServer, route: str) -> None:
-    """Send a call, and be gone before the answer."""
+def hang_up(server: EngineServer, route: str, state: str) -> None:
+    """Send a call, and be gone before the answer; it comes to what it was to bring."""
     with contextlib.suppress(httpx.ReadTimeout):
         server.admin.post(route, timeout=httpx.Timeout(10, read=0.005))
+    until(lambda: server.state()["state"] == state, otherwise=server.state)
 
 
 def resident(server: EngineServer) -> int:
@@ -228,15 +229,15 @@ def test_a_call_whose_answer_was_lost_is_repeated(awake: Served) -> None:
     assert (again["memory"]["verdict"], again["state"]) == ("pass", "asleep")
     for tags in (["weights"], ["weights"]):
         assert wake(server, tags)["sleep"]["released"] == ["kv_cache"]
-    hang_up(server, "/wake")
+    hang_up(server, "/wake", "serving")
     for _ in range(2):
         assert wake(server)["state"] == "serving"
     assert held.result() == server.greedy(PROMPT, TOKENS)
-    hang_up(server, "/sleep")
+    hang_up(server, "/sleep", "asleep")
     assert sleep(server, tags=["kv_cache"])["sleep"]["released"] == ["weights", "kv_cache"]
     assert wake(server)["state"] == "serving"
     for route, state in (("/pause", "paused"), ("/resume", "serving")):
-        hang_up(server, route)
+        hang_up(server, route, state)
         for _ in range(2):
             assert server.admin.post(route).json()["state"] == state
     assert OLD.wrong_answers(server.greedy) == []
