@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import signal
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -55,10 +56,11 @@ def wake(server: EngineServer, tags: Sequence[str] | None = None) -> dict[str, A
 
 
 def hang_up(server: EngineServer, route: str, state: str) -> None:
-    """Send a call, and be gone before the answer; it comes to what it was to bring."""
-    with contextlib.suppress(httpx.ReadTimeout):
-        server.admin.post(route, timeout=httpx.Timeout(10, read=0.005))
-    until(lambda: server.state()["state"] == state, otherwise=server.state)
+    """Send a call and never read its answer; it comes to what it was to bring."""
+    url, token = httpx.URL(server.url), server.admin.headers["authorization"]
+    with contextlib.closing(http.client.HTTPConnection(url.host, url.port)) as connection:
+        connection.request("POST", f"/admin/v1{route}", headers={"authorization": token})
+        until(lambda: server.state()["state"] == state, otherwise=server.state)
 
 
 def resident(server: EngineServer) -> int:
