@@ -15,6 +15,9 @@ TOLD_S, TRUE_S = 5.0, 10.0
 GONE_S = 10.0
 """Until a server has ended of which a process was killed."""
 
+AT_ONCE_S = 20.0
+"""What a new trainer's update may take where a dead one has prepared another."""
+
 
 @dataclass(kw_only=True)
 class Result(Verdicts):
@@ -102,5 +105,5 @@ class Result(Verdicts):
             yield f"unfinished files: {', '.join(self.unfinished)}"
         if not self.row.ends_server and self.repaired_s is None:
             yield "only a restart helps" if self.for_good else "not repaired"
-        elif at_once and self.repaired_s is not None and self.repaired_s > self.row.timeout_s / 2:
+        elif at_once and self.repaired_s is not None and self.repaired_s > AT_ONCE_S:
             yield "others were kept out"

@@ -11,7 +11,7 @@ __all__ = ["PREPARED_S", "TIMEOUT_S", "Row", "SteppingKind", "rows"]
 
 TIMEOUT_S = 6.0
 """Of the update that is hurt."""
-PREPARED_S = 30.0
+PREPARED_S = 60.0
 """Of one that is prepared by a trainer who dies: others are not kept out for all of it."""
 
 _STILL = ("worker_stopped", "worker_killed", "core_stopped", "core_killed", "api_killed")
