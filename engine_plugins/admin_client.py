@@ -27,6 +27,7 @@ from engine_plugins.admin_answers import (
     UpdateRequest,
     Weights,
 )
+from engine_plugins.engine_url import PREFIX, engine_url
 from engine_plugins.errors import (
     AdminAnswerError,
     EngineUnreachableError,
@@ -45,7 +46,6 @@ __all__ = ["AdminClient"]
 
 TOKEN = "ENGINE_PLUGINS_ADMIN_TOKEN"
 TOKEN_FILE = "ENGINE_PLUGINS_ADMIN_TOKEN_FILE"
-PREFIX = "/admin/v1"
 PROBLEM = "urn:engine-plugins:"
 """How the type of an engine's own problem documents begins."""
 GZIP_ABOVE_BYTES = 64 * 1024
@@ -92,7 +92,7 @@ class AdminClient:
         ca_file: CaFile | None = None,
         client_cert: ClientCert | None = None,
     ) -> None:
-        base = _base_url(url)
+        base = engine_url(url)
         self.url = str(base).rstrip("/").removesuffix(PREFIX)
         self._token = token
         self._timeout_s = timeout_s
@@ -386,29 +386,6 @@ def _problem(url: str, response: httpx.Response) -> AdminAnswerError:
         by_engine=problem.type.startswith(PROBLEM),
         retry_after="retry-after" in response.headers,
     )
-
-
-def _base_url(url: str) -> httpx.URL:
-    try:
-        parts = httpx.URL(url)
-    except (httpx.InvalidURL, TypeError) as error:
-        raise SettingsError(f"an engine's url cannot be read: {error}") from error
-    known = parts.scheme in ("http", "https") and parts.host and (parts.port or 80) < 2**16
-    if not known or parts.userinfo or parts.query or parts.fragment:
-        # Without what may be a secret.
-        shown = parts.copy_with(userinfo=b"", query=None, fragment=None)
-        raise SettingsError(
-            f"{shown} is not an engine's url",
-            remedy="give http://host:port, without user, password or query",
-        )
-    if parts.path.rstrip("/").endswith("/v1") and not parts.path.rstrip("/").endswith(PREFIX):
-        plain = parts.copy_with(path=parts.path.rstrip("/").removesuffix("/v1") or "/")
-        raise SettingsError(
-            f"{parts} is the url of the engine's OpenAI routes, and /v1 does not belong there: "
-            "the admin routes are beside it",
-            remedy=f"give {str(plain).rstrip('/')}",
-        )
-    return parts
 
 
 def _token_from_file(scope: str) -> str:

@@ -53,6 +53,7 @@ def after_key_check(result: None, app: FastAPI, **keys: Any) -> None:
 def add_routes(app: FastAPI) -> None:
     """Register the admin routes, close SGLang's own, and tell the gate's series."""
     _routes.register(app)
+    _admin.watch_beside(app)
     close_routes(app)
     tell_gate_metrics(Path(os.environ[RUNTIME_DIR]))
     app.add_middleware(RefuseBeforeStream, shared=shared_state())
@@ -66,4 +67,5 @@ def _find_engine() -> tuple[EngineControl, Settings] | None:
     return SglangEngineControl(state.tokenizer_manager, calls), Settings.load()
 
 
-_routes = AdminRoutes(LateAdmin(_find_engine))
+_admin = LateAdmin(_find_engine)
+_routes = AdminRoutes(_admin)

@@ -22,7 +22,7 @@ from engine_plugins.admin.kv_mark import marked
 from engine_plugins.errors import EngineCallError
 from sglang_ext.health_probe import is_probe
 
-__all__ = ["SchedulerHooks", "end_if_fenced", "mark_from_the_start", "mark_new_request"]
+__all__ = ["SchedulerHooks", "end_if_fenced", "fenced", "mark_from_the_start", "mark_new_request"]
 
 _MARK = "engine_plugins_kv_mark"
 _FENCE = "engine_plugins_fence"
@@ -122,6 +122,16 @@ class SchedulerHooks:
         return [*self._scheduler.waiting_queue, *self._scheduler.grammar_manager.grammar_queue]
 
 
+def fenced(reason: str) -> dict[str, Any]:
+    """Why a request of a fenced engine ends, as SGLang's API processes read it."""
+    return {
+        "type": "abort",
+        "message": reason,
+        "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
+        "err_type": "ServiceUnavailableError",
+    }
+
+
 def _end_all(scheduler: Any, reason: str) -> int:
     """End every request, running or queued, with an error; say how many.
 
@@ -132,12 +142,7 @@ def _end_all(scheduler: Any, reason: str) -> int:
     scheduler.waiting_queue.extend(compiling)
     compiling.clear()
     ended = len(scheduler.waiting_queue)
-    why = {
-        "type": "abort",
-        "message": reason,
-        "status_code": HTTPStatus.SERVICE_UNAVAILABLE,
-        "err_type": "ServiceUnavailableError",
-    }
+    why = fenced(reason)
     scheduler.abort_request(AbortReq(abort_all=True, finished_reason=why))
     return ended
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import sglang
 from sglang.srt.managers.io_struct import (
+    AbortReq,
     ContinueGenerationReqInput,
     PauseGenerationReqInput,
     UpdateWeightVersionReqInput,
@@ -25,6 +26,7 @@ from engine_plugins.admin.state import refusal
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import ConflictError, EngineCallError
 from engine_plugins.weights.model_facts import model_facts
+from sglang_ext.core_hooks import fenced
 from sglang_ext.scheduler_calls import SchedulerCalls
 
 __all__ = ["SglangEngineControl"]
@@ -124,6 +126,13 @@ class SglangEngineControl:
         """
         reason = refusal(self._shared.read()) or "the engine ended its requests"
         return max(await self._schedulers.ask("scheduler_fail_requests", int, reason=reason))
+
+    async def end_waiting(self, reason: str) -> int:
+        """As if the schedulers had aborted them; those end their own once they go on."""
+        waiting = list(self._manager.rid_to_state)
+        for rid in waiting:
+            self._manager._handle_abort_req(AbortReq(rid=rid, finished_reason=fenced(reason)))
+        return len(waiting)
 
     async def request_counts(self) -> RequestCounts:
         """Ask the schedulers, which all hold the same requests."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from engine_plugins.admin.runtime_dir import build_runtime_dir, remove_runtime_dir
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir, remove_runtime_dir
 from engine_plugins.settings import PREFIX
 from sglang_ext.server_flags import check_launch
 
@@ -24,7 +24,7 @@ def launch_schedulers(
     original: Callable[..., Any], engine: type, server_args: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Around `Engine._launch_scheduler_processes`."""
-    build_runtime_dir()
+    ensure_runtime_dir()
     check_launch(server_args)
     os.environ[ROLE] = "scheduler"
     try:

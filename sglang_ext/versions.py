@@ -98,8 +98,9 @@ _UPDATES = EngineNames(
         "sglang.srt.managers.mm_schedule": ("embedding_cache",),
         "sglang.srt.managers.tokenizer_manager": (
             "TokenizerManager: _result_dispatcher, is_pause, is_pause_cond, mm_processor, "
-            "model_config, model_update_lock, served_model_name, server_args",
+            "model_config, model_update_lock, rid_to_state, served_model_name, server_args",
             "TokenizerManager._dispatch_to_scheduler(self, obj)",
+            "TokenizerManager._handle_abort_req(self, recv_obj)",
             "TokenizerManager._update_weight_version_if_provided(self, weight_version)",
             "TokenizerManager.abort_request(self, *, abort_all)",
             "TokenizerManager.auto_create_handle_loop(self)",

@@ -83,7 +83,9 @@ def mount(app: FastAPI) -> None:
     require_installed()
     if any(isinstance(route, AdminMount) for route in app.routes):
         return
-    app.router.routes.append(AdminMount(LateAdmin(functools.partial(_find_engine, app))))
+    admin = LateAdmin(functools.partial(_find_engine, app))
+    app.router.routes.append(AdminMount(admin))
+    admin.watch_beside(app)
     close_routes(app)
     # Innermost, so that vLLM's own middleware sees the status of a refusal and counts it.
     app.user_middleware.append(Middleware(RefuseBeforeStream, shared=shared_state()))

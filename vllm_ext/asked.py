@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
-    "GATE_AT_START",
     "OURS",
     "RUNTIME_DIR",
     "asks_for_us",
@@ -24,11 +23,8 @@ OURS = "engine_plugins"
 """Our name in vLLM's additional configuration."""
 _PREFIX = "ENGINE_PLUGINS_"
 RUNTIME_DIR = _PREFIX + "RUNTIME_DIR"
-GATE_AT_START = _PREFIX + "RUNTIME_GATE"
-"""Set where the engine's core is to make the prefill gate while it starts."""
 _OF_ONE_SERVER = (
     RUNTIME_DIR,
-    GATE_AT_START,
     _PREFIX + "RUNTIME_OWNER",
     _PREFIX + "NO_PREFILL_GATE",
 )

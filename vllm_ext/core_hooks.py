@@ -31,7 +31,7 @@ from engine_plugins.weights.worker_service import answer_call
 from vllm_ext.asked import has_extension
 from vllm_ext.hooks import settings_of
 
-__all__ = ["hook_engine_core", "hook_gate"]
+__all__ = ["hook_core_start", "hook_engine_core"]
 
 _GATE = "_engine_plugins_gate"
 _STATE = "_engine_plugins_state"
@@ -128,10 +128,11 @@ def _fail_requests(self: EngineCoreProc) -> int:
     return len(ended)
 
 
-def hook_gate() -> None:
-    """Make the gate that a start asks for as soon as both the scheduler and the ranks are there.
+def hook_core_start() -> None:
+    """Have a core say that it is there, and make the gate that its start asks for.
 
-    The core loads plugins within its `__init__`: what is wrapped is a method that this calls then.
+    By now both the scheduler and the ranks are there. The core loads plugins within its
+    `__init__`: what is wrapped is a method that this calls then.
     """
     original = EngineCore._initialize_effective_attention_block_size
     if hasattr(original, _HOOKED):

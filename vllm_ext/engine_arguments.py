@@ -16,13 +16,13 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from engine_plugins.admin.absent_parts import note_absent
-from engine_plugins.admin.runtime_dir import build_runtime_dir, ensure_runtime_dir
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir, join_runtime_dir
 from engine_plugins.engine_release import gate_refusal
 from engine_plugins.errors import EnginePluginError, UnsupportedError
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.time_sharing import force_memory_saver
 from engine_plugins.worker_environment import forwarded_environment
-from vllm_ext.asked import GATE_AT_START, forget_other_server, has_extension
+from vllm_ext.asked import forget_other_server, has_extension
 from vllm_ext.hooks import hook_api_process, require_installed, settings_of
 from vllm_ext.versions import VLLM
 
@@ -53,7 +53,7 @@ def configured(create_config: Callable[[], Any], arguments: EngineArgs) -> Any:
             forget_other_server()
             return create_config()
         _check_release(settings, ours=ours)
-        _install(arguments, settings)
+        _install(arguments)
         if ours:
             require_installed()
         on_cpu = current_platform.is_cpu()
@@ -68,21 +68,17 @@ def configured(create_config: Callable[[], Any], arguments: EngineArgs) -> Any:
         return config
 
 
-def _install(arguments: EngineArgs, settings: Settings) -> None:
+def _install(arguments: EngineArgs) -> None:
     """Have a runtime directory and the hooks in this process.
 
     Of several API processes each makes the configuration again, for the server of its parent.
     """
     if arguments._api_process_count > 1 and arguments._api_process_rank >= 0:
-        ensure_runtime_dir()
+        join_runtime_dir()
     else:
-        build_runtime_dir()
+        ensure_runtime_dir()
     if (no_gate := gate_refusal()) is not None:
         note_absent("prefill_gate", no_gate.message)
-    if settings.prefill_gate == "off":
-        os.environ.pop(GATE_AT_START, None)
-    else:
-        os.environ[GATE_AT_START] = settings.prefill_gate
     hook_api_process()
 
 

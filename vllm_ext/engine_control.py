@@ -81,6 +81,13 @@ class VllmEngineControl:
         """End every held and queued request with an error."""
         return int(await self._core("engine_plugins_fail_requests"))
 
+    async def end_waiting(self, reason: str) -> int:
+        """Aborted here; `explained` says why. The core ends its own once it goes on."""
+        waiting = list(self._client.output_processor.request_states)
+        if waiting:
+            await self._client.abort(waiting, internal=True)
+        return len(waiting)
+
     async def request_counts(self) -> RequestCounts:
         """Ask the core."""
         running, waiting = await self._core("engine_plugins_request_counts")

@@ -20,6 +20,8 @@ from vllm_ext.prefill_refusal import RefusedPrefillError, answer_to, refusal_of
 
 __all__ = ["all_have_spoken", "explained", "is_marked_as_held", "marked_as_held"]
 
+_CUT_SHORT = ("error", "abort")
+"""How a fence ends requests: in the core, or where the core does not answer."""
 _MARK = "engine_plugins_answer_is_held"
 
 
@@ -69,7 +71,7 @@ async def explained(
     try:
         async with contextlib.aclosing(outputs):
             async for output in outputs:
-                ended = [each for each in output.outputs if each.finish_reason == "error"]
+                ended = [each for each in output.outputs if each.finish_reason in _CUT_SHORT]
                 if ended and not (sent if held is None else held.begun):
                     _explain(shared, ended[0].stop_reason)
                 sent = sent or any(each.token_ids for each in output.outputs)

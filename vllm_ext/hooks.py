@@ -7,7 +7,6 @@ worker extension.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
@@ -15,7 +14,7 @@ from typing import Any
 
 from engine_plugins.errors import SettingsError, UnsupportedError
 from engine_plugins.settings import Settings
-from vllm_ext.asked import GATE_AT_START, OURS, begins_like_ours
+from vllm_ext.asked import OURS, begins_like_ours
 
 __all__ = [
     "hook_api_process",
@@ -46,8 +45,7 @@ def hook_core() -> None:
     """Install what belongs to an engine's core."""
     speak_through_vllm()
     install("vllm_ext.core_hooks", "hook_engine_core")
-    if GATE_AT_START in os.environ:
-        install("vllm_ext.core_hooks", "hook_gate", needed=False)
+    install("vllm_ext.core_hooks", "hook_core_start")
 
 
 def speak_through_vllm() -> None:

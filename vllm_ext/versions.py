@@ -21,6 +21,7 @@ _UPDATES = EngineNames(
             "(self, request_id, engine_input, sampling_params, *args, **kwargs)",
         ),
         "vllm.v1.engine.core": (
+            "EngineCore._initialize_effective_attention_block_size(self, *args, **kwargs)",
             "EngineCore.preprocess_add_request(self, request, *args, **kwargs)",
         ),
         "vllm.v1.worker.gpu_worker": ("Worker.load_model(self, *args, **kwargs)",),
@@ -49,7 +50,8 @@ _UPDATES = EngineNames(
             "CompletionOutput: index, token_ids, finish_reason, stop_reason",
         ),
         "vllm.v1.engine.async_llm": (
-            "AsyncLLM: engine_core, errored, vllm_config",
+            "AsyncLLM: engine_core, errored, output_processor, vllm_config",
+            "async AsyncLLM.abort(self, request_id, internal)",
             "async AsyncLLM.pause_generation(self, *, mode, clear_cache)",
             "async AsyncLLM.resume_generation(self)",
             "async AsyncLLM.reset_prefix_cache(self, *, reset_running_requests)",
@@ -58,6 +60,7 @@ _UPDATES = EngineNames(
             "async AsyncLLM.update_weight_version(self, new_version)",
             "async AsyncLLM.collective_rpc(self, method, *, kwargs)",
         ),
+        "vllm.v1.engine.output_processor": ("OutputProcessor: request_states",),
         "vllm.v1.engine.core_client": (
             "async AsyncMPClient.call_utility_async(self, method, *args)",
         ),
@@ -143,9 +146,6 @@ _UPDATES = EngineNames(
 
 _GATE = EngineNames(
     hooked={
-        "vllm.v1.engine.core": (
-            "EngineCore._initialize_effective_attention_block_size(self, *args, **kwargs)",
-        ),
         "vllm.v1.core.sched.scheduler": (
             "Scheduler.add_request(self, request)",
             "Scheduler.schedule(self, *args, **kwargs)",

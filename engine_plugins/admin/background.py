@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from engine_plugins.errors import EnginePluginError
 
-__all__ = ["Background"]
+__all__ = ["Background", "going_on"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +43,18 @@ class Background:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+@asynccontextmanager
+async def going_on(work: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Have work without an end go on for as long as a context lasts."""
+    task = asyncio.create_task(work)
+    task.add_done_callback(_log_error)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
 
 
 def _log_error(task: asyncio.Task[Any]) -> None:

@@ -8,6 +8,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from engine_plugins.admin.engine_control import InFlightKV, PauseMode
+from engine_plugins.admin.sources import MAX_SOURCES
 from engine_plugins.settings import GATE_MODES
 from engine_plugins.sleep.memory_backend import MemoryTag
 
@@ -91,7 +92,7 @@ class ConnectBody(_Body):
     )
 
     source_ids: list[Id] = Field(
-        min_length=1, max_length=65536, description="as POST /weights/sources gave them"
+        min_length=1, max_length=MAX_SOURCES, description="as POST /weights/sources gave them"
     )
     direction: Literal["pull", "push"] = Field(
         default="pull", description="pull: the engine reads the weights; push: trainers write them"

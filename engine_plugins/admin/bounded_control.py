@@ -87,6 +87,10 @@ class BoundedControl:
         """End every held and queued request with an error."""
         return await self._ask("fail_requests", self._control.fail_requests())
 
+    async def end_waiting(self, reason: str) -> int:
+        """End the requests that this API process waits for, without the engine."""
+        return await self._ask("end_waiting", self._control.end_waiting(reason))
+
     async def request_counts(self) -> RequestCounts:
         """How many requests there are."""
         return await self._ask("request_counts", self._control.request_counts())

@@ -82,6 +82,10 @@ class EngineControl(Protocol):
         """End every held and queued request with an error; say how many."""
         ...
 
+    async def end_waiting(self, reason: str) -> int:
+        """End the requests that this API process waits for, without the engine; say how many."""
+        ...
+
     async def request_counts(self) -> RequestCounts:
         """How many requests there are, as soon as the engine can say."""
         ...

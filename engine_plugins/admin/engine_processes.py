@@ -17,7 +17,7 @@ import psutil
 
 from engine_plugins.sleep.process_identity import start_ticks
 
-__all__ = ["EngineProcess", "EngineProcesses", "kernel_state", "sign_in"]
+__all__ = ["EngineProcess", "EngineProcesses", "kernel_state", "sign_in", "stands_still"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,11 @@ def kernel_state(pid: int) -> str:
         return psutil.STATUS_DEAD
     except (psutil.Error, OSError):
         return psutil.STATUS_RUNNING  # nothing can be said of it
+
+
+def stands_still(state: str) -> bool:
+    """Whether a process in this state is stopped."""
+    return state in _STILL
 
 
 class EngineProcesses:

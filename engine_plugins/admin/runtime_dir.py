@@ -27,11 +27,11 @@ from engine_plugins.sleep.process_identity import ProcessIdentity, identify
 
 __all__ = [
     "RUNTIME_DIR",
-    "build_runtime_dir",
     "ensure_runtime_dir",
     "first_process",
     "hold_runtime_dir",
     "is_started_by_owner",
+    "join_runtime_dir",
     "remove_runtime_dir",
     "shared_state",
 ]
@@ -52,7 +52,7 @@ _laid_out: _Held | None = None
 _held: _Held | None = None
 
 
-def build_runtime_dir() -> Path:
+def ensure_runtime_dir() -> Path:
     """Lay out the directory of the server that this process builds; repeating is harmless.
 
     One that was merely inherited is another server's: of a program that built an engine itself
@@ -68,10 +68,10 @@ def build_runtime_dir() -> Path:
     return _laid_out.path
 
 
-def ensure_runtime_dir() -> Path:
+def join_runtime_dir() -> Path:
     """Take the directory that this process has inherited, or lay one out where it has none."""
     if RUNTIME_DIR not in os.environ:
-        return build_runtime_dir()
+        return ensure_runtime_dir()
     hold_runtime_dir()
     return Path(os.environ[RUNTIME_DIR])
 

@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import logging
 import secrets
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from engine_plugins.admin.absent_parts import absent_parts
 from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
-from engine_plugins.admin.pausing import end_left_pause, end_overdue, new_pause, pause_within
+from engine_plugins.admin.pausing import end_left_pause, new_pause, pause_within
 from engine_plugins.admin.schemas import (
     AbortBody,
     AbsentView,
@@ -42,14 +41,13 @@ from engine_plugins.admin.sleeping import Sleeping, memory_answer, residual_memo
 from engine_plugins.admin.sources import Sources
 from engine_plugins.admin.state import (
     EngineState,
-    Pause,
     WeightsInstalled,
     moved,
-    overdue,
     require,
     require_weights_mapped,
 )
 from engine_plugins.admin.updates import MOST_WAIT_S, Updates
+from engine_plugins.admin.watcher import Watcher
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
@@ -78,8 +76,6 @@ logger = logging.getLogger(__name__)
 MAX_PLANS = 8
 BUSY_WAIT_S = 0.05
 """How long /state waits for an engine that may be busy; what it has not said then is unknown."""
-RETRY_S = 0.05
-FAILED_RETRY_S = 1.0
 WAIT_S = 5.0
 """How long a call waits for another to end."""
 
@@ -97,6 +93,8 @@ class AdminService:
         self._background = Background()
         self._updates = Updates(self._control, shared, settings, self._background)
         self._sleeping = Sleeping(self._control, shared, settings)
+        self.watcher = Watcher(self._control, shared, self._updates)
+        """Runs for as long as the application does, see `late_admin`."""
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
 
@@ -150,8 +148,6 @@ class AdminService:
             asked = new_pause(body.mode, body.hold_s)
             pause = asked.beside(state.pause)
             self._shared.change(lambda now: moved(now, "paused", pause=pause))
-        if pause.ends_at is not None:
-            self._background.keep(self._end_pause(pause))
 
     async def resume(self) -> StateView:
         """Schedule again; this ends every caller's pause."""
@@ -382,25 +378,6 @@ class AdminService:
             await self._updates.recover()
             await end_left_pause(self._control, self._shared)
             yield
-
-    async def _end_pause(self, pause: Pause) -> None:
-        """End a pause whose time is over, if it is still that pause.
-
-        The engine may be asleep or updating just then: the pause ends when it is paused again.
-        """
-        while self._shared.read().pause == pause:
-            left = (pause.ends_at or 0.0) - time.monotonic()
-            await asyncio.sleep(max(left, RETRY_S))
-            if not overdue(self._shared.read(), time.monotonic()):
-                continue
-            try:
-                async with self._operation("resume"):
-                    await end_overdue(self._control, self._shared)
-            except ConflictError:
-                continue  # another call, which ends
-            except EnginePluginError:
-                logger.exception("a pause whose time is over could not be ended")
-                await asyncio.sleep(FAILED_RETRY_S)
 
 
 def _summary(

@@ -176,12 +176,17 @@ class UpdateTransaction:
     def _installed(self, ranks: list[RankReport]) -> UpdateReport:
         return report_of(self._record, "installed", ranks, paused_s=self._paused_s)
 
-    async def give_up(self, error: EnginePluginError, *, writes_ended: bool = True) -> None:
+    async def give_up(
+        self, error: EnginePluginError, *, writes_ended: bool = True
+    ) -> EnginePluginError:
         """Back to the old weights if none was touched; otherwise behind a fence.
 
         Args:
             error: why; its remedy will say what serves.
             writes_ended: whether a push's trainer is known to write no more.
+
+        Returns:
+            The error to tell: the same, or that the engine does not answer.
         """
         wrote, lost = self._record.touched, False
         pushed = self._plan.direction == "push"
@@ -192,17 +197,16 @@ class UpdateTransaction:
             wrote, lost = answer.wrote or wrote, answer.lost
             if wrote or lost:
                 await self._fence(error, lost=lost)
-                return
+                return error
             if self._record.paused_here:
                 await engine.resume()
         except (EngineStuckError, EngineDeadError) as silent:
-            await self._fence_silent(error, silent)
-            return
+            return await self._fence_silent(error, silent)
         except Exception:
             logger.exception("giving up an update met another error")
             if wrote or lost:
                 self._close_fence(error, lost=lost)
-                return
+                return error
         before = self._record.before
         self._shared.change(
             lambda state: moved(
@@ -210,6 +214,7 @@ class UpdateTransaction:
             )
         )
         error.remedy = error.remedy or "the old weights serve on; mend the cause and update again"
+        return error
 
     @asynccontextmanager
     async def _or_give_up(self) -> AsyncIterator[None]:
@@ -218,12 +223,13 @@ class UpdateTransaction:
         except OutdatedError:
             raise  # whoever took this one's place has said what the engine holds
         except EnginePluginError as error:
-            await self.give_up(error)
-            raise
+            told = await self.give_up(error)
+            if told is error:
+                raise
+            raise told from error
         except Exception as error:  # an engine's own exception must not leave the state behind
             failure = EnginePluginError(f"{type(error).__name__}: {error}")
-            await self.give_up(failure)
-            raise failure from error
+            raise await self.give_up(failure) from error
 
     async def _pull(self) -> list[StatusAnswer]:
         """Pull until nothing more can come without the engine standing still."""
@@ -342,22 +348,25 @@ class UpdateTransaction:
 
     async def _fence_silent(
         self, error: EnginePluginError, silent: EngineStuckError | EngineDeadError
-    ) -> None:
+    ) -> EnginePluginError:
         """Refuse requests of an engine that does not answer.
 
         It is told to give up and to end its requests all the same: it does so once it goes on.
         """
+        told = error
         if not isinstance(error, EngineStuckError | EngineDeadError):
-            error.message += f"; giving up, {silent.message}"
-        fence = stands_still(self._body.version, error, silent, touched=self._record.touched)
-        changes = {"weights": WeightsInstalled()} if self._record.touched else {}
+            told, silent.message = silent, f"{error.message}; giving up, {silent.message}"
+        touched = self._record.touched
+        fence = stands_still(self._body.version, told, silent, touched=touched)
+        changes = {"weights": WeightsInstalled()} if touched else {}
         self._shared.change(
             lambda state: moved(state, "fenced", fence=fence, update=None, **changes)
         )
-        error.remedy = f"the engine is fenced; {fence.remedy}"
-        logger.error("engine fenced: %s", error.message)
+        told.remedy = f"the engine is fenced; {fence.remedy}"
+        logger.error("engine fenced: %s", told.message)
         with suppress(EnginePluginError):
             await self._engine.closing().fail_requests()
+        return told
 
     def _mark_new_kv(self) -> None:
         """From here on no request may use KV of the weights before."""

@@ -6,7 +6,7 @@ in the runtime directory, so any API process may take the next call.
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import time
 from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
@@ -22,13 +22,14 @@ from engine_plugins.admin.shared_state import Held, SharedState
 from engine_plugins.admin.staging_claims import StagingClaims
 from engine_plugins.admin.state import (
     EngineState,
+    WeightsInstalled,
     moved,
     refuse_for_good,
     require,
     require_weights_mapped,
 )
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
-from engine_plugins.admin.update_outcome import stands_still
+from engine_plugins.admin.update_outcome import half_way, stands_still
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.update_transaction import UpdateTransaction
 from engine_plugins.admin.worker_calls import WorkerCalls
@@ -37,6 +38,8 @@ from engine_plugins.errors import (
     EnginePluginError,
     EngineStuckError,
     OutdatedError,
+    PeerLostError,
+    SourceRevokedError,
     StaleVersionError,
     UnknownIdError,
     UnsupportedError,
@@ -49,7 +52,8 @@ from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode,
 
 __all__ = ["Updates"]
 
-RETRY_S = 0.05
+logger = logging.getLogger(__name__)
+
 MOST_WAIT_S = 30.0
 """For another call to end. Its caller's own patience is `timeout_s`, where it says one."""
 
@@ -131,6 +135,10 @@ class Updates:
             )
         return given.report
 
+    def under_way(self) -> UpdateRecord | None:
+        """What is known of the update under way, whoever carries it."""
+        return self._records.read() if self._shared.read().state == "updating" else None
+
     async def recover(self) -> None:
         """Give up an update that nobody carries on; the caller holds the operation lock.
 
@@ -138,15 +146,15 @@ class Updates:
         lock otherwise.
         """
         record = self._records.read()
-        if record is None:
-            return
         if self._shared.read().state != "updating":
-            self._records.drop()
-            return
-        error: EnginePluginError
-        if record.prepared is None:
+            if record is not None:
+                await self._forget(record)
+        elif record is None:
+            await self._fence_without_record()
+        elif record.prepared is None:
             # Whether it had come to its pause is not known.
             record.paused_here = record.before.state == "serving"
+            error: EnginePluginError
             error = UpdateFailedError("the API process that carried the update ended")
             await self._give_up(record, error, writes_ended=True)
         elif time.monotonic() >= record.overdue_at:
@@ -154,6 +162,59 @@ class Updates:
                 f"no commit came within {record.body.timeout_s:g} s of prepare"
             )
             await self._give_up(record, error, writes_ended=False)
+
+    async def look_at_sources(self) -> None:
+        """Give up a prepared update whose trainer is gone; the caller holds the operation lock."""
+        record = self._records.read()
+        if record is None or record.prepared is None:
+            return
+        try:
+            await WorkerCalls(self._control).look()
+        except (PeerLostError, SourceRevokedError) as error:
+            error.message = f"while the update was prepared: {error.message}"
+            # Its writes may have been cut off with it, or only its word to us.
+            await self._give_up(record, error, writes_ended=False)
+
+    async def take_over(self, record: UpdateRecord, error: EnginePluginError) -> None:
+        """Carry on for a process that does not: fenced at once, then given up.
+
+        Args:
+            record: of the update.
+            error: names the process.
+        """
+        fence = half_way(record.body.version, error)
+        weights = WeightsInstalled() if record.touched else record.before.weights
+        self._shared.take_over(
+            lambda state: moved(state, "fenced", fence=fence, update=None, weights=weights),
+            of=self._shared.generation,
+        )
+        async with self._shared.operation("give an update up"):
+            if self._records.read() is not None:
+                record.paused_here = record.before.state == "serving"
+                await self._give_up(record, error, writes_ended=True)
+
+    async def _forget(self, record: UpdateRecord) -> None:
+        """The update has ended, but nobody has said so to the workers, or that it has."""
+        try:
+            await WorkerCalls(self._control.closing()).abort()
+        except EnginePluginError as error:
+            logger.warning("the update to version %d: %s", record.body.version, error)
+        self._records.drop()
+
+    async def _fence_without_record(self) -> None:
+        """An update of which nothing is known but that it was under way."""
+        progress = self._shared.read().update
+        version = 0 if progress is None else progress.version
+        error = UpdateFailedError("its process ended, and what it wrote down of it is gone")
+        fence = half_way(version, error)
+        self._shared.change(
+            lambda state: moved(
+                state, "fenced", fence=fence, update=None, weights=WeightsInstalled()
+            )
+        )
+        engine = self._control.closing()
+        await WorkerCalls(engine).abort()
+        await engine.fail_requests()
 
     def place(self, name: str, patience_s: float) -> AbstractAsyncContextManager[Held]:
         """The one place for operations, once whoever has it has ended.
@@ -216,9 +277,7 @@ class Updates:
             plan = await self._accepted(body, doing="prepare an update")
             mode = _mode_in_two_phases(body, plan)
             transaction = self._begin(body, plan, mode, held.waited_s)
-            report = await self._carried(transaction, transaction.prepare())
-            self._background.keep(self._expire(body.request_id))
-            return report
+            return await self._carried(transaction, transaction.prepare())
 
     async def _commit(self, request_id: str) -> UpdateReport:
         async with self.place("commit", MOST_WAIT_S) as held:
@@ -299,7 +358,7 @@ class Updates:
         self, record: UpdateRecord, error: EnginePluginError, *, writes_ended: bool
     ) -> UpdateReport:
         transaction = UpdateTransaction(self._control, self._shared, record)
-        await transaction.give_up(error, writes_ended=writes_ended)
+        error = await transaction.give_up(error, writes_ended=writes_ended)
         report = transaction.failure_report(error)
         self._ended(report, error)
         return report
@@ -307,16 +366,6 @@ class Updates:
     def _ended(self, report: UpdateReport, error: EnginePluginError | None = None) -> None:
         self._answers.keep(report, error)
         self._records.drop()
-
-    async def _expire(self, request_id: str) -> None:
-        """Give a prepared update up once its commit is overdue."""
-        while (record := self._records.prepared(request_id)) is not None:
-            await asyncio.sleep(max(record.overdue_at - time.monotonic(), RETRY_S))
-            try:
-                async with self._shared.operation("abort"):
-                    await self.recover()
-            except ConflictError:
-                continue  # a commit, most likely
 
     def _plan(self, plan_id: str) -> PlanSummary:
         kept = (

@@ -116,6 +116,8 @@ class PreparedPush:
             PeerLostError: one is gone.
         """
         if self._lookout is None:
+            peers = [(each.agent, each.agent_metadata) for each in self._sources]
+            self._transport.vet_peers(peers)
             for manifest in self._sources:
                 self._transport.add_peer(manifest.agent, manifest.agent_metadata)
             self._lookout = WordReader(self._sources, self._transport)

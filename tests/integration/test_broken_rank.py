@@ -54,6 +54,7 @@ def test_a_wake_that_breaks_ends_held_requests_and_takes_the_version_back(
     """The file with a rank's weights is gone: nothing serves, nobody waits, and a restart helps."""
     with offered(server.admin, NEW.tensors()) as offer:
         assert offer.update(1).json()["version"] == 1
+    server.greedy(PROMPT, 2)  # the first request of a server takes long
     held = Stream(server, PROMPT, 400)
     held.wait_for(5)
     with ThreadPoolExecutor(1) as background:

@@ -19,8 +19,10 @@ from engine_plugins.errors import AdminAnswerError
 from engine_plugins.sleep.process_identity import ProcessIdentity
 from sglang_ext.roll_call import absences, report_present
 from sglang_ext.server_flags import prepare_server_args, refuse_unsupported, take_flags
+from sglang_ext.versions import SGLANG
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.live_models import LiveModel
+from tests.support.looked_into import FOLDER, look_into
 from tests.support.sglang_server import sglang_server
 
 OURS = "ENGINE_PLUGINS_"
@@ -225,11 +227,20 @@ def test_what_the_gate_alone_lacks_leaves_a_server_without_one(
 
 @pytest.mark.engine
 def test_a_server_in_a_process_of_its_own_is_ours_by_the_environment(tmp_path: Path) -> None:
-    """Its arguments come from no command line; its directory is its own, and goes with it."""
+    """Its arguments come from no command line; its directory is its own, and goes with it.
+
+    Its schedulers have no hook of the prefill gate until that is turned on, while they serve.
+    """
+    steps = {"run_batch", "_get_new_batch_prefill_raw", "_add_request_to_queue", "_pull_raw_reqs"}
+
+    def hooked() -> set[str]:
+        told = look_into(server.pid, tmp_path, sorted(SGLANG.hooked))
+        return {name.rpartition(".")[2] for each in told.values() for name in each["hooked"]}
+
     with sglang_server(
         LiveModel(kind="qwen3_live", version=0).copy_to(tmp_path / "model"),
         tmp_path / "log",
-        environment={"ENGINE_PLUGINS_ENABLE": "1"},
+        environment={"ENGINE_PLUGINS_ENABLE": "1", FOLDER: str(tmp_path)},
         launcher="tests.support.launching_sglang",
         preload=True,
     ) as server:
@@ -239,6 +250,13 @@ def test_a_server_in_a_process_of_its_own_is_ours_by_the_environment(tmp_path: P
         (owner,) = tmp_path.glob("engine-plugins-*/owner")
         noted = msgspec.json.decode(owner.read_bytes(), type=ProcessIdentity)
         assert noted.pid in [each.pid for each in psutil.Process(server.pid).children()]
+        assert "handle_generate_request" in hooked()
+        assert not steps & hooked()
+        server.admin.patch("/prefill-gate", json={"mode": "observe"}).raise_for_status()
+        assert len(server.greedy([5, 6, 7], 2)) == 2
+        assert steps <= hooked()
+        gate = server.admin.get("/prefill-gate").json()
+        assert sum(gate["decisions"].values()) >= 1
 
 
 def _broken(folder: Path, broken: str) -> AbstractContextManager[EngineServer]:

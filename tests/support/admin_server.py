@@ -13,6 +13,7 @@ import httpx
 from fastapi import FastAPI
 
 from engine_plugins.admin.app import create_admin_app
+from engine_plugins.admin.background import going_on
 from engine_plugins.admin.mount import PREFIX, AdminMount
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
@@ -70,7 +71,7 @@ class AdminServer:
     @asynccontextmanager
     async def running(self) -> AsyncIterator[AdminServer]:
         """Serve, and generate in the background."""
-        async with self.engine.running(), self.http:
+        async with self.engine.running(), self.http, going_on(self.service.watcher.run()):
             yield self
 
     async def get(self, path: str) -> httpx.Response:

@@ -172,6 +172,9 @@ class GeneratingEngine(ABC):
     async def fail_requests(self) -> int:
         return self._end_all("error")
 
+    async def end_waiting(self, reason: str) -> int:
+        return 0  # there is no process between a client and the queue
+
     async def request_counts(self) -> RequestCounts:
         running = sum(request.admitted for request in self._requests)
         return RequestCounts(running=running, waiting=len(self._requests) - running)

@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 import engine_plugins
 from engine_plugins.admin.app import create_admin_app
+from engine_plugins.admin.background import going_on
 from engine_plugins.admin.engine_control import EngineInfo
 from engine_plugins.admin.error_responses import problem_from
 from engine_plugins.admin.mount import AdminMount
-from engine_plugins.admin.runtime_dir import RUNTIME_DIR, build_runtime_dir, shared_state
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir, shared_state
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import refusal
@@ -210,7 +211,8 @@ class _Api:
         self.app.add_api_route("/health", self._health, methods=["GET"])
         self.app.add_api_route("/generate", self._generate, methods=["POST"])
         self.app.add_api_route("/metrics", self._metrics, methods=["GET"])
-        admin = create_admin_app(AdminService(engine, shared, settings), settings)
+        self.service = AdminService(engine, shared, settings)
+        admin = create_admin_app(self.service, settings)
         self.app.router.routes.append(AdminMount(admin))
 
     async def _health(self) -> Response:
@@ -281,14 +283,17 @@ def _serve(
     """Serve until a signal comes; all API servers are in the one process."""
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.INFO)
-    build_runtime_dir()
+    ensure_runtime_dir()
     shared = shared_state()
     engine = ServedEngine(model, tensor_parallel, shared)
     apis = [_Api(engine, shared, api_key) for _ in range(api_servers)]
 
     @asynccontextmanager
     async def generating(_: FastAPI) -> AsyncIterator[None]:
-        async with engine.running():
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(engine.running())
+            for api in apis:
+                await stack.enter_async_context(going_on(api.service.watcher.run()))
             yield
 
     application = FastAPI(lifespan=generating)

@@ -14,13 +14,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from engine_plugins.admin.runtime_dir import build_runtime_dir, first_process
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir, first_process
 from engine_plugins.sleep.process_identity import ProcessIdentity, identify
 
 SHOW = """
 import os
-from engine_plugins.admin.runtime_dir import build_runtime_dir
-print(build_runtime_dir(), flush=True)
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir
+print(ensure_runtime_dir(), flush=True)
 """
 KILLED = SHOW + "os.kill(os.getpid(), 9)"
 
@@ -44,15 +44,15 @@ def _killed(environment: dict[str, str], *, after: str = "") -> Path:
 
 def _a_server(folder: str, name: str) -> None:
     """As an engine's function that serves is run by a launcher."""
-    from engine_plugins.admin.runtime_dir import build_runtime_dir
+    from engine_plugins.admin.runtime_dir import ensure_runtime_dir
 
-    Path(folder, name).write_text(str(build_runtime_dir()))
+    Path(folder, name).write_text(str(ensure_runtime_dir()))
 
 
 def _in_a_child(folder: str) -> None:
-    from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir, first_process
+    from engine_plugins.admin.runtime_dir import RUNTIME_DIR, first_process, join_runtime_dir
 
-    ensure_runtime_dir()
+    join_runtime_dir()
     Path(folder, "seen").write_text(os.environ[RUNTIME_DIR])
     Path(folder, "first").write_text(str(first_process()))
 
@@ -105,7 +105,7 @@ def test_two_servers_of_one_launcher_have_a_directory_each(
         monkeypatch.delenv(name)
     monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_DIR", "")  # so that it is as before afterwards
     monkeypatch.setenv("ENGINE_PLUGINS_RUNTIME_OWNER", "")
-    launchers = str(build_runtime_dir())
+    launchers = str(ensure_runtime_dir())
     servers: list[multiprocessing.process.BaseProcess] = [
         multiprocessing.get_context("spawn").Process(target=_a_server, args=(str(tmp_path), "a")),
         multiprocessing.get_context("fork").Process(target=_a_server, args=(str(tmp_path), "b")),

@@ -278,7 +278,6 @@ CONNECT: tuple[str, dict[str, Any]] = ("/weights/connect", {"source_ids": ["x"]}
     ("state", "way_out", "moves"),
     [
         ("fenced", "weights/update", MOVES),
-        ("updating", "wait", [*MOVES, CONNECT]),
         ("asleep", "wake", [*MOVES, CONNECT]),
     ],
 )

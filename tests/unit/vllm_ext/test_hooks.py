@@ -13,7 +13,8 @@ import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.core import EngineCore
 
-from engine_plugins.admin.runtime_dir import build_runtime_dir
+from engine_plugins.admin.absent_parts import absent_parts
+from engine_plugins.admin.runtime_dir import RUNTIME_DIR, ensure_runtime_dir
 from engine_plugins.engine_release import EngineNames, EngineRelease
 from engine_plugins.errors import EngineCallError, SettingsError, UnsupportedError
 from engine_plugins.prefill_gate.engine_gate import calibration_file
@@ -142,18 +143,20 @@ class Extended:
 
 @pytest.mark.parametrize("of_ours", [False, True])
 def test_a_worker_whose_memory_cannot_be_measured_loads(
-    monkeypatch: pytest.MonkeyPatch, *, of_ours: bool
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, of_ours: bool
 ) -> None:
-    """Of a worker without our extension nothing is measured."""
+    """The State tells it; of a worker without our extension nothing is measured."""
     from vllm.v1.worker.gpu_worker import Worker
 
     loaded = []
     monkeypatch.setattr(Worker, "load_model", lambda self, *, dummy: loaded.append(dummy))
     hook_load_model()
-    worker = type("AnyWorker", (Extended,) if of_ours else (), {})()  # no rank, no device
+    monkeypatch.setenv(RUNTIME_DIR, str(tmp_path))
+    worker = type("AnyWorker", (Extended,) if of_ours else (), {"rank": 0})()  # and no device
     Worker.load_model(worker, dummy=True)
     assert loaded == [True]
     assert not hasattr(worker, "_engine_plugins_memory")
+    assert list(absent_parts(tmp_path)) == (["memory_baseline"] if of_ours else [])
 
 
 def test_a_gate_that_cannot_be_made_is_told_to_who_turns_it_on() -> None:
@@ -188,7 +191,7 @@ def test_settings_of_a_gate_that_is_off_are_kept_until_it_is_made() -> None:
 
 def _core(**settings: Any) -> Any:
     """A core of which nothing is there but its configuration."""
-    build_runtime_dir()
+    ensure_runtime_dir()
     core_hooks.hook_engine_core()
     core: Any = object.__new__(EngineCore)
     core.vllm_config = SimpleNamespace(

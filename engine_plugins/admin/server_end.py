@@ -1,0 +1,84 @@
+"""The end of a server whose engine is dead: nothing of it may be left.
+
+Engines see to that themselves, but not always: one that waits for answers which nobody will give
+ends no more, and of several API processes the others may notice nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+
+from engine_plugins.admin.runtime_dir import first_process
+
+__all__ = ["ServerEnd"]
+
+logger = logging.getLogger(__name__)
+
+PATIENCE_S = 3.0
+"""For the engine to end its server, and for whoever waits for an answer to get it."""
+TERM_S = 1.5
+"""From SIGTERM to SIGKILL."""
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+"""End by themselves, and take shared memory with them that nobody has given back."""
+
+
+class ServerEnd:
+    """Ends this process's server, once however often it is asked for.
+
+    Args:
+        runtime_dir: of the server; goes with it.
+    """
+
+    def __init__(self, runtime_dir: Path) -> None:
+        self._runtime_dir = runtime_dir
+        self._begun = False
+
+    def soon(self, why: str) -> None:
+        """End the server in a few seconds, if it is still there then."""
+        if self._begun:
+            return
+        self._begun = True
+        logger.critical("%s; this server ends within a few seconds", why)
+        # A thread: whatever the event loop waits for, and also once it has ended.
+        threading.Thread(target=self._end, daemon=True, name="engine-plugins-end").start()
+
+    def _end(self) -> None:
+        time.sleep(PATIENCE_S)
+        first = first_process()
+        pid = os.getpid() if first is None else first.pid
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+        time.sleep(TERM_S)
+        logger.critical("the server has not ended by itself: its processes are killed")
+        self._kill(pid)
+        os._exit(1)
+
+    def _kill(self, first: int) -> None:
+        """Everything but this process, the first one last: it would start others anew."""
+        me = os.getpid()
+        with suppress(psutil.Error):
+            root = psutil.Process(first)
+            if first != me:
+                root.suspend()
+            _kill(each for each in root.children(recursive=True) if each.pid != me)
+        shutil.rmtree(self._runtime_dir, ignore_errors=True)
+        if first != me:
+            with suppress(ProcessLookupError):
+                os.kill(first, signal.SIGKILL)
+
+
+def _kill(processes: Iterable[psutil.Process]) -> None:
+    for process in processes:
+        with suppress(psutil.Error):
+            if not any(helper in part for part in process.cmdline() for helper in HELPERS):
+                process.kill()

@@ -1,0 +1,128 @@
+"""One task in every API process that ends what nobody else ends.
+
+Whoever began something may have died or stand still since: a pause with a time, an update, the
+hold of a drain. And an engine of which a process is dead must not leave a server behind that
+answers nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import suppress
+
+from engine_plugins.admin.bounded_control import BoundedControl
+from engine_plugins.admin.engine_processes import kernel_state, stands_still
+from engine_plugins.admin.pausing import end_left_pause, end_overdue
+from engine_plugins.admin.server_end import ServerEnd
+from engine_plugins.admin.shared_state import SharedState, UnderWay
+from engine_plugins.admin.state import overdue, refusal
+from engine_plugins.admin.update_record import UpdateRecord
+from engine_plugins.admin.updates import Updates
+from engine_plugins.errors import ConflictError, EngineStuckError, WriterStoppedError
+
+__all__ = ["Watcher"]
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 1.0
+SOURCES_S = 2.0
+"""How often the trainers of a prepared update are looked at."""
+STOPPED_S = 2.0
+"""After an update's deadline: a process that is stopped does not carry it on."""
+PATIENCE_S = 9.0
+"""After it, of one that runs: it has limits of its own for each call to the engine."""
+
+
+class Watcher:
+    """What is looked at about once a second.
+
+    Args:
+        control: the engine.
+        shared: the state that every process sees.
+        updates: of the engine.
+    """
+
+    def __init__(self, control: BoundedControl, shared: SharedState, updates: Updates) -> None:
+        self._control = control
+        self._shared = shared
+        self._updates = updates
+        self._sources_at = 0.0
+        self._said = ""
+        self._end = ServerEnd(shared.runtime_dir)
+
+    async def run(self) -> None:
+        """Look once a second, until this is cancelled."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            try:
+                await self.look()
+            except ConflictError:
+                continue  # another call was quicker
+            except WriterStoppedError:
+                self._shared.take_over(lambda state: state)
+            except Exception as error:
+                self._say(error)
+            else:
+                self._said = ""
+
+    async def look(self) -> None:
+        """Look once, and do what is to be done."""
+        dead = self._control.health.death()
+        if dead is not None:
+            self._end.soon(dead.message)
+            return
+        state = self._shared.read()
+        call = self._shared.under_way()
+        why = refusal(state)
+        if why is not None:
+            await self._control.end_waiting(why)
+        if state.state == "updating":
+            await self._look_at_update(call)
+        elif call is not None:
+            return
+        elif overdue(state, time.monotonic()):
+            async with self._shared.operation("end a pause whose time is over"):
+                await end_overdue(self._control, self._shared)
+        elif state.holding is not None and not state.holding.lives:
+            async with self._shared.operation("end the pause of a process that has died"):
+                await end_left_pause(self._control, self._shared)
+
+    def _say(self, error: Exception) -> None:
+        """Once for as long as it stays the same."""
+        told = f"{type(error).__name__}: {error}"
+        if told != self._said:
+            logger.error("watching the engine: %s", told, exc_info=error)
+        self._said = told
+
+    async def _look_at_update(self, call: UnderWay | None) -> None:
+        record = self._updates.under_way()
+        if call is not None:
+            if record is not None and record.prepared is None:
+                await self._look_at_carrier(call, record)
+            return
+        waits = record is not None and record.prepared is not None
+        if waits and record is not None and time.monotonic() < record.overdue_at:
+            if time.monotonic() - self._sources_at >= SOURCES_S:
+                self._sources_at = time.monotonic()
+                async with self._shared.operation("look at a prepared update's trainers"):
+                    await self._updates.look_at_sources()
+            return
+        async with self._shared.operation("give an update up"):
+            await self._updates.recover()
+
+    async def _look_at_carrier(self, call: UnderWay, record: UpdateRecord) -> None:
+        """Take the place of a process that carries an update on no more."""
+        over_s = time.monotonic() - record.deadline
+        stopped = stands_still(kernel_state(call.pid))
+        if over_s < (STOPPED_S if stopped else PATIENCE_S):
+            return
+        how = "is stopped" if stopped else f"has not ended it {over_s:.0f} s after its deadline"
+        error = EngineStuckError(
+            f"the API process that carried the update (pid {call.pid}) {how}",
+            remedy="let that process go on, or kill it",
+        )
+        logger.error("%s: another takes its place", error.message)
+        with suppress(ConflictError):
+            await self._updates.take_over(record, error)
