@@ -16,6 +16,8 @@ __all__ = ["Owned", "group_of", "shared_by"]
 
 PATIENCE_S = 3.0
 _SHARED = "/dev/shm/"
+_ENGINES_OWN = ("/dev/shm/sglang_loads_",)
+"""SGLang ends its processes by SIGKILL and never unlinks these (srt/utils/stale_shm_cleanup.py)."""
 
 
 class Owned:
@@ -45,7 +47,11 @@ class Owned:
         while self.running() and time.monotonic() < give_up:
             time.sleep(0.1)
         found = self.named()
-        found += [path for path in sorted(self._shared) if os.path.exists(path)]
+        found += [
+            path
+            for path in sorted(self._shared)
+            if os.path.exists(path) and not path.startswith(_ENGINES_OWN)
+        ]
         if directory and self._runtime_dir.exists():
             found.append("its runtime directory")
         return found
