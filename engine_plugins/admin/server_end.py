@@ -59,9 +59,21 @@ class ServerEnd:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
         time.sleep(TERM_S)
+        if not self._is_ours_to_kill():
+            time.sleep(TERM_S)  # the one that does it kills this process too
         logger.critical("the server has not ended by itself: its processes are killed")
         self._kill(pid)
         os._exit(1)
+
+    def _is_ours_to_kill(self) -> bool:
+        """Two API processes that killed each other would leave the first one."""
+        try:
+            (self._runtime_dir / "ending").mkdir()
+        except FileExistsError:
+            return False
+        except OSError:
+            return True
+        return True
 
     def _kill(self, first: int) -> None:
         """Everything but this process, the first one last: it would start others anew."""

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 import msgspec
@@ -264,7 +264,8 @@ class AdminService:
                 )
                 _refuse_unused(answers)
             except EnginePluginError:
-                await self._workers.drop(plan_id)
+                with suppress(EnginePluginError):
+                    await WorkerCalls(self._control.closing()).drop(plan_id)
                 raise
             plan = _summary(plan_id, body.direction, answers)
             dropped = self._plans.add(plan)

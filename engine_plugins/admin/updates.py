@@ -51,6 +51,9 @@ from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode,
 
 __all__ = ["Updates"]
 
+LOOK_S = 2.0
+"""How long an engine may take to look at trainers; a commit would wait for it."""
+
 logger = logging.getLogger(__name__)
 
 MOST_WAIT_S = 30.0
@@ -166,10 +169,11 @@ class Updates:
     async def look_at_sources(self) -> None:
         """Give up a prepared update whose trainer is gone; the caller holds the operation lock."""
         record = self._records.read()
-        if record is None or record.prepared is None:
+        if record is None or record.prepared is None or self._control.health.is_behind:
             return
+        ends_at = time.monotonic() + LOOK_S
         try:
-            await WorkerCalls(self._control).look()
+            await WorkerCalls(self._control.until(lambda: ends_at)).look()
         except (PeerLostError, SourceRevokedError) as error:
             error.message = f"while the update was prepared: {error.message}"
             # Its writes may have been cut off with it, or only its word to us.
