@@ -101,6 +101,7 @@ class EngineProcesses:
     """
 
     def __init__(self, runtime_dir: Path) -> None:
+        self.runtime_dir = runtime_dir
         self._folder = runtime_dir / _FOLDER
         self._read_at: int | None = None
         self._known: list[EngineProcess] = []
