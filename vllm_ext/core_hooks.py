@@ -141,8 +141,9 @@ def hook_core_start() -> None:
     @functools.wraps(original)
     def initialize(self: EngineCore, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if has_extension(self.vllm_config.parallel_config.worker_extension_cls):
-            sign_in(shared_state().runtime_dir, "engine core")
+        state = _state_of(self)  # opened now: the directory may be removed under a running server
+        if state is not None:
+            sign_in(state.runtime_dir, "engine core")
         settings = _settings(self)
         if settings.prefill_gate != "off":
             setattr(self, _GATE, _make_gate(self, settings))

@@ -25,7 +25,9 @@ from engine_plugins.errors import (
     EngineCallError,
     EnginePluginError,
     OutdatedError,
+    ServerFilesError,
 )
+from engine_plugins.scarce import explained
 from engine_plugins.shared_page import SharedPage
 from engine_plugins.weights.connection import Direction
 from engine_plugins.weights.destinations import Destination
@@ -198,8 +200,10 @@ def answer_call(
     except EnginePluginError as error:
         return refuse(error)
     except Exception as error:  # whatever the engine raised must travel as data
-        what = f"{who}: {name}: {type(error).__name__}: {error}"
-        return refuse(EngineCallError(what, remedy="see the engine's log"))
+        told = explained(error)
+        kind = ServerFilesError if isinstance(told, ServerFilesError) else EngineCallError
+        remedy = told.remedy or "see the engine's log"
+        return refuse(kind(f"{who}: {name}: {told.message}", remedy=remedy))
     return msgspec.msgpack.encode(_Answer(value=msgspec.Raw(value)))
 
 
