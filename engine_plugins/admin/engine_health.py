@@ -31,6 +31,8 @@ class EngineHealth:
         self, processes: EngineProcesses, engine_says: Callable[[], str | None] = lambda: None
     ) -> None:
         self.processes = processes
+        self.on_death: Callable[[str], None] = lambda why: None
+        """Called with why the engine is dead, each time that it is seen."""
         self._engine_says = engine_says
         self._open: set[asyncio.Task[Any]] = set()
         self._late: set[asyncio.Task[Any]] = set()
@@ -46,6 +48,7 @@ class EngineHealth:
         why = self.processes.ended() or self._engine_says()
         if not why:
             return None
+        self.on_death(f"the engine is dead: {why}")
         return EngineDeadError(
             f"the engine is dead: {why}",
             remedy="start the server anew; see its log for why the process ended",
