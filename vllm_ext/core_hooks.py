@@ -141,8 +141,9 @@ def hook_core_start() -> None:
     @functools.wraps(original)
     def initialize(self: EngineCore, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        if has_extension(self.vllm_config.parallel_config.worker_extension_cls):
-            sign_in(shared_state().runtime_dir, "engine core")
+        shared = _state_of(self)  # opened now: the folder may be gone when it is needed
+        if shared is not None:
+            sign_in(shared.runtime_dir, "engine core")
         settings = _settings(self)
         if settings.prefill_gate != "off":
             setattr(self, _GATE, _make_gate(self, settings))
