@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from engine_plugins.admin.engine_processes import has_ended
+from engine_plugins.admin.engine_processes import EngineProcesses, has_ended
 from engine_plugins.admin.runtime_dir import first_process
 from engine_plugins.sleep.process_identity import ProcessIdentity
 
@@ -27,6 +27,7 @@ __all__ = ["ServerEnd", "end_with_first_process"]
 logger = logging.getLogger(__name__)
 
 LOOK_S = 1.0
+LOOK_AGAIN_S = 0.2
 PATIENCE_S = 3.0
 """For the engine to end its server, and for whoever waits for an answer to get it."""
 TERM_S = 1.5
@@ -66,6 +67,7 @@ class ServerEnd:
 
     def __init__(self, runtime_dir: Path) -> None:
         self._runtime_dir = runtime_dir
+        self._processes = EngineProcesses(runtime_dir)
         self._begun = False
 
     def soon(self, why: str) -> None:
@@ -73,12 +75,18 @@ class ServerEnd:
         if self._begun:
             return
         self._begun = True
+        self._processes.all()  # their folder may go
         logger.critical("%s; this server ends within a few seconds", why)
-        # A thread: whatever the event loop waits for, and also once it has ended.
-        threading.Thread(target=self._end, daemon=True, name="engine-plugins-end").start()
+        # A thread, whatever the event loop waits for; and no daemon, which would end with this
+        # process: workers of a dead core are nobody's children, and may hang with what it asked.
+        threading.Thread(target=self._end, name="engine-plugins-end").start()
 
     def _end(self) -> None:
-        time.sleep(PATIENCE_S)
+        give_up = time.monotonic() + PATIENCE_S
+        while time.monotonic() < give_up:
+            time.sleep(LOOK_AGAIN_S)
+            if not threading.main_thread().is_alive() and not self._engine():
+                return  # the server has ended by itself
         first = first_process()
         pid = os.getpid() if first is None else first.pid
         with suppress(ProcessLookupError):
@@ -89,6 +97,13 @@ class ServerEnd:
         logger.critical("the server has not ended by itself: its processes are killed")
         self._kill(pid)
         os._exit(1)
+
+    def _engine(self) -> list[psutil.Process]:
+        """The engine's processes that are there, whoever's children they are by now."""
+        here = [each for each in self._processes.all() if not each.has_ended]
+        with suppress(psutil.Error):
+            return [psutil.Process(each.pid) for each in here if each.pid != os.getpid()]
+        return []
 
     def _is_ours_to_kill(self) -> bool:
         """Two API processes that killed each other would leave the first one."""
@@ -103,6 +118,7 @@ class ServerEnd:
     def _kill(self, first: int) -> None:
         """Everything but this process, the first one last: it would start others anew."""
         me = os.getpid()
+        _kill(self._engine())
         with suppress(psutil.Error):
             root = psutil.Process(first)
             if first != me:
