@@ -12,12 +12,13 @@ import logging
 import time
 from contextlib import suppress
 
+from engine_plugins.admin import call_limits
 from engine_plugins.admin.bounded_control import BoundedControl
 from engine_plugins.admin.engine_processes import kernel_state, stands_still
 from engine_plugins.admin.pausing import end_left_pause, end_overdue
 from engine_plugins.admin.server_end import ServerEnd
 from engine_plugins.admin.shared_state import SharedState, UnderWay
-from engine_plugins.admin.state import overdue, refusal
+from engine_plugins.admin.state import EngineState, Fence, moved, overdue, refusal
 from engine_plugins.admin.update_record import UpdateRecord
 from engine_plugins.admin.updates import Updates
 from engine_plugins.errors import ConflictError, EngineStuckError, WriterStoppedError
@@ -50,6 +51,7 @@ class Watcher:
         self._updates = updates
         self._sources_at = 0.0
         self._said = ""
+        self._moved_at = time.monotonic()
 
     async def run(self) -> None:
         """Look once a second, until this is cancelled: the server ends, or its engine is dead."""
@@ -83,16 +85,30 @@ class Watcher:
         why = refusal(state)
         if why is not None:
             await self._control.end_waiting(why)
+        stopped = self._stopped()
         if state.state == "updating":
             await self._look_at_update(call)
         elif call is not None:
             return
+        elif state.state in ("serving", "paused") and stopped:
+            async with self._shared.operation("fence an engine that stands still"):
+                self._shared.change(lambda now: _standing_still(now, stopped))
+        elif _stands_still(state) and not self._control.health.is_behind:
+            async with self._shared.operation("lift a fence"):
+                self._shared.change(_going_on)
         elif overdue(state, time.monotonic()):
             async with self._shared.operation("end a pause whose time is over"):
                 await end_overdue(self._control, self._shared)
         elif state.holding is not None and not state.holding.lives:
             async with self._shared.operation("end the pause of a process that has died"):
                 await end_left_pause(self._control, self._shared)
+
+    def _stopped(self) -> str:
+        """Which of the engine's processes have been stopped for long, as part of a sentence."""
+        still = self._control.health.processes.still()
+        if not still:
+            self._moved_at = time.monotonic()
+        return still if time.monotonic() - self._moved_at >= call_limits.STOPPED_S else ""
 
     def _say(self, error: Exception) -> None:
         """Once for as long as it stays the same."""
@@ -131,3 +147,30 @@ class Watcher:
         logger.error("%s: another takes its place", error.message)
         with suppress(ConflictError):
             await self._updates.take_over(record, error)
+
+
+_CODE = "process_stopped"
+
+
+def _standing_still(state: EngineState, stopped: str) -> EngineState:
+    """Nothing was lost, but nobody is answered: the fence lifts itself."""
+    if state.state not in ("serving", "paused"):
+        return state
+    fence = Fence(
+        code=_CODE,
+        detail=f"the engine stands still: {stopped}",
+        remedy="let that process go on; the engine then serves as before",
+        attempted_version=0,
+    )
+    return moved(state, "fenced", fence=fence)
+
+
+def _stands_still(state: EngineState) -> bool:
+    return state.state == "fenced" and state.fence is not None and state.fence.code == _CODE
+
+
+def _going_on(state: EngineState) -> EngineState:
+    """As before: only an engine that served or was paused is fenced like this."""
+    if not _stands_still(state):
+        return state
+    return moved(state, "serving" if state.pause is None else "paused", fence=None)

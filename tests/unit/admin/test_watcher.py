@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 import msgspec
 import pytest
 
-from engine_plugins.admin import watcher
+from engine_plugins.admin import call_limits, watcher
 from engine_plugins.admin.state import Pause, UpdateProgress, moved
 from engine_plugins.admin.update_record import UpdateRecords
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors
 from tests.support.problems import problem
+from tests.support.signed_in import signed_in
 from tests.support.source_ranks import SourceRank, offered_tensors
 from tests.support.state_processes import started
 
@@ -149,6 +150,31 @@ async def test_a_prepared_update_ends_with_its_trainer(
         await server.until("serving")
         commit = await server.post("/weights/commit", request_id="p")
         assert trainer.transport.agent in problem(commit, 503, "peer_lost")
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_an_engine_of_which_a_process_is_stopped_refuses_until_it_goes_on(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch, paused: bool
+) -> None:
+    """No call need be under way; afterwards it is as before, with its version."""
+    monkeypatch.setattr(call_limits, "STOPPED_S", 0.5)
+    server = make_server()
+    with signed_in(server.shared.runtime_dir, "worker", 1) as process:
+        async with server.running():
+            if paused:
+                await server.post("/pause")
+            before = server.shared.read()
+            await asyncio.sleep(0.8)
+            assert server.shared.read() == before
+            process.send_signal(signal.SIGSTOP)
+            await server.until("fenced")
+            fence = (await server.state())["fence"]
+            assert fence["code"] == "process_stopped"
+            assert f"worker rank 1 (pid {process.pid}) is stopped" in fence["detail"]
+            process.send_signal(signal.SIGCONT)
+            await server.until(before.state)
+            after = server.shared.read()
+            assert (after.fence, after.pause, after.weights) == (None, before.pause, before.weights)
 
 
 def _as_if_carried(server: AdminServer, *, touched: bool, deadline: float | None = None) -> None:
