@@ -49,6 +49,8 @@ TOKEN_FILE = "ENGINE_PLUGINS_ADMIN_TOKEN_FILE"
 PROBLEM = "urn:engine-plugins:"
 """How the type of an engine's own problem documents begins."""
 GZIP_ABOVE_BYTES = 64 * 1024
+CONNECT_S = 5.0
+"""For a connection to be made, or to become free; what cannot be made is tried twice again."""
 UPDATE_GRACE_S = 4.2
 """How long after an update's deadline its answer is waited for: engines answer before that, and
 the trainer is to be told within 5 s of it, whatever is stopped."""

@@ -30,6 +30,7 @@ __all__ = [
     "PromptTooLargeError",
     "RefusedSettingError",
     "ResidualMemoryError",
+    "ServerFilesError",
     "SettingsError",
     "SleepRefusedError",
     "SourceError",
@@ -56,8 +57,9 @@ class EnginePluginError(Exception):
     code: str = "engine_plugin_error"
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(message)
-        self.message = message
+        # Half a character, of a file's name say, has no place in an answer.
+        self.message = message.encode(errors="backslashreplace").decode()
+        super().__init__(self.message)
         self.remedy = remedy
 
     def __str__(self) -> str:
@@ -122,6 +124,12 @@ class OutdatedError(EnginePluginError):
     """Another process has taken the place of a call that did not go on; it changes nothing more."""
 
     code = "outdated"
+
+
+class ServerFilesError(EnginePluginError):
+    """The server cannot keep or read a file of its own; the engine is as it was."""
+
+    code = "server_files"
 
 
 class WriterStoppedError(EnginePluginError):

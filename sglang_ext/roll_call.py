@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from engine_plugins.admin.runtime_dir import shared_state
+from engine_plugins.admin.runtime_files import RuntimeFiles
 from sglang_ext.versions import SGLANG
 
 __all__ = ["absences", "report_present"]
@@ -16,13 +17,13 @@ __all__ = ["absences", "report_present"]
 
 def report_present(tp_rank: int, missing: list[str]) -> None:
     """Leave this rank's note."""
-    shared_state().put("ranks", f"tp{tp_rank}", msgspec.json.encode(missing))
+    _notes().put(f"tp{tp_rank}", msgspec.json.encode(missing))
 
 
 def absences(tp_size: int) -> list[str]:
     """What is wrong with which rank; empty when the server may start."""
-    shared = shared_state()
-    notes = {rank: shared.get("ranks", f"tp{rank}") for rank in range(tp_size)}
+    kept = _notes()
+    notes = {rank: kept.get(f"tp{rank}") for rank in range(tp_size)}
     found = []
     for rank, note in notes.items():
         if note is None:
@@ -37,3 +38,7 @@ def absences(tp_size: int) -> list[str]:
                 f"{', '.join(SGLANG.probed)}"
             )
     return found
+
+
+def _notes() -> RuntimeFiles:
+    return RuntimeFiles(shared_state().runtime_dir, "ranks")

@@ -18,8 +18,9 @@ from engine_plugins.admin.http_manners import HttpManners
 from engine_plugins.admin.last_resort import LastResort, internal_problem
 from engine_plugins.admin.mount import PREFIX
 from engine_plugins.admin.route_table import RouteTable
-from engine_plugins.admin.routes import SCOPES, SOURCES_PATH, admin_router
+from engine_plugins.admin.routes import CONNECT_PATH, SCOPES, SOURCES_PATH, admin_router
 from engine_plugins.admin.service import AdminService
+from engine_plugins.admin.sources import CONNECT_BYTES
 from engine_plugins.admin.token_book import TokenBook
 from engine_plugins.admin.update_answers import StoredFailure
 from engine_plugins.errors import EnginePluginError, ResidualMemoryError
@@ -41,7 +42,10 @@ def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
     routes = RouteTable(app.routes)
 
     def limit(scope: Scope) -> int:
-        sources = routes.find(scope) == ("POST", SOURCES_PATH)
+        route = routes.find(scope)
+        if route == ("POST", CONNECT_PATH):
+            return max(settings.max_body_bytes, CONNECT_BYTES)
+        sources = route == ("POST", SOURCES_PATH)
         return settings.max_manifest_bytes if sources else settings.max_body_bytes
 
     guarded = BearerAuth(

@@ -49,7 +49,7 @@ _WHEN = {
     413: "The body is over this route's limit.",
     422: "Well-formed, and nothing that this engine can do.",
     500: "The engine failed, or this is a bug; `detail` says which.",
-    503: "Closed, fenced, or a peer is gone; `remedy` says what to do.",
+    503: "Closed, fenced, a peer is gone, or the machine has run out; `remedy` says what to do.",
     504: "A deadline passed; `detail` says who is late.",
     507: "Memory is not free, or cannot be released or mapped.",
 }

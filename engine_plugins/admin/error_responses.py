@@ -43,6 +43,7 @@ _STATUS: dict[type[EnginePluginError], int] = {
     errors.TransferTimeoutError: 504,
     errors.ResidualMemoryError: 507,
     errors.SleepRefusedError: 507,
+    errors.ServerFilesError: 503,
 }
 
 _RETRY_AFTER_S: dict[type[EnginePluginError], int] = {

@@ -7,8 +7,10 @@ import logging
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine_plugins.admin.error_responses import problem
+from engine_plugins.admin.error_responses import problem, problem_from
 from engine_plugins.admin.http_manners import REQUEST_ID
+from engine_plugins.errors import ServerFilesError
+from engine_plugins.scarce import explained
 
 __all__ = ["LastResort", "internal_problem"]
 
@@ -16,11 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 def internal_problem(error: Exception, *, state: str | None = None) -> Response:
-    """The answer for what nobody foresaw."""
+    """The answer for what nobody foresaw, and for what the machine has run out of."""
+    told = explained(error)
+    if isinstance(told, ServerFilesError):
+        return problem_from(told, state=state)
     return problem(
         500,
         "internal_error",
-        f"{type(error).__name__}: {error}",
+        told.message,
         remedy="this is a bug of engine-plugins: report it with the server's log",
         state=state,
     )

@@ -8,10 +8,12 @@ therefore says so in the state first (`Holder`).
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import secrets
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -99,12 +101,21 @@ async def end_left_pause(control: EngineControl, shared: SharedState) -> bool:
 def _hold(shared: SharedState, mode: PauseMode) -> Holder:
     holder = Holder(
         pid=os.getpid(),
-        started=start_ticks(os.getpid()),
+        started=_started(os.getpid()),
         serial=secrets.token_hex(4),
         drains=mode != "keep",
     )
     shared.change(lambda state: msgspec.structs.replace(state, holding=holder))
     return holder
+
+
+def _started(pid: int) -> int | None:
+    with suppress(OSError):  # no descriptor left, and never asked before: unknown
+        return _start_ticks(pid)
+    return None
+
+
+_start_ticks = functools.cache(start_ticks)
 
 
 def _change(shared: SharedState, holder: Holder, to: Holder | None) -> None:

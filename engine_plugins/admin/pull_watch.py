@@ -35,7 +35,9 @@ class PullWatch:
 
     def __init__(self, workers: WorkerCalls, statuses: Sequence[StatusAnswer]) -> None:
         self._workers = workers
-        self._ranks = [_Rank(status, status.note) for status in statuses if status.note]
+        self._ranks: list[_Rank] = []
+        with suppress(OSError):  # no descriptor left, or the runtime directory was removed
+            self._ranks = [_Rank(status, status.note) for status in statuses if status.note]
         self._all_tell = len(self._ranks) == len(statuses)
         self._alive_at = time.monotonic()
 
@@ -73,9 +75,12 @@ class _Rank:
         """A zombie is as dead as one that was waited for."""
         if self._process is None:
             return False
-        with suppress(psutil.NoSuchProcess):
+        try:
             return self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
-        return False
+        except psutil.NoSuchProcess:
+            return False
+        except OSError:  # no descriptor left to look with
+            return True
 
     def look(self) -> StatusAnswer:
         """The newest of this pull; the page may hold one of the pull before."""

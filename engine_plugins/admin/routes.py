@@ -37,9 +37,10 @@ from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.weights.manifest import JSON, MSGPACK, SourceManifest
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 
-__all__ = ["SCOPES", "SOURCES_PATH", "admin_router"]
+__all__ = ["CONNECT_PATH", "SCOPES", "SOURCES_PATH", "admin_router"]
 
 SOURCES_PATH = "/weights/sources"
+CONNECT_PATH = "/weights/connect"
 
 SCOPES: dict[tuple[str, str], TokenScope] = {
     ("GET", "/state"): "read",
@@ -53,7 +54,7 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
     ("PATCH", "/prefill-gate"): "control",
     ("POST", "/prefill-gate/reset"): "control",
     ("POST", SOURCES_PATH): "weights",
-    ("POST", "/weights/connect"): "weights",
+    ("POST", CONNECT_PATH): "weights",
     ("GET", "/weights/manifest"): "weights",
     ("POST", "/weights/update"): "weights",
     ("POST", "/weights/prepare"): "weights",
@@ -159,7 +160,7 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         kind = request.headers.get("content-type", "")
         return SourceAccepted(source_id=await service.add_source(body, kind))
 
-    @router.post("/weights/connect", **_told("connectSources", "weights", answer=PlanSummary))
+    @router.post(CONNECT_PATH, **_told("connectSources", "weights", answer=PlanSummary))
     async def connect(body: ConnectBody, request: Request) -> Response:
         """Plan an update from sources, and meet them or say where they are to write."""
         plan = await service.connect(body, reached_at=_reached_at(request))

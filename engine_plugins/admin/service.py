@@ -7,7 +7,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, Literal
 
 import msgspec
@@ -17,6 +17,7 @@ from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl, RequestCounts
 from engine_plugins.admin.pausing import end_left_pause, new_pause, pause_within
+from engine_plugins.admin.plans import Plans
 from engine_plugins.admin.schemas import (
     AbortBody,
     AbsentView,
@@ -73,7 +74,6 @@ __all__ = ["AdminService"]
 
 logger = logging.getLogger(__name__)
 
-MAX_PLANS = 8
 BUSY_WAIT_S = 0.05
 """How long /state waits for an engine that may be busy; what it has not said then is unknown."""
 WAIT_S = 5.0
@@ -89,7 +89,8 @@ class AdminService:
         self._workers = WorkerCalls(self._control)
         self._reading = asyncio.Lock()
         """One manifest at a time: each thread that computes makes the event loop wait its turn."""
-        self._sources = Sources(shared, max_entries=settings.max_manifest_entries)
+        self._sources = Sources(shared.runtime_dir, max_entries=settings.max_manifest_entries)
+        self._plans = Plans(shared)
         self._background = Background()
         self._updates = Updates(self._control, shared, settings, self._background)
         self._sleeping = Sleeping(self._control, shared, settings)
@@ -263,15 +264,14 @@ class AdminService:
                 )
                 _refuse_unused(answers)
             except EnginePluginError:
-                await self._workers.drop(plan_id)
+                with suppress(EnginePluginError):
+                    await WorkerCalls(self._control.closing()).drop(plan_id)
                 raise
             plan = _summary(plan_id, body.direction, answers)
-            kept = msgspec.structs.replace(plan, destinations=[])
-            self._shared.put("plans", plan_id, msgspec.json.encode(kept))
-            for old in self._shared.names("plans")[:-MAX_PLANS]:
+            dropped = self._plans.add(plan)
+            for old in dropped:
                 await self._workers.drop(old)
-                self._shared.drop("plans", old)
-                self._shared.drop("used", old)
+            await asyncio.to_thread(self._sources.planned, plan_id, body.source_ids, dropped)
         return plan
 
     async def manifest(self, *, reached_at: str | None = None) -> EngineOffer:
@@ -325,11 +325,10 @@ class AdminService:
 
     def weights(self) -> WeightsView:
         """The version that serves, past reports and known plans."""
-        plans = [self._shared.get("plans", name) for name in self._shared.names("plans")]
         return WeightsView(
             version=self._shared.read().weights.version,
             history=self._updates.reports(),
-            plans=[msgspec.json.decode(plan) for plan in plans if plan is not None],
+            plans=[msgspec.to_builtins(plan) for plan in self._plans.listed()],
         )
 
     async def _request_counts(self) -> RequestCounts:
@@ -364,7 +363,8 @@ class AdminService:
         """
 
         def hopeless(state: EngineState) -> None:
-            if state.state == "updating":
+            update = state.update
+            if update is not None and update.phase != "prepared":
                 raise self._shared.occupied(name)
 
         async with self._shared.operation(name, wait_s=WAIT_S, unless=hopeless):

@@ -1,10 +1,10 @@
-"""What all processes of one server know at once: a small shared page and a few files.
+"""What all processes of one server know at once: one page of memory.
 
 API processes, the engine's core and workers of this host map the same page, whose path the plugin
 puts in the environment of the first process. So the state, a 409 and a 503 are answered without
-asking the engine, however busy it is, and with any number of API processes. The page is opened
-once: a change needs no descriptor, no path and no room on a disk. Sources lie beside it as files
-that only this user can read.
+asking the engine, however busy it is, and with any number of API processes. The update under way,
+plans and answers lie in it too. It is opened once: a change needs no descriptor, no path and no
+room on a disk.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Literal
@@ -29,8 +29,16 @@ from engine_plugins.shared_page import SharedPage
 
 __all__ = ["Held", "SharedState", "UnderWay", "create_runtime_dir"]
 
-SheetName = Literal["state", "operation"]
-_SHEETS: dict[SheetName, int] = {"state": 128 << 10, "operation": 4 << 10}
+SheetName = Literal["state", "operation", "record", "plans", "answers", "leaks"]
+_SHEETS: dict[SheetName, int] = {
+    "state": 128 << 10,
+    "operation": 4 << 10,
+    "record": 128 << 10,
+    "plans": 512 << 10,
+    "answers": 1 << 20,
+    "leaks": 64 << 10,
+}
+"""What lies in the page, with twice the bytes that each may have."""
 PAGE_BYTES = COPIES * sum(_SHEETS.values())
 
 _OPERATION, _WRITING = 0, 1 << 32
@@ -43,7 +51,7 @@ WRITE_WAIT_S = 1.0
 def create_runtime_dir(path: Path) -> None:
     """Lay out an empty runtime directory, readable by this user alone."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in ("sources", "plans", "used", "underway", "answers", "ranks", "sleep", "gate"):
+    for name in ("sources", "ranks", "gate"):
         (path / name).mkdir(mode=0o700, exist_ok=True)
     page = path / "state.page"
     if not page.exists():
@@ -138,6 +146,15 @@ class SharedState:
             self._write("state", generation, msgspec.msgpack.encode(state))
         return state
 
+    def kept(self, name: SheetName) -> bytes:
+        """What was kept under a name, by any process; nothing at first."""
+        return self._sheets[name].read(self._gauges[0])[1]
+
+    def revise(self, name: SheetName, change: Callable[[bytes], bytes]) -> None:
+        """Replace what is kept under a name, as `change` does for the state."""
+        with self._writing() as generation:
+            self._write(name, generation, change(self.kept(name)))
+
     def take_over(
         self, change: Callable[[EngineState], EngineState], *, of: int | None = None
     ) -> EngineState:
@@ -213,33 +230,6 @@ class SharedState:
         if not note or wrote < generation:
             return UnderWay(name="that has just begun", pid=0, since=time.monotonic())
         return msgspec.msgpack.decode(note, type=UnderWay)
-
-    def put(self, folder: str, name: str, body: bytes) -> None:
-        """Keep a file for all processes; it appears whole or not at all."""
-        target = self.runtime_dir / folder / name
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_bytes(body)
-        temporary.replace(target)
-
-    def get(self, folder: str, name: str) -> bytes | None:
-        """A file kept by any process, or None. Names are ours, never a caller's."""
-        try:
-            return (self.runtime_dir / folder / name).read_bytes()
-        except FileNotFoundError:
-            return None
-
-    def names(self, folder: str) -> list[str]:
-        """Names kept in a folder, oldest first."""
-        found: list[tuple[int, str]] = []
-        for entry in os.scandir(self.runtime_dir / folder):
-            with suppress(FileNotFoundError):  # another process has just dropped it
-                if not entry.name.endswith(".tmp"):
-                    found.append((entry.stat().st_mtime_ns, entry.name))
-        return [name for _, name in sorted(found)]
-
-    def drop(self, folder: str, name: str) -> None:
-        """Forget a file."""
-        (self.runtime_dir / folder / name).unlink(missing_ok=True)
 
     def _claim(self) -> int | None:
         """Take the place in the newest generation, and say which that is."""

@@ -51,8 +51,6 @@ __all__ = ["Sleeping", "memory_answer", "residual_memory"]
 
 logger = logging.getLogger(__name__)
 
-_FOLDER, _LEAKS = "sleep", "leaks"
-
 GIB = 1 << 30
 
 
@@ -97,10 +95,7 @@ class Sleeping:
             raise error from met
         report = self._measured(rows)
         watch = self._leaks().after(report)
-        try:
-            self._shared.put(_FOLDER, _LEAKS, msgspec.json.encode(watch))
-        except OSError as error:
-            logger.warning("this sleep is missing in the leak watch: %s", error)
+        self._shared.revise("leaks", lambda _: msgspec.json.encode(watch))
         residual_metrics().record(report, watch.trends())
         return report
 
@@ -137,8 +132,8 @@ class Sleeping:
         return self._leaks().trends()
 
     def _leaks(self) -> LeakWatch:
-        kept = self._shared.get(_FOLDER, _LEAKS)
-        return LeakWatch() if kept is None else msgspec.json.decode(kept, type=LeakWatch)
+        kept = self._shared.kept("leaks")
+        return msgspec.json.decode(kept, type=LeakWatch) if kept else LeakWatch()
 
     def _assess(self, rows: list[RankMemoryRow]) -> ResidualReport:
         return assess(

@@ -50,16 +50,19 @@ class StagingClaims:
             yield 0
             return
         path = Path(file.name)
-        with file:
-            try:
+        shown = path.with_name(_CLAIM + path.name.removeprefix(".claim-"))
+        try:
+            with suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-                file.write(b"%d" % nbytes)
-                file.flush()
+                os.write(file.fileno(), b"%d" % nbytes)
                 # Seen by others only now: one that is not locked is taken for a dead server's.
-                path = path.rename(path.with_name(_CLAIM + path.name.removeprefix(".claim-")))
-                yield sum(self._others(path))
-            finally:
-                path.unlink(missing_ok=True)
+                path.rename(shown)
+            yield sum(self._others(shown))
+        finally:
+            for each in (path, shown):
+                with suppress(OSError):
+                    each.unlink(missing_ok=True)
+            file.close()
 
     def clear_dead(self) -> None:
         """Remove what servers left that died with a claim; the own one must not be there yet."""
@@ -67,7 +70,10 @@ class StagingClaims:
             pass
 
     def _others(self, own: Path) -> Iterator[int]:
-        for path in self._folder.glob(f"{_CLAIM}*"):
+        paths: list[Path] = []
+        with suppress(OSError):
+            paths = list(self._folder.glob(f"{_CLAIM}*"))
+        for path in paths:
             if path != own:
                 with suppress(OSError), path.open("rb") as file:
                     yield _bytes_of(file.fileno(), path)

@@ -106,8 +106,11 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lives(self) -> bool:
-        """Whether the process is still there."""
-        return self.started is None or start_ticks(self.pid) == self.started
+        """Whether the process is still there, as far as can be found out."""
+        try:
+            return self.started is None or start_ticks(self.pid) == self.started
+        except OSError:  # no descriptor left to look with
+            return True
 
 
 class WeightsInstalled(_ShortTexts, frozen=True, kw_only=True):

@@ -1,4 +1,4 @@
-"""What an update remembers while it is under way, kept where every API process finds it.
+"""What an update remembers while it is under way, on the page that every API process sees.
 
 Prepare and commit may land on different processes, and the process that carries an update may die.
 """
@@ -18,9 +18,6 @@ from engine_plugins.weights.transport.transfers import DRAIN_S
 __all__ = ["UpdateRecord", "UpdateRecords"]
 
 WRITES_END_S = DRAIN_S + 3.0
-_FOLDER = "underway"
-_NAME = "update"
-"""One file: an engine has one update at a time."""
 
 
 class UpdateRecord(msgspec.Struct, kw_only=True):
@@ -29,6 +26,7 @@ class UpdateRecord(msgspec.Struct, kw_only=True):
     asked: dict[str, Any]
     """The fields of the `UpdateBody`."""
     plan: PlanSummary
+    """Its totals; what it says of each rank is not kept."""
     staged: bool
     mode_reason: str
     """Why it is staged, or is not."""
@@ -66,8 +64,8 @@ class UpdateRecords:
 
     def read(self) -> UpdateRecord | None:
         """The update under way, or None."""
-        kept = self._shared.get(_FOLDER, _NAME)
-        return None if kept is None else msgspec.msgpack.decode(kept, type=UpdateRecord)
+        kept = self._shared.kept("record")
+        return msgspec.msgpack.decode(kept, type=UpdateRecord) if kept else None
 
     def prepared(self, request_id: str) -> UpdateRecord | None:
         """The update of this request, if it is prepared and waits."""
@@ -78,8 +76,10 @@ class UpdateRecords:
 
     def keep(self, record: UpdateRecord) -> None:
         """Write it down, before what it says is done."""
-        self._shared.put(_FOLDER, _NAME, msgspec.msgpack.encode(record))
+        plan = msgspec.structs.replace(record.plan, ranks=[], destinations=[])
+        kept = msgspec.msgpack.encode(msgspec.structs.replace(record, plan=plan))
+        self._shared.revise("record", lambda _: kept)
 
     def drop(self) -> None:
         """The update has ended."""
-        self._shared.drop(_FOLDER, _NAME)
+        self._shared.revise("record", lambda _: b"")

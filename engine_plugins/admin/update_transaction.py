@@ -48,6 +48,7 @@ from engine_plugins.errors import (
     TransferTimeoutError,
     UpdateAbortedError,
 )
+from engine_plugins.scarce import explained
 from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
 from engine_plugins.weights.staging import ModeChoice
 from engine_plugins.weights.transport.transfers import DRAIN_S
@@ -228,7 +229,7 @@ class UpdateTransaction:
                 raise
             raise told from error
         except Exception as error:  # an engine's own exception must not leave the state behind
-            failure = EnginePluginError(f"{type(error).__name__}: {error}")
+            failure = explained(error)
             raise await self.give_up(failure) from error
 
     async def _pull(self) -> list[StatusAnswer]:

@@ -11,12 +11,11 @@ import time
 from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
 
-import msgspec
-
 from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.call_limits import UPDATE_GRACE_S
 from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.admin.plans import Plans
 from engine_plugins.admin.schemas import AbortBody, UpdateBody
 from engine_plugins.admin.shared_state import Held, SharedState
 from engine_plugins.admin.staging_claims import StagingClaims
@@ -52,6 +51,9 @@ from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode,
 
 __all__ = ["Updates"]
 
+LOOK_S = 2.0
+"""How long an engine may take to look at trainers; a commit would wait for it."""
+
 logger = logging.getLogger(__name__)
 
 MOST_WAIT_S = 30.0
@@ -75,6 +77,7 @@ class Updates:
         self._background = background
         self._answers = UpdateAnswers(shared)
         self._records = UpdateRecords(shared)
+        self._plans = Plans(shared)
 
     async def update(self, body: UpdateBody) -> UpdateReport:
         """Install new weights; a request_id that was answered before is answered again.
@@ -166,10 +169,11 @@ class Updates:
     async def look_at_sources(self) -> None:
         """Give up a prepared update whose trainer is gone; the caller holds the operation lock."""
         record = self._records.read()
-        if record is None or record.prepared is None:
+        if record is None or record.prepared is None or self._control.health.is_behind:
             return
+        ends_at = time.monotonic() + LOOK_S
         try:
-            await WorkerCalls(self._control).look()
+            await WorkerCalls(self._control.until(lambda: ends_at)).look()
         except (PeerLostError, SourceRevokedError) as error:
             error.message = f"while the update was prepared: {error.message}"
             # Its writes may have been cut off with it, or only its word to us.
@@ -326,7 +330,7 @@ class Updates:
     async def _accepted(self, body: UpdateBody, *, doing: str) -> PlanSummary:
         """The plan of an update that may begin now."""
         await self.recover()
-        plan = self._plan(body.plan_id)
+        plan = self._plans.get(body.plan_id)
         state = self._shared.read()
         require(state, "serving", "paused", "fenced", "asleep", doing=doing)
         require_weights_mapped(state, doing=doing)
@@ -336,9 +340,7 @@ class Updates:
     def _begin(
         self, body: UpdateBody, plan: PlanSummary, mode: ModeChoice, waited_s: float
     ) -> UpdateTransaction:
-        if plan.plan_id in self._shared.names("used"):
-            plan = msgspec.structs.replace(plan, connect_s=0.0, plan_s=0.0)
-        self._shared.put("used", plan.plan_id, b"")
+        self._plans.use(plan.plan_id)
         return UpdateTransaction.begin(
             self._control, self._shared, body, plan, mode, waited_s=waited_s
         )
@@ -366,14 +368,6 @@ class Updates:
     def _ended(self, report: UpdateReport, error: EnginePluginError | None = None) -> None:
         self._answers.keep(report, error)
         self._records.drop()
-
-    def _plan(self, plan_id: str) -> PlanSummary:
-        kept = (
-            self._shared.get("plans", plan_id) if plan_id in self._shared.names("plans") else None
-        )
-        if kept is None:
-            raise UnknownIdError(f"no plan {plan_id[:80]!r} here", remedy="connect again")
-        return msgspec.json.decode(kept, type=PlanSummary)
 
 
 def _nothing_prepared(request_id: str) -> UnknownIdError:

@@ -16,6 +16,9 @@ from engine_plugins.weights.report import PlanSummary, UpdateReport
 __all__ = ["EngineFailure", "EnginesFailedError", "SenderReport"]
 
 
+WORTH_TELLING_S = 0.05
+
+
 class EngineFailure(msgspec.Struct, frozen=True, kw_only=True):
     """Why one engine did not take an update, and what it holds now."""
 
@@ -101,7 +104,8 @@ class SenderReport:
         )
         lines = [
             f"{url}: {report.bytes_moved / 1e6:.1f} MB in {report.seconds:.2f} s"
-            f"{self._wire(report)}, {_mode(report)}, paused {report.paused_s:.2f} s"
+            f"{self._wire(report)}, {_mode(report)}, {_waited(report)}"
+            f"paused {report.paused_s:.2f} s"
             f"{_ways_in(report)}"
             f"{self._fed(url)}"
             for url, report in self.engines.items()
@@ -157,6 +161,12 @@ def _mode(report: UpdateReport) -> str:
     """What `auto` became, and why."""
     name = report.mode.replace("_", " ")
     return f"{name} ({report.mode_reason})" if report.mode_reason else name
+
+
+def _waited(report: UpdateReport) -> str:
+    """For another call that kept the engine, where that is worth a word."""
+    seconds = report.phases.wait_s
+    return f"waited {seconds:.2f} s for another call, " if seconds >= WORTH_TELLING_S else ""
 
 
 def _ways_in(report: UpdateReport) -> str:

@@ -156,6 +156,7 @@ def test_a_pause_that_is_given_up_at_any_moment_leaves_the_engine_serving(
     lasts = time.monotonic() - began
     for part in (0.5, 0.8, 0.95, 1.0, 1.1):
         stream = Stream(server, PROMPT, 40)
+        stream.wait_for(1)
         asked = {"mode": "wait", "timeout_s": max(part * lasts, 0.01)}
         paused = server.admin.post("/pause", json=asked)
         assert len(stream.result()) == 40

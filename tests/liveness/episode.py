@@ -158,6 +158,8 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
     if names and watch.told != "done":
         result.named = any(name in said for name in names if name)
     result.notes += [f"told: {watch.told[:600]}", f"fence: {fence}"[:600], watch.changes]
+    if row.ends_server and watch.gone_s is None:
+        result.notes.append(f"still there: {', '.join(owned.named())}")
     mend()
     if watch.gone_s is None:
         watch.settle(TRUE_S)

@@ -16,6 +16,8 @@ __all__ = ["Owned", "group_of", "shared_by"]
 
 PATIENCE_S = 3.0
 _SHARED = "/dev/shm/"
+_ENGINES_OWN = ("/dev/shm/sglang_loads_",)
+"""SGLang ends its processes by SIGKILL and never unlinks these (srt/utils/stale_shm_cleanup.py)."""
 
 
 class Owned:
@@ -24,11 +26,16 @@ class Owned:
     def __init__(self, target: Target) -> None:
         self._runtime_dir = target.runtime_dir
         self.members = list(group_of(target.server.pid))
+        self._names = {each.pid: _name(each) for each in self.members}
         self._shared = {path for each in self.members for path in shared_by(each.pid)}
 
     def running(self) -> bool:
         """Whether any of its processes still runs."""
         return any(map(_runs, self.members))
+
+    def named(self) -> list[str]:
+        """Its processes that still run."""
+        return [self._names[each.pid] for each in self.members if _runs(each)]
 
     def unfinished(self) -> list[str]:
         """Files that were begun and neither completed nor removed."""
@@ -39,8 +46,12 @@ class Owned:
         give_up = time.monotonic() + PATIENCE_S
         while self.running() and time.monotonic() < give_up:
             time.sleep(0.1)
-        found = [f"process {each.pid}" for each in self.members if _runs(each)]
-        found += [path for path in sorted(self._shared) if os.path.exists(path)]
+        found = self.named()
+        found += [
+            path
+            for path in sorted(self._shared)
+            if os.path.exists(path) and not path.startswith(_ENGINES_OWN)
+        ]
         if directory and self._runtime_dir.exists():
             found.append("its runtime directory")
         return found
@@ -52,6 +63,13 @@ def group_of(leader: int) -> Iterator[psutil.Process]:
         with suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(each.pid) == leader:
                 yield each
+
+
+def _name(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        tracker = "resource_tracker" in " ".join(process.cmdline())
+        return f"process {process.pid} ({'resource tracker' if tracker else process.name()})"
+    return f"process {process.pid}"
 
 
 def _runs(process: psutil.Process) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from engine_plugins.admin.body_limit import BodyLimit
+from engine_plugins.admin.sources import MAX_SOURCES
 from engine_plugins.settings import Settings
 from engine_plugins.weights.manifest import encode_manifest
 from tests.support.admin_server import MSGPACK, TOKEN, AdminServer
@@ -40,6 +41,17 @@ async def test_a_body_over_the_limit_is_413_declared_or_not(make_server: MakeSer
         exact = b'{"mode": "keep"' + b" " * 984 + b"}"
         assert len(exact) == 1000
         assert (await server.http.post("/pause", content=exact)).status_code == 200
+
+
+async def test_a_connect_may_name_every_rank_of_a_large_trainer(make_server: MakeServer) -> None:
+    """As many as the document says; what is over the limit of others is read, and looked at."""
+    server = make_server(settings=SMALL)
+    async with server.running():
+        ids = [f"source-{number:024x}" for number in range(MAX_SOURCES)]
+        answer = await server.post("/weights/connect", source_ids=ids)
+        assert (answer.status_code, answer.json()["code"]) == (404, "unknown_id")
+        answer = await server.post("/weights/connect", source_ids=[*ids, "one more"])
+        assert (answer.status_code, answer.json()["code"]) == (400, "malformed_request")
 
 
 async def test_a_declared_size_is_refused_without_reading() -> None:

@@ -36,6 +36,7 @@ STATUS = {
     "PromptTooLargeError": 413,
     "RefusedSettingError": 422,
     "ResidualMemoryError": 507,
+    "ServerFilesError": 503,
     "SettingsError": 503,
     "SleepRefusedError": 507,
     "SourceError": 500,

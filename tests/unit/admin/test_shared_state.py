@@ -296,42 +296,6 @@ async def test_a_forked_child_neither_holds_the_lock_nor_lets_it_go(runtime_dir:
         process.communicate()
 
 
-def test_files_are_seen_whole_and_oldest_first(runtime_dir: Path) -> None:
-    """By every process; forgotten ones are gone, twice is harmless."""
-    shared, other = SharedState(runtime_dir), SharedState(runtime_dir)
-    for name in ("b", "a", "c"):
-        shared.put("plans", name, name.encode() * 3)
-        time.sleep(0.01)
-    assert other.names("plans") == ["b", "a", "c"]
-    assert other.get("plans", "a") == b"aaa"
-    shared.put("plans", "b", b"new")
-    assert other.names("plans") == ["a", "c", "b"]
-    assert other.get("plans", "b") == b"new"
-    other.drop("plans", "a")
-    other.drop("plans", "a")
-    assert shared.names("plans") == ["c", "b"]
-    assert shared.get("plans", "a") is None
-    (runtime_dir / "plans" / "half.1.tmp").write_bytes(b"ha")
-    assert shared.names("plans") == ["c", "b"]
-
-
-def test_listing_survives_files_that_others_drop_meanwhile(runtime_dir: Path) -> None:
-    """One process prunes while another looks."""
-    shared = SharedState(runtime_dir)
-    body = """
-        print("ready", flush=True)
-        while True:
-            for n in range(50):
-                shared.put("answers", f"a{n}", b"x")
-            for n in range(50):
-                shared.drop("answers", f"a{n}")
-    """
-    with started(body, runtime_dir):
-        until = time.monotonic() + 0.5
-        while time.monotonic() < until:
-            shared.names("answers")
-
-
 def test_a_state_that_does_not_fit_is_refused_and_the_old_one_stays(runtime_dir: Path) -> None:
     """A message of any length must not write past its place."""
     shared = SharedState(runtime_dir)

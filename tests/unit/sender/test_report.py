@@ -60,3 +60,12 @@ def test_it_says_which_mode_was_chosen_and_why(mode: str, reason: str, said: str
     update = msgspec.structs.replace(UPDATE, mode=mode, mode_reason=reason)
     report = SenderReport.of(3, {URL: update}, {}, 1.0, fed_by={})
     assert f", {said}, paused" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "said"), [(1.25, ", waited 1.25 s for another call, paused 0.10 s"), (0.01, None)]
+)
+def test_it_says_how_long_an_engine_was_busy(wait_s: float, said: str | None) -> None:
+    update = msgspec.structs.replace(UPDATE, phases=Phases(wait_s=wait_s))
+    told = str(SenderReport.of(3, {URL: update}, {}, 1.0, fed_by={}))
+    assert said in told if said else "waited" not in told
