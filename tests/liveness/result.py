@@ -98,7 +98,7 @@ class Result(Verdicts):
                 yield "requests held for too long"
         if self.late:
             yield "published after it was told to have failed"
-        starved = self.row.fault in ("disk_full", "no_descriptors", "folder_deleted", "no_memory")
+        starved = self.row.fault in ("disk_full", "no_descriptors", "folder_deleted")
         if starved and self.state == "fenced" and self.row.phase != "install":
             yield "fenced although nothing was touched"
         if self.unfinished:
