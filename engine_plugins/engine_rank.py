@@ -82,7 +82,7 @@ def make_rank_service(
     return WorkerService(
         receiver,
         tp_rank=tp_rank,
-        page=pull_page(runtime_dir, tp_rank),
+        page=None if runtime_dir is None else pull_page(runtime_dir, tp_rank),
         calls={**sleep.calls, **(calls or {})},
         clear_kv=partial(_clear_kv, tensors, ledger),
         reach=network.reach,

@@ -25,6 +25,7 @@ from engine_plugins.admin.held_answer import RefuseBeforeStream
 from engine_plugins.admin.late_admin import LateAdmin
 from engine_plugins.admin.mount import PREFIX, AdminMount
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, shared_state
+from engine_plugins.admin.server_end import end_with_first_process
 from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
 from vllm_ext.asked import has_extension
@@ -86,6 +87,7 @@ def mount(app: FastAPI) -> None:
     admin = LateAdmin(functools.partial(_find_engine, app))
     app.router.routes.append(AdminMount(admin))
     admin.watch_beside(app)
+    end_with_first_process(Path(os.environ[RUNTIME_DIR]))
     close_routes(app)
     # Innermost, so that vLLM's own middleware sees the status of a refusal and counts it.
     app.user_middleware.append(Middleware(RefuseBeforeStream, shared=shared_state()))

@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.kv_mark import marked
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir, shared_state
+from engine_plugins.admin.server_end import end_with_first_process
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import refusal
 from engine_plugins.errors import ConflictError
@@ -144,6 +145,7 @@ def hook_core_start() -> None:
         state = _state_of(self)  # opened now: the directory may be removed under a running server
         if state is not None:
             sign_in(state.runtime_dir, "engine core")
+            end_with_first_process(state.runtime_dir)
         settings = _settings(self)
         if settings.prefill_gate != "off":
             setattr(self, _GATE, _make_gate(self, settings))

@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from engine_plugins.admin.absent_parts import note_absent
 from engine_plugins.admin.engine_processes import sign_in
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR, first_process
+from engine_plugins.admin.server_end import end_with_first_process
 from engine_plugins.sleep.gpu_device import rank_memory
 from engine_plugins.sleep.rank_memory import RankMemory
 
@@ -51,7 +52,9 @@ def _take_baseline(worker: Any) -> None:
 
 def _sign_in(worker: Any) -> None:
     if RUNTIME_DIR in os.environ:
-        sign_in(Path(os.environ[RUNTIME_DIR]), "worker", int(worker.rank))
+        runtime_dir = Path(os.environ[RUNTIME_DIR])
+        sign_in(runtime_dir, "worker", int(worker.rank))
+        end_with_first_process(runtime_dir)
 
 
 def memory_of(worker: Any) -> RankMemory:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 from engine_plugins.admin.engine_processes import EngineProcesses
 from engine_plugins.errors import EngineDeadError, EngineStuckError
+from engine_plugins.shared_page import SharedPage
+from engine_plugins.weights.worker_service import BUSY_SINCE, pull_page
 
 __all__ = ["EngineHealth"]
 
@@ -28,9 +31,12 @@ class EngineHealth:
         self, processes: EngineProcesses, engine_says: Callable[[], str | None] = lambda: None
     ) -> None:
         self.processes = processes
+        self.on_death: Callable[[str], None] = lambda why: None
+        """Called with why the engine is dead, each time that it is seen."""
         self._engine_says = engine_says
         self._open: set[asyncio.Task[Any]] = set()
         self._late: set[asyncio.Task[Any]] = set()
+        self._pages: dict[int, SharedPage] = {}
 
     @property
     def is_behind(self) -> bool:
@@ -42,6 +48,7 @@ class EngineHealth:
         why = self.processes.ended() or self._engine_says()
         if not why:
             return None
+        self.on_death(f"the engine is dead: {why}")
         return EngineDeadError(
             f"the engine is dead: {why}",
             remedy="start the server anew; see its log for why the process ended",
@@ -82,4 +89,21 @@ class EngineHealth:
         if unusual:
             return unusual
         named = self.processes.named() or "unknown"
-        return f"none of its processes is stopped ({named})"
+        busy = self.busy_ranks(time.monotonic())
+        in_it = f"; still in a call: {', '.join(busy)}" if busy else ""
+        return f"none of its processes is stopped ({named}){in_it}"
+
+    def busy_ranks(self, now: float) -> list[str]:
+        """The ranks that have not come out of a call, by their pages."""
+        found = []
+        for rank in itertools.count():
+            if rank not in self._pages:
+                path = pull_page(self.processes.runtime_dir, rank)
+                try:
+                    self._pages[rank] = SharedPage(path)
+                except OSError:
+                    break
+            since = self._pages[rank].gauges[BUSY_SINCE]
+            if since:
+                found.append(f"rank {rank} for {now - since / 1e6:.1f} s")
+        return found

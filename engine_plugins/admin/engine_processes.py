@@ -17,7 +17,14 @@ import psutil
 
 from engine_plugins.sleep.process_identity import start_ticks
 
-__all__ = ["EngineProcess", "EngineProcesses", "kernel_state", "sign_in", "stands_still"]
+__all__ = [
+    "EngineProcess",
+    "EngineProcesses",
+    "has_ended",
+    "kernel_state",
+    "sign_in",
+    "stands_still",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +60,8 @@ class EngineProcess(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def has_ended(self) -> bool:
-        """A zombie is as dead as one that was waited for; what cannot be read counts as alive."""
-        try:
-            if self.start_ticks is not None and start_ticks(self.pid) != self.start_ticks:
-                return True
-        except OSError:
-            return False
-        return kernel_state(self.pid) in _ENDED
+        """Whether it is there no more."""
+        return has_ended(self.pid, self.start_ticks)
 
 
 def sign_in(runtime_dir: Path, role: Role, rank: int | None = None) -> None:
@@ -89,6 +91,19 @@ def kernel_state(pid: int) -> str:
         return psutil.STATUS_RUNNING  # nothing can be said of it
 
 
+def has_ended(pid: int, started: int | None) -> bool:
+    """Whether a process is there no more.
+
+    A zombie is as dead as one that was waited for; what cannot be read counts as alive.
+    """
+    try:
+        if started is not None and start_ticks(pid) != started:
+            return True
+    except OSError:
+        return False
+    return kernel_state(pid) in _ENDED
+
+
 def stands_still(state: str) -> bool:
     """Whether a process in this state is stopped."""
     return state in _STILL
@@ -101,6 +116,7 @@ class EngineProcesses:
     """
 
     def __init__(self, runtime_dir: Path) -> None:
+        self.runtime_dir = runtime_dir
         self._folder = runtime_dir / _FOLDER
         self._read_at: int | None = None
         self._known: list[EngineProcess] = []

@@ -18,18 +18,43 @@ from pathlib import Path
 
 import psutil
 
+from engine_plugins.admin.engine_processes import has_ended
 from engine_plugins.admin.runtime_dir import first_process
+from engine_plugins.sleep.process_identity import ProcessIdentity
 
-__all__ = ["ServerEnd"]
+__all__ = ["ServerEnd", "end_with_first_process"]
 
 logger = logging.getLogger(__name__)
 
+LOOK_S = 1.0
 PATIENCE_S = 3.0
 """For the engine to end its server, and for whoever waits for an answer to get it."""
 TERM_S = 1.5
 """From SIGTERM to SIGKILL."""
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """End by themselves, and take shared memory with them that nobody has given back."""
+
+
+def end_with_first_process(runtime_dir: Path) -> None:
+    """Have this process end soon after the one that built the server, however that one ended.
+
+    An engine's core and workers live on when their API process is killed, and hold its memory.
+    """
+    first = first_process()
+    if first is not None and first.pid != os.getpid():
+        name = "engine-plugins-first"
+        threading.Thread(target=_follow, args=(first, runtime_dir), daemon=True, name=name).start()
+
+
+def _follow(first: ProcessIdentity, runtime_dir: Path) -> None:
+    while not has_ended(first.pid, first.start_ticks):
+        time.sleep(LOOK_S)
+    time.sleep(PATIENCE_S)  # most servers end all their processes themselves
+    logger.critical("the process that built this server has ended (pid %d): so do all", first.pid)
+    with suppress(psutil.Error):
+        _kill(psutil.Process().children(recursive=True))
+    shutil.rmtree(runtime_dir, ignore_errors=True)
+    os._exit(1)
 
 
 class ServerEnd:

@@ -363,7 +363,8 @@ class AdminService:
         """
 
         def hopeless(state: EngineState) -> None:
-            if state.state == "updating":
+            update = state.update
+            if update is not None and update.phase != "prepared":
                 raise self._shared.occupied(name)
 
         async with self._shared.operation(name, wait_s=WAIT_S, unless=hopeless):

@@ -50,10 +50,17 @@ class Watcher:
         self._updates = updates
         self._sources_at = 0.0
         self._said = ""
-        self._end = ServerEnd(shared.runtime_dir)
 
     async def run(self) -> None:
-        """Look once a second, until this is cancelled."""
+        """Look once a second, until this is cancelled: the server ends, or its engine is dead."""
+        health = self._control.health
+        health.on_death = ServerEnd(self._shared.runtime_dir).soon
+        try:
+            await self._look_for_ever()
+        finally:
+            health.death()
+
+    async def _look_for_ever(self) -> None:
         while True:
             await asyncio.sleep(LOOK_S)
             try:
@@ -69,10 +76,8 @@ class Watcher:
 
     async def look(self) -> None:
         """Look once, and do what is to be done."""
-        dead = self._control.health.death()
-        if dead is not None:
-            self._end.soon(dead.message)
-            return
+        if self._control.health.death() is not None:
+            return  # the server ends
         state = self._shared.read()
         call = self._shared.under_way()
         why = refusal(state)

@@ -11,7 +11,9 @@ import functools
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +38,7 @@ from engine_plugins.weights.staging import StagingRoom
 from engine_plugins.weights.update_run import PullStatus
 
 __all__ = [
+    "BUSY_SINCE",
     "GENERATION",
     "AbortAnswer",
     "ConnectAnswer",
@@ -56,6 +59,8 @@ T = TypeVar("T")
 
 GENERATION = "_generation"
 """Beside a call's arguments: the generation of the operation that makes it, see `SharedState`."""
+BUSY_SINCE = 0
+"""Which gauge of a rank's page says since when it is in a call: monotonic microseconds, or 0."""
 _PAGE_BYTES = 64 << 10
 _MESSAGE_CHARACTERS = 3000
 """Of an error: a status has to fit its page, of which half is one status, in any alphabet."""
@@ -259,7 +264,20 @@ class WorkerService:
     def call(self, name: str, arguments: bytes) -> bytes:
         """Answer one call; never raises."""
         who = f"rank {self._tp_rank}"
-        return answer_call(self._calls, name, arguments, who=who, admit=self._admit)
+        with self._busy():
+            return answer_call(self._calls, name, arguments, who=who, admit=self._admit)
+
+    @contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Note on the page since when this rank is in a call: others can say so when it hangs."""
+        if self._page is None:
+            yield
+            return
+        self._page.gauges[BUSY_SINCE] = int(time.monotonic() * 1e6)
+        try:
+            yield
+        finally:
+            self._page.gauges[BUSY_SINCE] = 0
 
     def _admit(self, generation: int) -> None:
         """Refuse what a stopped process asks when it wakes up: another carries on for it.
@@ -382,9 +400,9 @@ class WorkerService:
         return PullNote(page=str(self._page_path), number=self._pull_number, pid=os.getpid())
 
 
-def pull_page(runtime_dir: Path | None, tp_rank: int) -> Path | None:
-    """The page of a rank in its server's runtime directory, if it has one."""
-    return None if runtime_dir is None else runtime_dir / "ranks" / f"tp{tp_rank}.page"
+def pull_page(runtime_dir: Path, tp_rank: int) -> Path:
+    """The page of a rank in its server's runtime directory."""
+    return runtime_dir / "ranks" / f"tp{tp_rank}.page"
 
 
 def _failure(error: EnginePluginError) -> Failure:

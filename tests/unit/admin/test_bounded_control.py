@@ -14,7 +14,8 @@ from engine_plugins.admin import bounded_control, call_limits
 from engine_plugins.admin.bounded_control import BoundedControl, bounded
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.errors import EngineCallError, EngineDeadError, EngineStuckError
-from engine_plugins.weights.worker_service import encode_call
+from engine_plugins.shared_page import SharedPage
+from engine_plugins.weights.worker_service import BUSY_SINCE, encode_call, pull_page
 from tests.support.in_memory_engine import InMemoryEngine
 from tests.support.signed_in import signed_in
 from tests.support.waiting import until
@@ -66,6 +67,19 @@ async def test_who_is_stopped_is_named(
         )
         with pytest.raises(EngineStuckError, match=rf"rank 1 \(pid {process.pid}\) is stopped"):
             await control.until(time.monotonic).resume()
+
+
+async def test_ranks_that_have_not_come_out_of_a_call_are_named(
+    engine: InMemoryEngine, control: BoundedControl, runtime_dir: Path
+) -> None:
+    """Where nobody is stopped: one of them waits for the others, or for a device."""
+    for rank in range(3):
+        SharedPage.create(pull_page(runtime_dir, rank), nbytes=4096)
+    page = SharedPage(pull_page(runtime_dir, 1))
+    page.gauges[BUSY_SINCE] = int((time.monotonic() - 7) * 1e6)
+    engine.freeze_at = "resume"
+    with pytest.raises(EngineStuckError, match=r"still in a call: rank 1 for 7\.\d s$"):
+        await control.until(time.monotonic).resume()
 
 
 async def test_a_stopped_process_is_not_waited_for_to_a_calls_own_limit(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import select
 import socket
 import threading
 import time
@@ -121,23 +122,24 @@ def test_bodies_that_stall_are_given_up_and_hold_nobody_up(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """80 of 80 had stayed open: each is told, and its connection closed; nothing is paused."""
-    monkeypatch.setattr(body_limit, "SILENCE_S", 3.0)
+    monkeypatch.setattr(body_limit, "SILENCE_S", 5.0)
     server = make_server()
     with over_sockets(server.app) as port, ExitStack() as links:
         opened = [
-            links.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            links.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
             for _ in range(80)
         ]
         for link in opened:
             link.sendall(HALF)
-        slow = links.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+        slow = links.enter_context(socket.create_connection(("127.0.0.1", port), timeout=60))
         slow.sendall(HALF[:-1])
-        began = time.monotonic()
         state = httpx.get(
-            f"http://127.0.0.1:{port}/admin/v1/state", headers={"authorization": f"Bearer {TOKEN}"}
+            f"http://127.0.0.1:{port}/admin/v1/state",
+            headers={"authorization": f"Bearer {TOKEN}"},
+            timeout=60,
         )
         assert state.status_code == 200
-        assert time.monotonic() - began < 3
+        assert not select.select(opened, [], [], 0)[0], "none of them has been given up"
         for byte in b"{" + b" " * 98 + b"}":
             slow.sendall(bytes([byte]))
             time.sleep(0.02)

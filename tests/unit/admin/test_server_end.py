@@ -15,19 +15,21 @@ from tests.support.waiting import until
 
 _DEAF = """
 import os, signal, subprocess, sys, time
-from engine_plugins.admin.runtime_dir import build_runtime_dir, ensure_runtime_dir
-from engine_plugins.admin.server_end import ServerEnd
+from engine_plugins.admin.runtime_dir import ensure_runtime_dir, join_runtime_dir
+from engine_plugins.admin.server_end import ServerEnd, end_with_first_process
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def run(role):
     if role == "first":
-        build_runtime_dir()
-    path = ensure_runtime_dir()
+        ensure_runtime_dir()
+    path = join_runtime_dir()
     children = [role for role in sys.argv[2].split(",") if role] if role == "first" else []
     for child in children:
         subprocess.Popen([sys.executable, "-c", sys.argv[3], child, "", ""])
+    if role == "core":
+        end_with_first_process(path)
     print(path, os.getpid(), flush=True)
-    if role == "api" or (role == "first" and "api" not in children):
+    if role == "api" or (role == "first" and "other" in children and "api" not in children):
         end = ServerEnd(path)
         end.soon("a test says so")
         end.soon("and says it again")
@@ -59,5 +61,25 @@ def test_nothing_is_left_of_a_server_that_does_not_end(
             lambda: not any(psutil.pid_exists(pid) for pid in pids),
             within_s=10 - (time.monotonic() - began),
             otherwise=lambda: [pid for pid in pids if psutil.pid_exists(pid)],
+        )
+        assert list(tmp_path.glob("engine-plugins-*")) == []
+
+
+def test_what_a_killed_process_has_started_ends_too(tmp_path: Path) -> None:
+    """An engine's core holds the machine's memory, whether anybody can ask it or not."""
+    command = [sys.executable, "-c", _DEAF, "first", "core", _DEAF]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    ) as server:
+        assert server.stdout is not None
+        pids = {int(server.stdout.readline().split()[1]) for _ in range(2)}
+        server.kill()  # and nobody waits for it yet: a zombie has ended, too
+        (core,) = pids - {server.pid}
+        until(
+            lambda: (
+                not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE
+            ),
+            within_s=10,
+            otherwise=lambda: "the core is still there",
         )
         assert list(tmp_path.glob("engine-plugins-*")) == []

@@ -19,6 +19,7 @@ from engine_plugins.errors import (
     ConflictError,
     EngineCallError,
     EnginePluginError,
+    OutdatedError,
     PeerLostError,
     UnknownIdError,
 )
@@ -27,6 +28,8 @@ from engine_plugins.weights.manifest import encode_manifest
 from engine_plugins.weights.report import RankReport
 from engine_plugins.weights.update_run import PullStatus
 from engine_plugins.weights.worker_service import (
+    BUSY_SINCE,
+    GENERATION,
     AbortAnswer,
     ConnectAnswer,
     Failure,
@@ -279,3 +282,31 @@ def test_an_error_that_names_a_path_that_is_no_text_travels(rank: InMemoryRank) 
         rank.receiver.failures["start"] = error  # type: ignore[assignment]
         with pytest.raises(EnginePluginError, match=r"b\\udcff"):
             ask(rank, "start", StatusAnswer, plan_id="p", staged=True, timeout_s=1.0)
+
+
+def test_calls_of_an_older_generation_are_refused(rank: InMemoryRank) -> None:
+    """A stopped process that wakes up asks for what another one does by now."""
+
+    def told(generation: int) -> WorkerDescription:
+        call = encode_call(**{GENERATION: generation})
+        return read_answer(rank.service.call("describe", call), WorkerDescription)
+
+    assert told(3).tp_rank == 1
+    assert told(3).tp_rank == 1
+    with pytest.raises(OutdatedError, match=r"generation 3 by now.*of generation 2"):
+        told(2)
+    assert ask(rank, "describe", WorkerDescription).tp_rank == 1, "who says none asks for no update"
+    assert told(4).tp_rank == 1
+
+
+def test_a_rank_that_is_in_a_call_says_so_on_its_page(tmp_path: Path, rank: InMemoryRank) -> None:
+    """Also where the call fails."""
+    page, seen = tmp_path / "page", list[int]()
+    calls = {"look at me": lambda: seen.append(SharedPage(page).gauges[BUSY_SINCE])}
+    service = WorkerService(rank.receiver, tp_rank=1, page=page, calls=calls)
+    before = time.monotonic()
+    service.call("look at me", encode_call())
+    assert before * 1e6 - 1 <= seen[0] <= time.monotonic() * 1e6
+    assert SharedPage(page).gauges[BUSY_SINCE] == 0
+    service.call("finish", encode_call())
+    assert SharedPage(page).gauges[BUSY_SINCE] == 0
