@@ -52,8 +52,7 @@ GZIP_ABOVE_BYTES = 64 * 1024
 CONNECT_S = 5.0
 """For a connection to be made, or to become free; what cannot be made is tried twice again."""
 UPDATE_GRACE_S = 4.2
-"""How long after an update's deadline its answer is waited for: engines answer before that, and
-the trainer is to be told within 5 s of it, whatever is stopped."""
+"""After an update's deadline: the trainer is to be told within 5 s of it, whatever is stopped."""
 RELEASE_S = 300.0
 """For weights that go to host memory or disk, or come back, and for memory to come to rest."""
 
@@ -289,10 +288,7 @@ class AdminClient:
         patience_s: float = 0.0,
         grace_s: float = math.inf,
     ) -> Answer:
-        """Send one request; `patience_s` is what the engine may take beyond the usual wait.
-
-        The usual wait is at most `grace_s`.
-        """
+        """Send one request; the engine may take `patience_s` and the usual wait or `grace_s`."""
         wait_s = patience_s + min(self._timeout_s, grace_s)
         send = partial(
             self._http.request,

@@ -78,17 +78,21 @@ def _as_json(scope: Scope) -> Scope:
 async def _read(receive: Receive, limit: int) -> bytes | None:
     chunks: list[bytes] = []
     size = 0
-    while True:
-        message = await asyncio.wait_for(receive(), SILENCE_S)
-        if message["type"] != "http.request":
-            raise ClientDisconnect
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            return None
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
+    clock = asyncio.get_running_loop().time
+    async with asyncio.timeout(SILENCE_S) as silence:
+        while True:
+            message = await receive()
+            if message["type"] != "http.request":
+                raise ClientDisconnect
+            # One timer for all chunks: wait_for would make a task for each of thousands.
+            silence.reschedule(clock() + SILENCE_S)
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            if size > limit:
+                return None
+            chunks.append(chunk)
+            if not message.get("more_body", False):
+                return b"".join(chunks)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

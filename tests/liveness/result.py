@@ -94,11 +94,12 @@ class Result(Verdicts):
         if not at_once:
             if self.true_s is None or self.true_s > limit:
                 yield "/state not true in time"
-            if self.door_s is None or self.door_s > limit:
+            holds = self.state in ("asleep", "paused")  # so requests rightly wait
+            if not holds and (self.door_s is None or self.door_s > limit):
                 yield "requests held for too long"
         if self.late:
             yield "published after it was told to have failed"
-        starved = self.row.fault in ("disk_full", "no_descriptors", "folder_deleted", "no_memory")
+        starved = self.row.fault in ("disk_full", "no_descriptors", "folder_deleted")
         if starved and self.state == "fenced" and self.row.phase != "install":
             yield "fenced although nothing was touched"
         if self.unfinished:

@@ -78,7 +78,7 @@ def rows(engine: str) -> list[Row]:
         *_at(two_ranks, "worker_stopped", "pull", "pause", "install", "prepared"),
         *_at(two_ranks, "worker_stopped", "sleep", "wake"),
         *_at(one, "core_stopped", "sleep"),
-        *_at(one, "no_memory", "sleep"),
+        *_at(one, "disk_full", "sleep"),
         *_at(two_ranks, "worker_killed", "pull", "pause", "install", "prepared"),
         *_at(two_apis, "core_stopped", "install"),
         *_at(two_apis, "disk_full", "install"),

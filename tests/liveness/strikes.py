@@ -24,8 +24,6 @@ __all__ = ["Mend", "Stage", "culprits", "struck"]
 Mend = Callable[[], None]
 LOW_DESCRIPTORS = 8
 """All below it are taken from the start, so nothing more can be opened; what is open stays."""
-ROOM_BYTES = 4 << 20
-"""What a process without memory may still map: less than its weights."""
 
 
 @dataclass(kw_only=True)
@@ -63,10 +61,7 @@ def struck(stage: Stage) -> Mend:
     if fault == "disk_full":
         return _filled(stage.target.runtime_dir.parent)
     if fault == "no_descriptors":
-        apis = stage.processes.apis
-        return _limited(apis, resource.RLIMIT_NOFILE, lambda _: LOW_DESCRIPTORS)
-    if fault == "no_memory":
-        return _limited(stage.processes.workers, resource.RLIMIT_AS, _memory)
+        return _starved(stage.processes.apis)
     if fault == "folder_deleted":
         shutil.rmtree(stage.target.runtime_dir)
         return _nothing
@@ -99,7 +94,6 @@ def culprits(stage: Stage) -> tuple[str, ...]:
         "no_descriptors": ("open files", "descriptor"),
         "folder_deleted": ("untime director", "No such file"),
         "long_error": ("told to fail",),
-        "no_memory": ("memory",),
     }.get(fault, ())
 
 
@@ -154,22 +148,18 @@ def _filled(folder: Path) -> Mend:
     return ballast.unlink
 
 
-def _limited(pids: list[int], what: int, limit_of: Callable[[int], int]) -> Mend:
-    """Lower a limit of processes to what they may have from now on."""
-    before = {pid: resource.prlimit(pid, what) for pid in pids}
+def _starved(pids: list[int]) -> Mend:
+    """Let processes open nothing more."""
+    before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids}
     for pid, (_, hard) in before.items():
-        resource.prlimit(pid, what, (limit_of(pid), hard))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (LOW_DESCRIPTORS, hard))
 
     def mend() -> None:
         for pid, limits in before.items():
             with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(pid, what, limits)
+                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
 
     return mend
-
-
-def _memory(pid: int) -> int:
-    return psutil.Process(pid).memory_info().vms + ROOM_BYTES
 
 
 def _nothing() -> None:

@@ -12,7 +12,6 @@ import functools
 import importlib
 import logging
 import os
-import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from engine_plugins.errors import NotConfiguredError, PeerError, PeerLostError, TransportError
+from engine_plugins.weights.transport.agent_start import home_is_readable, net_devices_are
 from engine_plugins.weights.transport.base import Descriptors, Direction
 from engine_plugins.weights.transport.regions import HOST, RegionTable, check_descriptors
 from engine_plugins.weights.transport.vetting import vet
@@ -34,9 +34,6 @@ logger = logging.getLogger(__name__)
 _PACKAGES = ("nixl", "nixl_cu13", "nixl_cu12")
 _POLL_INTERVAL_US = 10_000
 """How often the progress thread looks without having been woken. At 0 NIXL spins a core."""
-_NET_DEVICES = "UCX_NET_DEVICES"
-_starting = threading.Lock()
-"""One agent starts at a time: each reads the environment as it shall be for it."""
 
 
 @functools.cache
@@ -202,7 +199,7 @@ class NixlTransport:
         config.useListenThread = False
         config.pthrDelay = max(poll_interval_us, 1)
         config.syncMode = bindings.NIXL_THREAD_SYNC_RW
-        with _net_devices_are(net_devices), _home_is_readable(), self._translated("starting UCX"):
+        with net_devices_are(net_devices), home_is_readable(), self._translated("starting UCX"):
             self._open: Any = bindings.nixlAgent(agent, config)
             self._open.createBackend("UCX", {})
 
@@ -362,38 +359,6 @@ class NixlTransport:
             yield
         except _nixl_errors() as error:
             raise _translate(error, doing, self._agent_name, peer) from error
-
-
-@contextmanager
-def _net_devices_are(devices: str | None) -> Iterator[None]:
-    """Let UCX see these devices. Put back afterwards: processes started later inherit it."""
-    with _starting:
-        before = os.environ.get(_NET_DEVICES)
-        if devices is not None:
-            os.environ[_NET_DEVICES] = devices
-        try:
-            yield
-        finally:
-            if devices is not None and before is None:
-                del os.environ[_NET_DEVICES]
-            elif devices is not None and before is not None:
-                os.environ[_NET_DEVICES] = before
-
-
-@contextmanager
-def _home_is_readable() -> Iterator[None]:
-    """NIXL looks for `.nixl.cfg` in HOME, and raises what C++ does where it may not look."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "nixl.cfg" not in str(error):
-            raise
-        raise NotConfiguredError(
-            f"NIXL looks for its configuration in HOME ({os.environ.get('HOME')}), which this "
-            f"process may not read, so it does not start: {error}",
-            remedy="set HOME to a folder that this user may read; in a container with an arbitrary "
-            "uid /tmp will do",
-        ) from error
 
 
 def _translate(error: Exception, doing: str, agent: str, peer: _Peer | None) -> TransportError:

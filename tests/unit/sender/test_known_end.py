@@ -86,8 +86,8 @@ def test_an_update_is_waited_for_whatever_stands_in_its_answers_place(
 def test_asking_is_repeated(
     sender: WeightSender, gateway: BadGateway, engine: FakeEngine, fault: str
 ) -> None:
-    """One failed question ends no wait, nor do several of both."""
-    engine.update_s = 1.0
+    """One failed question ends no wait, nor do several of both; five take a second or more."""
+    engine.update_s = 2.5
     gateway.faults |= {"/weights/update": "504", "/state": fault, "/weights": fault}
     gateway.times |= {"/state": 2, "/weights": 3}
     assert sender.update(1, timeout_s=20.0).version == engine.version == 1
