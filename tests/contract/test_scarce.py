@@ -51,10 +51,9 @@ def no_descriptors(served: Served) -> Iterator[None]:
     """The first process may open nothing more."""
     pid = served.server.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    highest = max(int(each) for each in os.listdir(f"/proc/{pid}/fd"))
-    used = len(os.listdir(f"/proc/{pid}/fd"))
-    assert used > highest / 2, "the limit leaves too many free"
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(used, highest), before[1]))
+    used = {int(each) for each in os.listdir(f"/proc/{pid}/fd")}
+    free = next(number for number in range(len(used) + 1) if number not in used)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, before[1]))
     try:
         yield
     finally:

@@ -60,7 +60,6 @@ def test_a_stuck_state_ends(
     """
     result = run_row(_row(real_engine.kind, fault, phase), fleet, place)
     assert list(result.violations()) == [], result
-    assert fleet.started == 1, "one server lasted until its core was killed"
 
 
 def _row(engine: str, fault: str, phase: str) -> Row:

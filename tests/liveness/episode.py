@@ -41,13 +41,12 @@ def run_row(row: Row, fleet: LiveFleet, folder: Path) -> Result:
     target = fleet.target(row.server)
     with ExitStack() as stack:
         stack.enter_context(under_load(target.server, answers))
-        stage = _stage(row, fleet, folder, stack)
-        owned = Owned(target)
+        owned, stage = Owned(target), _stage(row, fleet, folder, stack)
         while not result.reached and result.tries < TRIES:
+            if stage.trainer.process.poll() is not None:
+                stage = _stage(row, fleet, folder, stack)
             result.tries += 1
             _hurt(stage, owned, result, fleet)
-            if stage.trainer.process.poll() is not None:
-                break
         if result.gone_s is None and result.reached:
             result.unfinished = owned.unfinished()
             repaired(stage, fleet, folder, answers, result)
@@ -150,6 +149,8 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
         mend()
     at_once = row.fault == "trainer_killed" and row.phase == "prepared"
     watch.wait(1.0 if at_once else row.timeout_s + WATCHED_S)
+    if at_once and stage.target.page().weights.version == version:
+        result.reached = False  # the commit was on its way when its trainer died
     result.told_s, result.told, result.gone_s = watch.told_s, watch.told, watch.gone_s
     result.true_s, result.door_s = watch.true_s, watch.door_s
     result.state = str(watch.state.get("state"))
