@@ -144,8 +144,8 @@ def test_every_error_is_a_problem_with_its_fields(drive: Driver) -> None:
     stale = drive.body("UpdateBody", plan_id=connected["plan_id"], version=0)
     drive.served.install(OLD)
     drive.fails("weights.update_weights", 409, "stale_version", body=stale)
-    large = drive.body("ConnectBody", source_ids=["x" * 256] * 5000)
-    problem = drive("weights.connect_sources", "Problem", 413, body=large)
+    large = drive.body("UpdateBody", plan_id="x" * (2 << 20), version=1)
+    problem = drive("weights.update_weights", "Problem", 413, body=large)
     assert problem.code == "body_too_large"
 
 
