@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.liveness.episode import run_row
+from tests.liveness.report import line
 from tests.liveness.rows import Row, rows
 from tests.liveness.servers import LiveFleet
 from tests.support.engines import IN_MEMORY, Engine, engine_parameters, engines_here
@@ -59,7 +60,7 @@ def test_a_stuck_state_ends(
     A server whose core was killed ends, and leaves nothing.
     """
     result = run_row(_row(real_engine.kind, fault, phase), fleet, place)
-    assert list(result.violations()) == [], result
+    assert list(result.violations()) == [], "\n".join([line(result), *result.notes])
 
 
 def _row(engine: str, fault: str, phase: str) -> Row:
