@@ -21,7 +21,7 @@ from tests.support.waiting import until
 def test_everything_else_is_answered_at_once(
     served: Served, trainer: TrainerProcess, background: ThreadPoolExecutor
 ) -> None:
-    """/state within 100 ms, a second update and the others 409, generation goes on."""
+    """/state within 100 ms, the others 409, a second update after its wait; generation goes on."""
     server, pull_s = served.server, served.engine.long_pull_s
     served.restore(OLD)
     plan, version = trainer.connect(server.admin), served.next_version()
@@ -35,8 +35,8 @@ def test_everything_else_is_answered_at_once(
             state = server.state()
             took.append(time.monotonic() - asked)
             assert (state["state"], state["update"]["phase"]) == ("updating", "pull")
-        second = problem(served.update(plan, version + 1), 409, "illegal_state")
-        assert f"the update to version {version} is under way" in second
+        second = problem(served.update(plan, version + 1, timeout_s=0.5), 409, "illegal_state")
+        assert f"the update to version {version} (pull; process " in second
         for route in ("/pause", "/resume", "/flush"):
             problem(server.admin.post(route), 409, "illegal_state")
         assert server.greedy(OLD.prompts()[0]) == OLD.expected()[0], "the old weights serve on"
