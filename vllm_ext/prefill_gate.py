@@ -29,7 +29,8 @@ from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.rank_meter import OwnRank, PagedRanks, Ranks
 from engine_plugins.prefill_gate.step_shape import StepShape
 from engine_plugins.settings import Settings
-from vllm_ext.scheduler_hook import GatedScheduler, held_bytes_per_token
+from vllm_ext.prefill_shapes import held_bytes_per_token
+from vllm_ext.scheduler_hook import GatedScheduler
 from vllm_ext.step_hook import own_meter, paged_meter
 
 __all__ = ["install_gate", "largest_step", "model_memory"]

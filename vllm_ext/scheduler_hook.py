@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from vllm.sampling_params import RequestOutputKind
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
@@ -22,12 +20,12 @@ from vllm.v1.request import Request, RequestStatus
 from engine_plugins.errors import EnginePluginError, MemoryPressureError
 from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
-from vllm_ext.held_stream import is_marked_as_held
 from vllm_ext.lost_step import LOST, take_back
 from vllm_ext.prefill_refusal import stop_reason_of
+from vllm_ext.prefill_shapes import PrefillShapes, step_shape
 from vllm_ext.step_order import NOTHING_TO_DO, ORDER, Order
 
-__all__ = ["GatedScheduler", "held_bytes_per_token"]
+__all__ = ["GatedScheduler"]
 
 LOOKED_AT_ONE_IN = 16
 """Of steps that only decode, which take the same memory again and again."""
@@ -50,11 +48,11 @@ class GatedScheduler:
     """
 
     def __init__(self, scheduler: Scheduler, gate: EngineGate, *, on_host: bool) -> None:
-        self._scheduler, self._gate, self._on_host = scheduler, gate, on_host
+        self._scheduler, self._gate = scheduler, gate
         self._clearance = gate.clearance
         self._most_running = int(scheduler.max_num_running_reqs)
         self._rows_each = 1 + int(scheduler.num_spec_tokens)
-        self._divisible = bool(scheduler.scheduler_config.enable_chunked_prefill)
+        self._shapes = PrefillShapes(scheduler, on_host=on_host)
         self._special: set[str] = set()
         """Requests that take more than their tokens say."""
         self._let_in: dict[str, Candidate] = {}
@@ -154,7 +152,7 @@ class GatedScheduler:
             self._end_refused()
         if self._not_loaded:
             self._not_loaded.difference_update(output.num_scheduled_tokens)
-        shape = self._shape(output, self._let_in)
+        shape = step_shape(output, self._let_in)
         order = self._gate.order(shape, rows=rows)
         if shape.tokens or order.give_back:
             setattr(output, ORDER, Order(order, self._needed_bytes))
@@ -215,16 +213,7 @@ class GatedScheduler:
     def _add_ends(self, outputs: dict[int, EngineCoreOutputs]) -> None:
         for request, refusal in self._ended:
             to_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            to_client.outputs.append(
-                EngineCoreOutput(
-                    request_id=request.request_id,
-                    new_token_ids=[],
-                    finish_reason=FinishReason.ERROR,
-                    stop_reason=stop_reason_of(refusal),
-                    events=request.take_events(),
-                    trace_headers=request.trace_headers,
-                )
-            )
+            to_client.outputs.append(_end_of(request, refusal))
         self._ended.clear()
 
     def free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
@@ -298,14 +287,14 @@ class GatedScheduler:
 
     def _ask(self, request: Request, computed: int, wanted: int) -> int:
         """Ask the gate about a prefill; the tokens that it grants."""
-        candidate = self._candidate(request, computed, wanted)
+        candidate = self._shapes.candidate(request, computed, wanted)
         decision = self._gate.decide(candidate)
         if decision.tokens:
             self._needed_bytes = decision.peak_bytes + decision.margin_bytes
         if decision.outcome == "run":
             self._let_in[request.request_id] = candidate
             return wanted
-        granted = self._aligned(computed, decision.tokens)
+        granted = self._shapes.aligned(computed, decision.tokens)
         self._cut[request.request_id] = granted
         self._answer_sizes()
         if granted:
@@ -314,44 +303,6 @@ class GatedScheduler:
         if refusal is not None:
             self._refused[request.request_id] = refusal
         return granted
-
-    def _aligned(self, computed: int, tokens: int) -> int:
-        """Chunks of some models end where their state is kept."""
-        if not self._scheduler.need_mamba_block_aligned_split:
-            return tokens
-        return max(tokens - (computed + tokens) % int(self._scheduler.block_size), 0)
-
-    def _candidate(self, request: Request, computed: int, wanted: int) -> Candidate:
-        params = request.sampling_params
-        logprobs = params is not None and params.prompt_logprobs is not None
-        return Candidate(
-            request.request_id,
-            wanted,
-            request.num_tokens,
-            computed,
-            prompt_logprobs=logprobs and not request.num_output_tokens,
-            held_bytes_per_token=held_bytes_per_token(params.prompt_logprobs)
-            if logprobs and self._on_host
-            else 0,
-            multimodal_tokens=_encoder_tokens(request, computed, wanted),
-            lora=request.lora_request is not None,
-            divisible=self._divisible,
-            refusable=_is_refusable(request),
-        )
-
-    def _shape(self, output: SchedulerOutput, let_in: Mapping[str, Candidate]) -> StepShape:
-        """Of the step as it runs: let in does not mean that there was room for its KV."""
-        scheduled = output.num_scheduled_tokens
-        prefills = [
-            (candidate, scheduled[request_id])
-            for request_id, candidate in let_in.items()
-            if request_id in scheduled
-        ]
-        decodes = output.total_num_scheduled_tokens - sum(tokens for _, tokens in prefills)
-        shape = StepShape(tokens=decodes, rows=decodes)
-        for candidate, tokens in prefills:
-            shape = candidate.joined_to(shape, tokens)
-        return shape
 
     def _recover(self, scheduler_output: SchedulerOutput) -> None:
         """All is computed again but what needed most, and what left results in the worker.
@@ -362,9 +313,9 @@ class GatedScheduler:
         self._lost += 1
         if self._lost > MAX_LOST:
             raise MemoryError(f"{self._lost} steps in a row found no memory")
-        prefills = self._prefills(scheduler_output)
+        prefills = self._shapes.prefills(scheduler_output, self._let_in)
         take_back(self._scheduler, scheduler_output, set(prefills))
-        self._gate.ran_out(self._shape(scheduler_output, prefills))
+        self._gate.ran_out(step_shape(scheduler_output, prefills))
         largest = max(prefills, key=scheduler_output.num_scheduled_tokens.__getitem__, default=None)
         for request_id, candidate in prefills.items():
             if candidate.prompt_logprobs or request_id == largest:
@@ -374,45 +325,18 @@ class GatedScheduler:
                 )
         self._end_refused()
 
-    def _prefills(self, output: SchedulerOutput) -> dict[str, Candidate]:
-        """Those of a step that has been put together, asked about or not."""
-        found = {}
-        for request_id, tokens in output.num_scheduled_tokens.items():
-            request = self._scheduler.requests.get(request_id)
-            if request is None or request.is_finished():
-                continue
-            computed = request.num_computed_tokens - tokens
-            if request.num_tokens - computed > 1 or request_id in self._let_in:
-                found[request_id] = self._candidate(request, computed, tokens)
-        return found
-
     def _end_refused(self) -> None:
         ended = self._scheduler.finish_requests(self._refused, RequestStatus.FINISHED_ERROR)
         self._ended += [(request, self._refused[request.request_id]) for request in ended]
         self._refused.clear()
 
 
-def held_bytes_per_token(prompt_logprobs: int) -> int:
-    """What vLLM keeps of a prompt token's log-probabilities: ids, values and a rank."""
-    return 8 * (prompt_logprobs + 1) + 4
-
-
-def _is_refusable(request: Request) -> bool:
-    """Whether nothing of an answer can have been sent: it is one message, or held."""
-    params = request.sampling_params
-    if params is None:
-        return True
-    if request.resumable:
-        return False
-    if params.output_kind == RequestOutputKind.FINAL_ONLY:
-        return True
-    return is_marked_as_held(params) and request.num_output_tokens == 0
-
-
-def _encoder_tokens(request: Request, computed: int, wanted: int) -> int:
-    return sum(
-        feature.mm_position.get_num_embeds()
-        for feature in request.mm_features
-        if feature.mm_position.offset < computed + wanted
-        and feature.mm_position.offset + feature.mm_position.length > computed
+def _end_of(request: Request, refusal: EnginePluginError) -> EngineCoreOutput:
+    return EngineCoreOutput(
+        request_id=request.request_id,
+        new_token_ids=[],
+        finish_reason=FinishReason.ERROR,
+        stop_reason=stop_reason_of(refusal),
+        events=request.take_events(),
+        trace_headers=request.trace_headers,
     )

@@ -89,13 +89,16 @@ CODE = EngineCode(
             "config.attention_config": "vllm.config:AttentionConfig",
             "config.lora_config": "vllm.config:LoRAConfig",
         },
+        "prefill_shapes.py": {
+            "output": STEP,
+            "feature": "vllm.multimodal.inputs:MultiModalFeatureSpec",
+            "feature.mm_position": "vllm.multimodal.inputs:PlaceholderRange",
+        },
         "scheduler_hook.py": {
             "each": REQUEST,
             "output": STEP,
             "model_runner_output": "vllm.v1.outputs:ModelRunnerOutput",
             "loaded": "vllm.v1.outputs:KVConnectorOutput",
-            "feature": "vllm.multimodal.inputs:MultiModalFeatureSpec",
-            "feature.mm_position": "vllm.multimodal.inputs:PlaceholderRange",
         },
         "step_hook.py": {"step": STEP},
         "weight_installer.py": {
@@ -112,6 +115,7 @@ PARTS = {
     "core_hooks.py": BOTH,
     "lost_step.py": BOTH,
     "prefill_gate.py": BOTH,
+    "prefill_shapes.py": BOTH,
     "scheduler_hook.py": BOTH,
     "step_hook.py": BOTH,
     "step_order.py": BOTH,
