@@ -3,69 +3,57 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
-import secrets
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from typing import Any, Literal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
 
 import msgspec
 
-from engine_plugins.admin.absent_parts import absent_parts
 from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
-from engine_plugins.admin.engine_control import EngineControl, RequestCounts
+from engine_plugins.admin.connecting import Connecting
+from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.pausing import end_left_pause, new_pause, pause_within
 from engine_plugins.admin.plans import Plans
 from engine_plugins.admin.schemas import (
     AbortBody,
-    AbsentView,
     CommitBody,
     ConnectBody,
-    EngineView,
     FlushBody,
     GateBody,
     GateView,
     PauseBody,
-    RequestsView,
     SleepAnswer,
     SleepBody,
     StateView,
     UpdateBody,
     WakeBody,
     WeightsView,
-    WorkerView,
 )
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.sleeping import Sleeping, memory_answer, residual_memory
 from engine_plugins.admin.sources import Sources
 from engine_plugins.admin.state import (
     EngineState,
-    WeightsInstalled,
     moved,
     require,
     require_weights_mapped,
 )
 from engine_plugins.admin.updates import MOST_WAIT_S, Updates
+from engine_plugins.admin.viewing import Viewing
 from engine_plugins.admin.watcher import Watcher
-from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import (
     ConflictError,
-    EnginePluginError,
     RefusedSettingError,
     SettingsError,
-    WeightMismatchError,
 )
 from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.memory_report import ResidualReport
-from engine_plugins.weights.model_facts import compare_facts
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 from engine_plugins.weights.worker_service import (
-    ConnectAnswer,
-    WorkerDescription,
     encode_call,
     read_answer,
 )
@@ -74,8 +62,6 @@ __all__ = ["AdminService"]
 
 logger = logging.getLogger(__name__)
 
-BUSY_WAIT_S = 0.05
-"""How long /state waits for an engine that may be busy; what it has not said then is unknown."""
 WAIT_S = 5.0
 """How long a call waits for another to end."""
 
@@ -86,18 +72,17 @@ class AdminService:
     def __init__(self, control: EngineControl, shared: SharedState, settings: Settings) -> None:
         self._control = bounded(control, shared)
         self._shared = shared
-        self._workers = WorkerCalls(self._control)
         self._reading = asyncio.Lock()
         """One manifest at a time: each thread that computes makes the event loop wait its turn."""
         self._sources = Sources(shared.runtime_dir, max_entries=settings.max_manifest_entries)
         self._plans = Plans(shared)
+        self._connecting = Connecting(self._control, self._sources, self._plans)
         self._background = Background()
+        self._viewing = Viewing(self._control, shared, self._background)
         self._updates = Updates(self._control, shared, settings, self._background)
         self._sleeping = Sleeping(self._control, shared, settings)
         self.watcher = Watcher(self._control, shared, self._updates.left)
         """Runs for as long as the application does, see `late_admin`."""
-        self._describing: asyncio.Task[list[WorkerDescription]] | None = None
-        self._counting: asyncio.Task[RequestCounts] | None = None
 
     @property
     def state_name(self) -> str:
@@ -106,28 +91,7 @@ class AdminService:
 
     async def state(self) -> StateView:
         """Everything about the engine that can be said at once."""
-        state = self._shared.read()
-        counts = await self._request_counts()
-        info = self._control.info
-        plain = msgspec.to_builtins(state)
-        del plain["kv_life"], plain["kv_generation"], plain["holding"]
-        return StateView(
-            engine=EngineView(
-                kind=info.kind,
-                version=info.version,
-                plugin_version=info.plugin_version,
-                model=info.model,
-                tensor_parallel_size=info.tensor_parallel_size,
-                pipeline_parallel_size=info.pipeline_parallel_size,
-            ),
-            requests=RequestsView(running=counts.running, waiting=counts.waiting),
-            workers=await self._worker_views(state),
-            absent=[
-                AbsentView(part=part, reason=reason)
-                for part, reason in absent_parts(self._shared.runtime_dir).items()
-            ],
-            **plain,
-        )
+        return await self._viewing.state()
 
     async def pause(self, body: PauseBody) -> StateView:
         """Stop scheduling, and say so in the state."""
@@ -252,27 +216,7 @@ class AdminService:
             state = self._shared.read()
             require(state, "serving", "paused", "fenced", "asleep", doing="connect")
             require_weights_mapped(state, doing="connect")
-            # An engine that lacks our methods says so here, not in the update that needs them.
-            await self._control.request_counts()
-            facts = self._control.info.model_facts
-            manifests = await asyncio.to_thread(self._sources.paths, body.source_ids, facts)
-            compare_facts(body.model, facts, who="the connect call")
-            plan_id = "plan-" + secrets.token_hex(8)
-            try:
-                answers = await self._workers.connect(
-                    plan_id, manifests, direction=body.direction, reached_at=reached_at
-                )
-                _refuse_unused(answers)
-            except EnginePluginError:
-                with suppress(EnginePluginError):
-                    await WorkerCalls(self._control.closing()).drop(plan_id)
-                raise
-            plan = _summary(plan_id, body.direction, answers)
-            dropped = self._plans.add(plan)
-            for old in dropped:
-                await self._workers.drop(old)
-            await asyncio.to_thread(self._sources.planned, plan_id, body.source_ids, dropped)
-        return plan
+            return await self._connecting.connect(body, reached_at)
 
     async def manifest(self, *, reached_at: str | None = None) -> EngineOffer:
         """The version that serves as a source for other engines.
@@ -290,22 +234,7 @@ class AdminService:
         async with self._operation("offer the weights"):
             state = self._shared.read()
             require(state, "serving", "paused", doing="offer the weights")
-            version = state.weights.version
-            if version is None:
-                raise ConflictError(
-                    "this engine holds the weights that it was started with: where they lie is "
-                    "known once an update has installed others",
-                    remedy="update this engine first",
-                )
-            word = _word_of(state.weights)
-            facts = self._control.info.model_facts
-            manifests = await self._workers.manifests(facts, word, reached_at=reached_at)
-        return EngineOffer(
-            version=version,
-            request_id=state.weights.request_id,
-            manifests=manifests,
-            source_word=word,
-        )
+            return await self._connecting.offer(state.weights, reached_at)
 
     async def update(self, body: UpdateBody) -> UpdateReport:
         """Install new weights; see `Updates.update`."""
@@ -331,30 +260,6 @@ class AdminService:
             plans=[msgspec.to_builtins(plan) for plan in self._plans.listed()],
         )
 
-    async def _request_counts(self) -> RequestCounts:
-        """Ask the engine, but do not wait for a busy one, nor ask it twice at a time."""
-        task = self._counting
-        if task is None or task.done():
-            task = self._counting = self._background.keep(self._control.request_counts())
-        await asyncio.wait({task}, timeout=BUSY_WAIT_S)
-        if not task.done() or task.exception() is not None:
-            return RequestCounts(running=None, waiting=None)
-        return task.result()
-
-    async def _worker_views(self, state: EngineState) -> list[WorkerView]:
-        """Who the workers are; asked once, not during an update, and not waited for too long."""
-        task = self._describing
-        if task is None or (task.done() and task.exception() is not None):
-            if state.state == "updating":
-                return []
-            task = self._describing = self._background.keep(self._workers.describe())
-        await asyncio.wait({task}, timeout=BUSY_WAIT_S)
-        if not task.done() or task.exception() is not None:
-            return []
-        return [
-            WorkerView(tp_rank=each.tp_rank, pid=each.pid, host=each.host) for each in task.result()
-        ]
-
     @asynccontextmanager
     async def _operation(self, name: str) -> AsyncIterator[None]:
         """Hold the operation lock, over an engine that no dead process has left updating.
@@ -378,43 +283,3 @@ class AdminService:
             await self._updates.left.recover()
             await end_left_pause(self._control, self._shared)
             yield
-
-
-def _summary(
-    plan_id: str, direction: Literal["pull", "push"], answers: list[ConnectAnswer]
-) -> PlanSummary:
-    ranks = [answer.plan for answer in answers]
-
-    def total(field: Callable[[Any], int]) -> int:
-        return sum(field(rank) for rank in ranks)
-
-    return PlanSummary(
-        plan_id=plan_id,
-        direction=direction,
-        bytes_needed=total(lambda rank: rank.bytes_needed),
-        bytes_to_move=total(lambda rank: rank.bytes_to_move),
-        operations=total(lambda rank: rank.operations),
-        direct_bytes=total(lambda rank: rank.direct_bytes),
-        staged_bytes=total(lambda rank: rank.staged_bytes),
-        loader_bytes=total(lambda rank: rank.loader_bytes),
-        connect_s=max(answer.connect_s for answer in answers),
-        plan_s=max(answer.plan_s for answer in answers),
-        ranks=ranks,
-        destinations=[each.destination for each in answers if each.destination is not None],
-    )
-
-
-def _word_of(weights: WeightsInstalled) -> int:
-    """The version word of installed weights: the same for whoever asks, another for others."""
-    said = f"{weights.version} {weights.request_id} {weights.installed_at}"
-    return int.from_bytes(hashlib.sha256(said.encode()).digest()[:6], "little") + 1
-
-
-def _refuse_unused(answers: list[ConnectAnswer]) -> None:
-    unused = set.intersection(*(set(answer.unused) for answer in answers))
-    if unused:
-        shown = ", ".join(sorted(unused)[:8])
-        raise WeightMismatchError(
-            f"{len(unused)} tensors reach no parameter of the engine's model: {shown}",
-            remedy="publish the tensors of the model that this engine serves, and no others",
-        )

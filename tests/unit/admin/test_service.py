@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from engine_plugins.admin import service as service_module
+from engine_plugins.admin import viewing
 from engine_plugins.admin.engine_control import RequestCounts
 from engine_plugins.admin.state import Fence, Sleep, UpdateProgress, moved
 from engine_plugins.errors import EngineCallError, WeightMismatchError
@@ -62,7 +63,7 @@ async def test_the_state_is_answered_although_the_engine_is_busy_or_dead(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Who the workers are is told later; the rest at once."""
-    monkeypatch.setattr(service_module, "BUSY_WAIT_S", 0.05)
+    monkeypatch.setattr(viewing, "BUSY_WAIT_S", 0.05)
     server = make_server()
     async with server.running():
         async with server.engine.busy():
