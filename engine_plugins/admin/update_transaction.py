@@ -189,7 +189,7 @@ class UpdateTransaction:
         Returns:
             The error to tell: the same, or that the engine does not answer.
         """
-        wrote, lost = self._record.touched, False
+        wrote, lost, still = self._record.touched, False, self._record.paused_here
         pushed = self._plan.direction == "push"
         engine = self._engine.closing()
         try:
@@ -199,8 +199,9 @@ class UpdateTransaction:
             if wrote or lost:
                 await self._fence(error, lost=lost)
                 return error
-            if self._record.paused_here:
+            if still:
                 await engine.resume()
+                still = False
         except (EngineStuckError, EngineDeadError) as silent:
             return await self._fence_silent(error, silent)
         except Exception:
@@ -208,14 +209,23 @@ class UpdateTransaction:
             if wrote or lost:
                 self._close_fence(error, lost=lost)
                 return error
-        before = self._record.before
-        self._shared.change(
-            lambda state: moved(
-                state, before.state, pause=before.pause, fence=before.fence, update=None
-            )
-        )
-        error.remedy = error.remedy or "the old weights serve on; mend the cause and update again"
+        self._back(error, still=still)
         return error
+
+    def _back(self, error: EnginePluginError, *, still: bool) -> None:
+        """The state of before the update; but an engine that was not resumed is told as paused."""
+        before = self._record.before
+        name = "paused" if still else before.state
+        pause = Pause(mode=self._body.pause, until=None) if still else before.pause
+        self._shared.change(
+            lambda state: moved(state, name, pause=pause, fence=before.fence, update=None)
+        )
+        where = (
+            "the old weights are there, and the engine stands still: POST /admin/v1/resume"
+            if still
+            else "the old weights serve on; mend the cause and update again"
+        )
+        error.remedy = error.remedy or where
 
     @asynccontextmanager
     async def _or_give_up(self) -> AsyncIterator[None]:
