@@ -58,7 +58,7 @@ def run_row(row: Row, fleet: LiveFleet, folder: Path) -> Result:
     judge(target, answers, result)
     if result.gone_s is None and not result.holds:
         result.left = ended(owned, target)
-    if not result.holds or result.gone_s is not None:
+    if not result.holds or result.gone_s is not None or row.kills:
         fleet.close()
     result.took_s = round(time.monotonic() - began, 1)
     return result
