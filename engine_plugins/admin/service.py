@@ -94,7 +94,7 @@ class AdminService:
         self._background = Background()
         self._updates = Updates(self._control, shared, settings, self._background)
         self._sleeping = Sleeping(self._control, shared, settings)
-        self.watcher = Watcher(self._control, shared, self._updates)
+        self.watcher = Watcher(self._control, shared, self._updates.left)
         """Runs for as long as the application does, see `late_admin`."""
         self._describing: asyncio.Task[list[WorkerDescription]] | None = None
         self._counting: asyncio.Task[RequestCounts] | None = None
@@ -368,14 +368,14 @@ class AdminService:
                 raise self._shared.occupied(name)
 
         async with self._shared.operation(name, wait_s=WAIT_S, unless=hopeless):
-            await self._updates.recover()
+            await self._updates.left.recover()
             await end_left_pause(self._control, self._shared)
             yield
 
     @asynccontextmanager
     async def _place_for_connect(self) -> AsyncIterator[None]:
         async with self._updates.place("connect", MOST_WAIT_S):
-            await self._updates.recover()
+            await self._updates.left.recover()
             await end_left_pause(self._control, self._shared)
             yield
 

@@ -6,13 +6,20 @@ import time
 from collections.abc import Sequence
 from typing import Literal
 
+import msgspec
+
 from engine_plugins.admin.state import Fence
 from engine_plugins.admin.update_record import UpdateRecord
-from engine_plugins.errors import EngineDeadError, EnginePluginError, EngineStuckError
+from engine_plugins.errors import (
+    EngineDeadError,
+    EnginePluginError,
+    EngineStuckError,
+    UpdateAbortedError,
+)
 from engine_plugins.weights.report import Outcome, Phases, RankReport, UpdateReport
 from engine_plugins.weights.worker_service import StatusAnswer
 
-__all__ = ["behind", "half_way", "lost_memory", "report_of", "stands_still"]
+__all__ = ["behind", "failure_report", "half_way", "lost_memory", "report_of", "stands_still"]
 
 NAMED = 4
 """Of ranks that are equally far behind, so many are named."""
@@ -62,6 +69,14 @@ def report_of(
         peak_extra_bytes=max((rank.peak_extra_bytes for rank in ranks), default=0),
         ranks=list(ranks),
         finished_at=time.time(),
+    )
+
+
+def failure_report(record: UpdateRecord, error: EnginePluginError) -> UpdateReport:
+    """The report of an update that failed, for the history."""
+    return msgspec.structs.replace(
+        report_of(record, "aborted" if isinstance(error, UpdateAbortedError) else "failed"),
+        error={"code": error.code, "detail": error.message, "remedy": error.remedy},
     )
 
 

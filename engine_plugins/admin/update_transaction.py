@@ -9,10 +9,9 @@ is flushed, so it never labels anything else.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Self
 
 import msgspec
@@ -20,33 +19,21 @@ import msgspec
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.call_limits import UPDATE_GRACE_S
 from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.admin.giving_up import GivingUp
 from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.pull_watch import PullWatch
 from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.admin.state import (
-    EngineState,
-    Pause,
-    UpdateProgress,
-    WeightsInstalled,
-    moved,
-)
-from engine_plugins.admin.update_outcome import (
-    behind,
-    half_way,
-    lost_memory,
-    report_of,
-    stands_still,
-)
+from engine_plugins.admin.shown_update import ShownUpdate
+from engine_plugins.admin.state import Pause, WeightsInstalled, moved
+from engine_plugins.admin.update_outcome import behind, failure_report, report_of
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import (
-    EngineDeadError,
     EnginePluginError,
     EngineStuckError,
     OutdatedError,
     TransferTimeoutError,
-    UpdateAbortedError,
 )
 from engine_plugins.scarce import explained
 from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
@@ -55,8 +42,6 @@ from engine_plugins.weights.transport.transfers import DRAIN_S
 from engine_plugins.weights.worker_service import StatusAnswer
 
 __all__ = ["UpdateTransaction"]
-
-logger = logging.getLogger(__name__)
 
 POLL_S = 0.02
 ADVANCE_S = 0.25
@@ -79,6 +64,8 @@ class UpdateTransaction:
         self._engine = bounded(control, shared)
         self._control = self._engine.until(lambda: self._record.deadline + UPDATE_GRACE_S)
         self._workers = WorkerCalls(self._control)
+        self._giving_up = GivingUp(self._engine, shared, record)
+        self._shown = ShownUpdate(shared, record)
         self._shared = shared
         self._records = UpdateRecords(shared)
         self._record = record
@@ -148,7 +135,7 @@ class UpdateTransaction:
         async with self._or_give_up():
             statuses = await (self._open() if self._plan.direction == "push" else self._pull())
         done = sum(status.bytes_done for status in statuses)
-        self._show("prepared", done)
+        self._shown.phase("prepared", done)
         report = report_of(self._record, "prepared")
         self._record.prepared = msgspec.structs.replace(report, bytes_moved=done)
         self._records.keep(self._record)
@@ -165,7 +152,7 @@ class UpdateTransaction:
         self._records.keep(self._record)
         async with self._or_give_up():
             if self._plan.direction == "push":
-                self._show("written", None)
+                self._shown.phase("written", None)
                 await self._until_ready("written", await self._workers.written())
             else:
                 # A commit may come late, from a caller that has given up: nothing is touched yet.
@@ -177,56 +164,6 @@ class UpdateTransaction:
     def _installed(self, ranks: list[RankReport]) -> UpdateReport:
         return report_of(self._record, "installed", ranks, paused_s=self._paused_s)
 
-    async def give_up(
-        self, error: EnginePluginError, *, writes_ended: bool = True
-    ) -> EnginePluginError:
-        """Back to the old weights if none was touched; otherwise behind a fence.
-
-        Args:
-            error: why; its remedy will say what serves.
-            writes_ended: whether a push's trainer is known to write no more.
-
-        Returns:
-            The error to tell: the same, or that the engine does not answer.
-        """
-        wrote, lost, still = self._record.touched, False, self._record.paused_here
-        pushed = self._plan.direction == "push"
-        engine = self._engine.closing()
-        try:
-            workers = WorkerCalls(engine)
-            answer = await workers.abort(writes_ended=writes_ended if pushed else None)
-            wrote, lost = answer.wrote or wrote, answer.lost
-            if wrote or lost:
-                await self._fence(error, lost=lost)
-                return error
-            if still:
-                await engine.resume()
-                still = False
-        except (EngineStuckError, EngineDeadError) as silent:
-            return await self._fence_silent(error, silent)
-        except Exception:
-            logger.exception("giving up an update met another error")
-            if wrote or lost:
-                self._close_fence(error, lost=lost)
-                return error
-        self._back(error, still=still)
-        return error
-
-    def _back(self, error: EnginePluginError, *, still: bool) -> None:
-        """The state of before the update; but an engine that was not resumed is told as paused."""
-        before = self._record.before
-        name = "paused" if still else before.state
-        pause = Pause(mode=self._body.pause, until=None) if still else before.pause
-        self._shared.change(
-            lambda state: moved(state, name, pause=pause, fence=before.fence, update=None)
-        )
-        where = (
-            "the old weights are there, and the engine stands still: POST /admin/v1/resume"
-            if still
-            else "the old weights serve on; mend the cause and update again"
-        )
-        error.remedy = error.remedy or where
-
     @asynccontextmanager
     async def _or_give_up(self) -> AsyncIterator[None]:
         try:
@@ -234,17 +171,17 @@ class UpdateTransaction:
         except OutdatedError:
             raise  # whoever took this one's place has said what the engine holds
         except EnginePluginError as error:
-            told = await self.give_up(error)
+            told = await self._giving_up.give_up(error)
             if told is error:
                 raise
             raise told from error
         except Exception as error:  # an engine's own exception must not leave the state behind
             failure = explained(error)
-            raise await self.give_up(failure) from error
+            raise await self._giving_up.give_up(failure) from error
 
     async def _pull(self) -> list[StatusAnswer]:
         """Pull until nothing more can come without the engine standing still."""
-        self._show("pull", 0)
+        self._shown.phase("pull", 0)
         return await self._until_ready("pull", await self._start())
 
     async def _until_ready(self, phase: str, statuses: list[StatusAnswer]) -> list[StatusAnswer]:
@@ -257,7 +194,7 @@ class UpdateTransaction:
 
     async def _open(self) -> list[StatusAnswer]:
         """Make the memory ready that the trainer will write to."""
-        self._show("open", 0)
+        self._shown.phase("open", 0)
         if self._plan.direct_bytes:
             await self._pause()
             self._touch()
@@ -274,7 +211,7 @@ class UpdateTransaction:
     async def _pause(self) -> None:
         if self._record.before.state != "serving" or self._record.paused_here:
             return
-        self._show("pause", None)
+        self._shown.phase("pause", None)
         left = max(self._record.deadline - time.monotonic(), 0.1)
         with self._timed("pause_s"):
             await pause_within(self._control, self._shared, self._body.pause, left)
@@ -284,7 +221,7 @@ class UpdateTransaction:
     async def _install(self) -> list[RankReport]:
         """Everything that follows once the engine stands still."""
         self._touch()
-        self._show("install", None)
+        self._shown.phase("install", None)
         while True:
             statuses = await self._workers.advance(budget_s=ADVANCE_S)
             if all(status.steps_installed == status.steps_total for status in statuses):
@@ -301,10 +238,10 @@ class UpdateTransaction:
             return
         self._record.touched = True
         self._records.keep(self._record)
-        self._mark_new_kv()
+        self._shown.mark_new_kv()
 
     async def _flush(self) -> None:
-        self._show("flush", None)
+        self._shown.phase("flush", None)
         recompute = self._body.in_flight_kv == "recompute"
         with self._timed("flush_s"):
             await self._control.flush(prefix_cache=recompute, multimodal_cache=self._body.flush)
@@ -327,7 +264,7 @@ class UpdateTransaction:
         )
         self._shared.change(lambda state: msgspec.structs.replace(state, weights=weights))
         if resume and not asleep:
-            self._show("resume", None)
+            self._shown.phase("resume", None)
             with self._timed("resume_s"):
                 await self._control.resume()
         self._paused_s = time.monotonic() - self._record.still_since
@@ -343,56 +280,9 @@ class UpdateTransaction:
             )
         )
 
-    async def _fence(self, error: EnginePluginError, *, lost: bool) -> None:
-        self._close_fence(error, lost=lost)
-        ended = await self._engine.closing().fail_requests()
-        logger.error("engine fenced: %s; %d requests ended with an error", error.message, ended)
-
-    def _close_fence(self, error: EnginePluginError, *, lost: bool) -> None:
-        fence = (lost_memory if lost else half_way)(self._body.version, error)
-        self._shared.change(
-            lambda state: moved(
-                state, "fenced", fence=fence, update=None, weights=WeightsInstalled()
-            )
-        )
-        error.remedy = f"the engine is fenced; {fence.remedy}"
-
-    async def _fence_silent(
-        self, error: EnginePluginError, silent: EngineStuckError | EngineDeadError
-    ) -> EnginePluginError:
-        """Refuse requests of an engine that does not answer.
-
-        It is told to give up and to end its requests all the same: it does so once it goes on.
-        """
-        told = error
-        if not isinstance(error, EngineStuckError | EngineDeadError):
-            told, silent.message = silent, f"{error.message}; giving up, {silent.message}"
-        touched = self._record.touched
-        fence = stands_still(self._body.version, told, silent, touched=touched)
-        changes = {"weights": WeightsInstalled()} if touched else {}
-        self._shared.change(
-            lambda state: moved(state, "fenced", fence=fence, update=None, **changes)
-        )
-        told.remedy = f"the engine is fenced; {fence.remedy}"
-        logger.error("engine fenced: %s", told.message)
-        with suppress(EnginePluginError):
-            await self._engine.closing().fail_requests()
-        return told
-
-    def _mark_new_kv(self) -> None:
-        """From here on no request may use KV of the weights before."""
-
-        def change(state: EngineState) -> EngineState:
-            # Counted, because the same version may come again with other weights.
-            count = int((state.kv_generation or ".0").rpartition(".")[2]) + 1
-            mark = f"weights-{self._body.version}.{count}"
-            return msgspec.structs.replace(state, kv_generation=mark)
-
-        self._shared.change(change)
-
     def _progress(self, phase: str, statuses: list[StatusAnswer]) -> None:
         done = sum(status.bytes_done for status in statuses)
-        self._show(phase, done)
+        self._shown.phase(phase, done)
         # While the engine serves, its core is not made to wait for reads that are let end: the
         # ranks do that by themselves.
         drain_s = 0.0 if phase == "install" else DRAIN_S
@@ -403,22 +293,6 @@ class UpdateTransaction:
                 raise EngineStuckError(late + still, remedy="let that process go on")
             raise TransferTimeoutError(late + behind(statuses))
 
-    def _show(self, phase: str, bytes_done: int | None) -> None:
-        def change(state: EngineState) -> EngineState:
-            done = state.update.bytes_done if bytes_done is None and state.update else bytes_done
-            progress = UpdateProgress(
-                request_id=self._body.request_id,
-                version=self._body.version,
-                phase=phase,
-                bytes_done=done or 0,
-                bytes_total=self._plan.bytes_to_move,
-            )
-            if state.state == "updating":
-                return msgspec.structs.replace(state, update=progress)
-            return moved(state, "updating", update=progress)
-
-        self._shared.change(change)
-
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         began = time.monotonic()
@@ -427,9 +301,4 @@ class UpdateTransaction:
 
     def failure_report(self, error: EnginePluginError) -> UpdateReport:
         """The report of an update that failed, for the history."""
-        return msgspec.structs.replace(
-            report_of(
-                self._record, "aborted" if isinstance(error, UpdateAbortedError) else "failed"
-            ),
-            error={"code": error.code, "detail": error.message, "remedy": error.remedy},
-        )
+        return failure_report(self._record, error)

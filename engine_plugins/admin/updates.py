@@ -6,7 +6,6 @@ in the runtime directory, so any API process may take the next call.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Awaitable
 from contextlib import AbstractAsyncContextManager
@@ -15,20 +14,26 @@ from engine_plugins.admin.background import Background
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.call_limits import UPDATE_GRACE_S
 from engine_plugins.admin.engine_control import EngineControl
+from engine_plugins.admin.left_updates import LeftUpdates
 from engine_plugins.admin.plans import Plans
 from engine_plugins.admin.schemas import AbortBody, UpdateBody
 from engine_plugins.admin.shared_state import Held, SharedState
 from engine_plugins.admin.staging_claims import StagingClaims
 from engine_plugins.admin.state import (
     EngineState,
-    WeightsInstalled,
     moved,
     refuse_for_good,
     require,
     require_weights_mapped,
 )
+from engine_plugins.admin.update_acceptance import (
+    mode_in_two_phases,
+    refuse_push,
+    refuse_stale,
+    refuse_verify,
+)
 from engine_plugins.admin.update_answers import UpdateAnswers, refuse_other_update
-from engine_plugins.admin.update_outcome import half_way, stands_still
+from engine_plugins.admin.update_outcome import stands_still
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
 from engine_plugins.admin.update_transaction import UpdateTransaction
 from engine_plugins.admin.worker_calls import WorkerCalls
@@ -37,24 +42,14 @@ from engine_plugins.errors import (
     EnginePluginError,
     EngineStuckError,
     OutdatedError,
-    PeerLostError,
-    SourceRevokedError,
-    StaleVersionError,
     UnknownIdError,
-    UnsupportedError,
     UpdateAbortedError,
-    UpdateFailedError,
 )
 from engine_plugins.settings import Settings
 from engine_plugins.weights.report import PlanSummary, UpdateReport
 from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode, newly_taken
 
 __all__ = ["Updates"]
-
-LOOK_S = 2.0
-"""How long an engine may take to look at trainers; a commit would wait for it."""
-
-logger = logging.getLogger(__name__)
 
 MOST_WAIT_S = 30.0
 """For another call to end. Its caller's own patience is `timeout_s`, where it says one."""
@@ -77,6 +72,7 @@ class Updates:
         self._background = background
         self._answers = UpdateAnswers(shared)
         self._records = UpdateRecords(shared)
+        self.left = LeftUpdates(self._control, shared, self._answers)
         self._plans = Plans(shared)
 
     async def update(self, body: UpdateBody) -> UpdateReport:
@@ -86,7 +82,7 @@ class Updates:
             StoredFailure: this request_id failed before.
             EnginePluginError: see UpdateTransaction.run.
         """
-        _refuse_verify(body)
+        refuse_verify(body)
         given = self._answers.again(body)
         if given is not None:
             return given
@@ -101,7 +97,7 @@ class Updates:
             StoredFailure: this request_id failed before, or was aborted.
             EnginePluginError: see UpdateTransaction.prepare.
         """
-        _refuse_verify(body)
+        refuse_verify(body)
         given = self._given(body)
         if given is not None:
             return given
@@ -138,88 +134,6 @@ class Updates:
             )
         return given.report
 
-    def under_way(self) -> UpdateRecord | None:
-        """What is known of the update under way, whoever carries it."""
-        return self._records.read() if self._shared.read().state == "updating" else None
-
-    async def recover(self) -> None:
-        """Give up an update that nobody carries on; the caller holds the operation lock.
-
-        Either its commit is overdue, or the process that carried it has died: it would hold the
-        lock otherwise.
-        """
-        record = self._records.read()
-        if self._shared.read().state != "updating":
-            if record is not None:
-                await self._forget(record)
-        elif record is None:
-            await self._fence_without_record()
-        elif record.prepared is None:
-            # Whether it had come to its pause is not known.
-            record.paused_here = record.before.state == "serving"
-            error: EnginePluginError
-            error = UpdateFailedError("the API process that carried the update ended")
-            await self._give_up(record, error, writes_ended=True)
-        elif time.monotonic() >= record.overdue_at:
-            error = UpdateAbortedError(
-                f"no commit came within {record.body.timeout_s:g} s of prepare"
-            )
-            await self._give_up(record, error, writes_ended=False)
-
-    async def look_at_sources(self) -> None:
-        """Give up a prepared update whose trainer is gone; the caller holds the operation lock."""
-        record = self._records.read()
-        if record is None or record.prepared is None or self._control.health.is_behind:
-            return
-        ends_at = time.monotonic() + LOOK_S
-        try:
-            await WorkerCalls(self._control.until(lambda: ends_at)).look()
-        except (PeerLostError, SourceRevokedError) as error:
-            error.message = f"while the update was prepared: {error.message}"
-            # Its writes may have been cut off with it, or only its word to us.
-            await self._give_up(record, error, writes_ended=False)
-
-    async def take_over(self, record: UpdateRecord, error: EnginePluginError) -> None:
-        """Carry on for a process that does not: fenced at once, then given up.
-
-        Args:
-            record: of the update.
-            error: names the process.
-        """
-        fence = half_way(record.body.version, error)
-        weights = WeightsInstalled() if record.touched else record.before.weights
-        self._shared.take_over(
-            lambda state: moved(state, "fenced", fence=fence, update=None, weights=weights),
-            of=self._shared.generation,
-        )
-        async with self._shared.operation("give an update up"):
-            if self._records.read() is not None:
-                record.paused_here = record.before.state == "serving"
-                await self._give_up(record, error, writes_ended=True)
-
-    async def _forget(self, record: UpdateRecord) -> None:
-        """The update has ended, but nobody has said so to the workers, or that it has."""
-        try:
-            await WorkerCalls(self._control.closing()).abort()
-        except EnginePluginError as error:
-            logger.warning("the update to version %d: %s", record.body.version, error)
-        self._records.drop()
-
-    async def _fence_without_record(self) -> None:
-        """An update of which nothing is known but that it was under way."""
-        progress = self._shared.read().update
-        version = 0 if progress is None else progress.version
-        error = UpdateFailedError("its process ended, and what it wrote down of it is gone")
-        fence = half_way(version, error)
-        self._shared.change(
-            lambda state: moved(
-                state, "fenced", fence=fence, update=None, weights=WeightsInstalled()
-            )
-        )
-        engine = self._control.closing()
-        await WorkerCalls(engine).abort()
-        await engine.fail_requests()
-
     def place(self, name: str, patience_s: float) -> AbstractAsyncContextManager[Held]:
         """The one place for operations, once whoever has it has ended.
 
@@ -246,11 +160,7 @@ class Updates:
             if given is not None:
                 return given
             plan = await self._accepted(body, doing="update")
-            if plan.direction == "push":
-                raise ConflictError(
-                    f"{plan.plan_id} is a push: its trainer writes before anything is installed",
-                    remedy="POST /admin/v1/weights/prepare, write, then /admin/v1/weights/commit",
-                )
+            refuse_push(plan)
             return await self._run(body, plan, held.waited_s)
 
     async def _run(self, body: UpdateBody, plan: PlanSummary, waited_s: float) -> UpdateReport:
@@ -279,7 +189,7 @@ class Updates:
             if given is not None:
                 return given
             plan = await self._accepted(body, doing="prepare an update")
-            mode = _mode_in_two_phases(body, plan)
+            mode = mode_in_two_phases(body, plan)
             transaction = self._begin(body, plan, mode, held.waited_s)
             return await self._carried(transaction, transaction.prepare())
 
@@ -296,7 +206,7 @@ class Updates:
 
     async def _abort(self, body: AbortBody) -> UpdateReport:
         async with self.place("abort", MOST_WAIT_S):
-            await self.recover()
+            await self.left.recover()
             given = self._answers.of(body.request_id)
             if given is not None:
                 return given.report
@@ -306,11 +216,11 @@ class Updates:
             error = UpdateAbortedError(
                 f"its caller aborted the update to version {record.body.version}"
             )
-            return await self._give_up(record, error, writes_ended=body.writes_ended)
+            return await self.left.give_up(record, error, writes_ended=body.writes_ended)
 
     async def _prepared(self, request_id: str) -> UpdateRecord | UpdateReport:
         """The record of a prepared update, or the report if it was committed meanwhile."""
-        await self.recover()
+        await self.left.recover()
         given = self._answers.of(request_id)
         if given is not None:
             return given.report_or_raise()
@@ -329,12 +239,12 @@ class Updates:
 
     async def _accepted(self, body: UpdateBody, *, doing: str) -> PlanSummary:
         """The plan of an update that may begin now."""
-        await self.recover()
+        await self.left.recover()
         plan = self._plans.get(body.plan_id)
         state = self._shared.read()
         require(state, "serving", "paused", "fenced", "asleep", doing=doing)
         require_weights_mapped(state, doing=doing)
-        _refuse_stale(state, body)
+        refuse_stale(state, body)
         return plan
 
     def _begin(
@@ -356,15 +266,6 @@ class Updates:
             self._ended(transaction.failure_report(error), error)
             raise
 
-    async def _give_up(
-        self, record: UpdateRecord, error: EnginePluginError, *, writes_ended: bool
-    ) -> UpdateReport:
-        transaction = UpdateTransaction(self._control, self._shared, record)
-        error = await transaction.give_up(error, writes_ended=writes_ended)
-        report = transaction.failure_report(error)
-        self._ended(report, error)
-        return report
-
     def _ended(self, report: UpdateReport, error: EnginePluginError | None = None) -> None:
         self._answers.keep(report, error)
         self._records.drop()
@@ -375,45 +276,3 @@ def _nothing_prepared(request_id: str) -> UnknownIdError:
         f"nothing is prepared under request_id {request_id[:80]!r}",
         remedy="POST /admin/v1/weights/prepare first",
     )
-
-
-def _mode_in_two_phases(body: UpdateBody, plan: PlanSummary) -> ModeChoice:
-    """Staged: the old weights serve until the commit; unless a push goes into live parameters."""
-    if plan.direction == "push" and plan.direct_bytes:
-        if body.mode == "staged":
-            raise UnsupportedError(
-                f"this push writes {plan.direct_bytes} bytes into live parameters, so the old "
-                "weights cannot serve until the commit",
-                remedy="prepare with mode auto or in_place",
-            )
-        return ModeChoice(False, "a push into live parameters")
-    if body.mode == "in_place" and plan.direction == "pull":
-        raise UnsupportedError(
-            "what is prepared waits in a receive buffer: that is mode staged",
-            remedy="prepare with mode auto or staged, or POST /admin/v1/weights/update",
-        )
-    return ModeChoice(True, "what is prepared waits for its commit")
-
-
-def _refuse_verify(body: UpdateBody) -> None:
-    if body.verify != "none":
-        raise UnsupportedError(
-            f"verify {body.verify} is not built yet", remedy="update with verify none"
-        )
-
-
-def _refuse_stale(state: EngineState, body: UpdateBody) -> None:
-    if body.force:
-        return
-    if state.fence is not None:
-        if body.version < state.fence.attempted_version:
-            raise StaleVersionError(
-                f"version {body.version} is older than {state.fence.attempted_version}, whose "
-                "update failed half way",
-                remedy="repeat that version or send a newer one, or set force",
-            )
-    elif state.weights.version is not None and body.version <= state.weights.version:
-        raise StaleVersionError(
-            f"version {body.version} is not newer than the installed {state.weights.version}",
-            remedy="send a newer version, or set force",
-        )

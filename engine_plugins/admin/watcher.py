@@ -15,12 +15,12 @@ from contextlib import suppress
 from engine_plugins.admin import call_limits
 from engine_plugins.admin.bounded_control import BoundedControl
 from engine_plugins.admin.engine_processes import kernel_state, stands_still
+from engine_plugins.admin.left_updates import LeftUpdates
 from engine_plugins.admin.pausing import end_left_pause, end_overdue
 from engine_plugins.admin.server_end import ServerEnd
 from engine_plugins.admin.shared_state import SharedState, UnderWay
 from engine_plugins.admin.state import EngineState, Fence, moved, overdue, refusal
 from engine_plugins.admin.update_record import UpdateRecord
-from engine_plugins.admin.updates import Updates
 from engine_plugins.errors import ConflictError, EngineStuckError, WriterStoppedError
 
 __all__ = ["Watcher"]
@@ -42,10 +42,10 @@ class Watcher:
     Args:
         control: the engine.
         shared: the state that every process sees.
-        updates: of the engine.
+        updates: those of the engine that nobody carries on.
     """
 
-    def __init__(self, control: BoundedControl, shared: SharedState, updates: Updates) -> None:
+    def __init__(self, control: BoundedControl, shared: SharedState, updates: LeftUpdates) -> None:
         self._control = control
         self._shared = shared
         self._updates = updates
