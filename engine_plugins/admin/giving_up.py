@@ -8,7 +8,7 @@ from contextlib import suppress
 from engine_plugins.admin.bounded_control import bounded
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.admin.shared_state import SharedState
-from engine_plugins.admin.state import WeightsInstalled, moved
+from engine_plugins.admin.state import Pause, WeightsInstalled, moved
 from engine_plugins.admin.update_outcome import half_way, lost_memory, stands_still
 from engine_plugins.admin.update_record import UpdateRecord
 from engine_plugins.admin.worker_calls import WorkerCalls
@@ -46,7 +46,7 @@ class GivingUp:
         Returns:
             The error to tell: the same, or that the engine does not answer.
         """
-        wrote, lost = self._record.touched, False
+        wrote, lost, still = self._record.touched, False, self._record.paused_here
         pushed = self._record.plan.direction == "push"
         engine = self._engine.closing()
         try:
@@ -56,8 +56,9 @@ class GivingUp:
             if wrote or lost:
                 await self._fence(error, lost=lost)
                 return error
-            if self._record.paused_here:
+            if still:
                 await engine.resume()
+                still = False
         except (EngineStuckError, EngineDeadError) as silent:
             return await self._fence_silent(error, silent)
         except Exception:
@@ -65,14 +66,23 @@ class GivingUp:
             if wrote or lost:
                 self._close_fence(error, lost=lost)
                 return error
-        before = self._record.before
-        self._shared.change(
-            lambda state: moved(
-                state, before.state, pause=before.pause, fence=before.fence, update=None
-            )
-        )
-        error.remedy = error.remedy or "the old weights serve on; mend the cause and update again"
+        self._back(error, still=still)
         return error
+
+    def _back(self, error: EnginePluginError, *, still: bool) -> None:
+        """The state of before the update; but an engine that was not resumed is told as paused."""
+        before = self._record.before
+        name = "paused" if still else before.state
+        pause = Pause(mode=self._record.body.pause, until=None) if still else before.pause
+        self._shared.change(
+            lambda state: moved(state, name, pause=pause, fence=before.fence, update=None)
+        )
+        where = (
+            "the old weights are there, and the engine stands still: POST /admin/v1/resume"
+            if still
+            else "the old weights serve on; mend the cause and update again"
+        )
+        error.remedy = error.remedy or where
 
     async def _fence(self, error: EnginePluginError, *, lost: bool) -> None:
         self._close_fence(error, lost=lost)

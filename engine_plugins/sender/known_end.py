@@ -35,7 +35,7 @@ request that reaches it later is refused, because the memory is taken back."""
 LOOK_S = 5.0
 """For one question, and less near the end: a process that is stopped takes it and never answers."""
 LEAST_LOOK_S = 0.5
-GONE_S = 5.0
+GONE_S = 3.0
 """A server that nobody listens for so long has ended; nobody is left to be asked."""
 
 Ask = Callable[[UpdateRequest], UpdateReport]

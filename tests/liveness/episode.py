@@ -40,7 +40,8 @@ def run_row(row: Row, fleet: LiveFleet, folder: Path) -> Result:
     began = time.monotonic()
     target = fleet.target(row.server)
     with ExitStack() as stack:
-        stack.enter_context(under_load(target.server, answers))
+        if not row.is_quiet:
+            stack.enter_context(under_load(target.server, answers))
         owned, stage = Owned(target), _stage(row, fleet, folder, stack)
         while not result.reached and result.tries < TRIES:
             if stage.trainer.process.poll() is not None:
@@ -57,7 +58,7 @@ def run_row(row: Row, fleet: LiveFleet, folder: Path) -> Result:
     judge(target, answers, result)
     if result.gone_s is None and not result.holds:
         result.left = ended(owned, target)
-    if not result.holds or result.gone_s is not None:
+    if not result.holds or result.gone_s is not None or row.kills:
         fleet.close()
     result.took_s = round(time.monotonic() - began, 1)
     return result
@@ -143,7 +144,7 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
     row = result.row
     names = culprits(stage)
     hears = stage.caller if row.tells else None
-    watch = Watch(stage.target, owned, hears)
+    watch = Watch(stage.target, owned, hears, knocks=not row.is_quiet)
     if row.fault == "no_descriptors":  # nobody can be answered before there are some again
         watch.wait(row.timeout_s, for_trainer=True)
         mend()
@@ -156,7 +157,8 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
     result.state = str(watch.state.get("state"))
     fence = watch.state.get("fence") or {}
     said = f"{watch.told} {fence.get('detail', '')}"
-    if names and watch.told != "done":
+    gone_first = watch.gone_s is not None and (watch.told_s or 0) > watch.gone_s
+    if names and watch.told != "done" and not gone_first:
         result.named = any(name in said for name in names if name)
     result.notes += [f"told: {watch.told[:600]}", f"fence: {fence}"[:600], watch.changes]
     if row.ends_server and watch.gone_s is None:

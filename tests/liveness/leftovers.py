@@ -16,8 +16,10 @@ __all__ = ["Owned", "group_of", "shared_by"]
 
 PATIENCE_S = 3.0
 _SHARED = "/dev/shm/"
-_ENGINES_OWN = ("/dev/shm/sglang_loads_",)
-"""SGLang ends its processes by SIGKILL and never unlinks these (srt/utils/stale_shm_cleanup.py)."""
+_ENGINES_OWN = ("/dev/shm/sglang_loads_", "/dev/shm/vllm_dist_")
+"""SGLang ends its processes by SIGKILL and never unlinks the former, as its own
+srt/utils/stale_shm_cleanup.py says. vLLM unlinks the latter, its all-reduce on the CPU, in the
+destructor of a process that ends by itself (csrc/cpu/shm.cpp); a killed rank runs none."""
 
 
 class Owned:

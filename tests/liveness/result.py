@@ -17,6 +17,8 @@ GONE_S = 10.0
 
 AT_ONCE_S = 20.0
 """What a new trainer's update may take where a dead one has prepared another."""
+STARVED = ("disk_full", "no_descriptors", "folder_deleted", "no_room_to_sleep")
+"""Faults that touch no weights."""
 
 
 @dataclass(kw_only=True)
@@ -29,7 +31,8 @@ class Result(Verdicts):
         reached: whether the witness saw the phase; only then the row counts.
         told_s: until the trainer had control back.
         told: what it was told.
-        named: whether that or /state names the culprit; None where nobody failed.
+        named: whether that or /state names the culprit; None where nobody failed, or the
+            server had ended before it could say so.
         state: what /state said last, before the cause was taken away.
         true_s: until /state was true.
         door_s: until requests were answered or refused, no longer held.
@@ -99,7 +102,12 @@ class Result(Verdicts):
                 yield "requests held for too long"
         if self.late:
             yield "published after it was told to have failed"
-        starved = self.row.fault in ("disk_full", "no_descriptors", "folder_deleted")
+        starved = self.row.fault in (
+            "disk_full",
+            "no_descriptors",
+            "folder_deleted",
+            "no_room_to_sleep",
+        )
         if starved and self.state == "fenced" and self.row.phase != "install":
             yield "fenced although nothing was touched"
         if self.unfinished:

@@ -44,6 +44,11 @@ class Row(Case):
         return self.kills or "terminated" in self.fault
 
     @property
+    def is_quiet(self) -> bool:
+        """Whether nobody asks: a server that is told to end first answers whoever asks."""
+        return "terminated" in self.fault
+
+    @property
     def tells(self) -> bool:
         """Whether a trainer waits to be told."""
         before = self.ends_server and self.phase == "before"
@@ -78,7 +83,7 @@ def rows(engine: str) -> list[Row]:
         *_at(two_ranks, "worker_stopped", "pull", "pause", "install", "prepared"),
         *_at(two_ranks, "worker_stopped", "sleep", "wake"),
         *_at(one, "core_stopped", "sleep"),
-        *_at(one, "disk_full", "sleep"),
+        *_at(one, "no_room_to_sleep", "sleep"),
         *_at(two_ranks, "worker_killed", "pull", "pause", "install", "prepared"),
         *_at(two_apis, "core_stopped", "install"),
         *_at(two_apis, "disk_full", "install"),

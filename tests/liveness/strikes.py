@@ -24,6 +24,8 @@ __all__ = ["Mend", "Stage", "culprits", "struck"]
 Mend = Callable[[], None]
 LOW_DESCRIPTORS = 8
 """All below it are taken from the start, so nothing more can be opened; what is open stays."""
+SMALL_FILE_BYTES = 1 << 20
+"""Less than the weights of a rank."""
 
 
 @dataclass(kw_only=True)
@@ -61,7 +63,9 @@ def struck(stage: Stage) -> Mend:
     if fault == "disk_full":
         return _filled(stage.target.runtime_dir.parent)
     if fault == "no_descriptors":
-        return _starved(stage.processes.apis)
+        return _limited(stage.processes.apis, resource.RLIMIT_NOFILE, LOW_DESCRIPTORS)
+    if fault == "no_room_to_sleep":  # weights wait in a file
+        return _limited(stage.processes.workers, resource.RLIMIT_FSIZE, SMALL_FILE_BYTES)
     if fault == "folder_deleted":
         shutil.rmtree(stage.target.runtime_dir)
         return _nothing
@@ -92,6 +96,7 @@ def culprits(stage: Stage) -> tuple[str, ...]:
     return {
         "disk_full": ("space", "disk"),
         "no_descriptors": ("open files", "descriptor"),
+        "no_room_to_sleep": ("too large", "room"),
         "folder_deleted": ("untime director", "No such file"),
         "long_error": ("told to fail",),
     }.get(fault, ())
@@ -148,16 +153,16 @@ def _filled(folder: Path) -> Mend:
     return ballast.unlink
 
 
-def _starved(pids: list[int]) -> Mend:
-    """Let processes open nothing more."""
-    before = {pid: resource.prlimit(pid, resource.RLIMIT_NOFILE) for pid in pids}
+def _limited(pids: list[int], what: int, limit: int) -> Mend:
+    """Lower a limit of processes."""
+    before = {pid: resource.prlimit(pid, what) for pid in pids}
     for pid, (_, hard) in before.items():
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (LOW_DESCRIPTORS, hard))
+        resource.prlimit(pid, what, (limit, hard))
 
     def mend() -> None:
         for pid, limits in before.items():
             with contextlib.suppress(ProcessLookupError):
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+                resource.prlimit(pid, what, limits)
 
     return mend
 

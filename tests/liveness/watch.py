@@ -55,7 +55,9 @@ class Watch:
         gone_s: when all processes of the server had ended.
     """
 
-    def __init__(self, target: Target, owned: Owned, trainer: Waiting | None) -> None:
+    def __init__(
+        self, target: Target, owned: Owned, trainer: Waiting | None, *, knocks: bool = True
+    ) -> None:
         self._target, self._owned, self._trainer = target, owned, trainer
         self._began = time.monotonic()
         self._states, self._door = _Line(), _Line()
@@ -71,7 +73,7 @@ class Watch:
         self.gone_s: float | None = None
         self._threads = [
             threading.Thread(target=self._repeat, args=(look,), daemon=True)
-            for look in (self._look, self._knock, self._listen)
+            for look in (self._look, self._listen, *((self._knock,) if knocks else ()))
         ]
         for thread in self._threads:
             thread.start()

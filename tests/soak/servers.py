@@ -1,4 +1,8 @@
-"""Servers as users start them: forks would share pages with where their imports were made."""
+"""Servers that are soaked: each has imports of its own, and gives freed memory back at once.
+
+Forks would share pages with the process that made their imports. By default glibc keeps freed
+memory in an arena for each of many threads, and these fill for hundreds of updates.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from typing import Any
 
 from tests.chaos_update.cases import ServerKind
 from tests.chaos_update.fleet import Fleet
+from tests.support.gate_models import PINNED_ALLOCATOR
 
 __all__ = ["SoakFleet"]
 
@@ -14,4 +19,4 @@ class SoakFleet(Fleet):
     """Servers whose imports are their own."""
 
     def options(self, kind: ServerKind) -> dict[str, Any]:
-        return {"preload": False}
+        return {"preload": False, "environment": dict(PINNED_ALLOCATOR)}

@@ -346,6 +346,29 @@ async def test_an_update_whose_process_died_is_given_up_by_the_next_call(
         assert server.engine.serves(seed=1)
 
 
+async def test_an_engine_that_could_not_be_resumed_counts_as_paused(
+    make_server: MakeServer, trainer: SourceRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stands still, so it must not be said to serve; a resume is the way out."""
+    monkeypatch.setattr(transfers, "DRAIN_S", 0.1)
+    async with two_processes(make_server, trainer) as (server, other, plan_id):
+        trainer.transport.bytes_per_s = 0
+        task = asyncio.create_task(prepare(server, plan_id))
+        await server.until("updating", phase="pull")
+        (work,) = [each for each in server.service._background._tasks if not each.done()]
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await server.engine.pause("keep")
+        server.engine.fail_once.add("resume")
+        await other.post("/flush")
+        state = await other.state()
+        assert (state["state"], server.engine.paused) == ("paused", True)
+        assert state["pause"] == {"mode": "keep", "until": None}
+        assert (await other.post("/resume")).json()["state"] == "serving"
+        assert not server.engine.paused
+
+
 async def test_the_record_of_an_update_that_had_ended_is_forgotten(
     make_server: MakeServer, trainer: SourceRank
 ) -> None:
