@@ -9,9 +9,9 @@ from typing import Literal
 import msgspec
 
 from engine_plugins.admin.engine_control import PauseMode
+from engine_plugins.admin.engine_processes import has_ended
 from engine_plugins.errors import ConflictError
 from engine_plugins.sleep.memory_backend import MemoryTag
-from engine_plugins.sleep.process_identity import start_ticks
 
 __all__ = [
     "EngineState",
@@ -107,10 +107,7 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def lives(self) -> bool:
         """Whether the process is still there, as far as can be found out."""
-        try:
-            return self.started is None or start_ticks(self.pid) == self.started
-        except OSError:  # no descriptor left to look with
-            return True
+        return not has_ended(self.pid, self.started)
 
 
 class WeightsInstalled(_ShortTexts, frozen=True, kw_only=True):
