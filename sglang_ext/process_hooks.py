@@ -39,6 +39,11 @@ def hook_first_process() -> None:
         launch.launch_schedulers,
     )
     install(
+        "sglang.srt.entrypoints.engine.Engine._launch_detokenizer_subprocesses",
+        HookType.AROUND,
+        launch.launch_detokenizers,
+    )
+    install(
         "sglang.srt.utils.common.kill_process_tree",
         HookType.BEFORE,
         launch.before_kill,

@@ -15,6 +15,7 @@ _UPDATES = EngineNames(
             "_setup_and_run_http_server(server_args, tokenizer_manager, *args, **kwargs)",
         ),
         "sglang.srt.entrypoints.engine": (
+            "Engine._launch_detokenizer_subprocesses(cls, *args, **kwargs)",
             "Engine._launch_scheduler_processes(cls, server_args, *args, **kwargs)",
         ),
         "sglang.srt.utils.auth": ("add_api_key_middleware(app, **keys)",),

@@ -28,7 +28,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-Role = Literal["engine core", "worker", "scheduler", "detokenizer"]
+Role = Literal["engine core", "worker", "scheduler", "detokenizer", "detokenizer router"]
 
 _FOLDER = "processes"
 _SAID = {
@@ -64,13 +64,16 @@ class EngineProcess(msgspec.Struct, frozen=True, kw_only=True):
         return has_ended(self.pid, self.start_ticks)
 
 
-def sign_in(runtime_dir: Path, role: Role, rank: int | None = None) -> None:
-    """Leave a note of this process for those that will call it.
+def sign_in(
+    runtime_dir: Path, role: Role, rank: int | None = None, *, pid: int | None = None
+) -> None:
+    """Leave a note of this process, or of one that it has started, for those that will call it.
 
     An engine starts without it too; its processes are then not named, and their end is found out
     by their silence.
     """
-    me = EngineProcess(role=role, rank=rank, pid=os.getpid(), start_ticks=start_ticks(os.getpid()))
+    pid = os.getpid() if pid is None else pid
+    me = EngineProcess(role=role, rank=rank, pid=pid, start_ticks=start_ticks(pid))
     target = runtime_dir / _FOLDER / me.name.replace(" ", "-")
     temporary = target.with_suffix(".tmp")
     try:

@@ -25,6 +25,7 @@ class Processes:
         workers: of every rank.
         core: where it is scheduled; on SGLang that is the worker of rank 0.
         apis: those that answer HTTP.
+        detokenizer: SGLang's.
     """
 
     def __init__(self, server: EngineServer, api_servers: int) -> None:
@@ -51,7 +52,8 @@ class Processes:
         if server.kind == "vllm":
             self.core = beside = psutil.Process(self.workers[0]).ppid()
         else:
-            self.core, beside = self.workers[0], started[0]  # the detokenizer begins first
+            self.core, beside = self.workers[0], started[0]
+            self.detokenizer = beside  # it begins before the API processes
         self.apis = [pid for pid in started if pid != beside] or [server.pid]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import msgspec
 import psutil
 import pytest
 
+from engine_plugins.admin.engine_processes import has_ended
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.admin.shared_state import create_runtime_dir
 from engine_plugins.admin_client import AdminClient
@@ -20,10 +22,12 @@ from engine_plugins.sleep.process_identity import ProcessIdentity
 from sglang_ext.roll_call import absences, report_present
 from sglang_ext.server_flags import prepare_server_args, refuse_unsupported, take_flags
 from sglang_ext.versions import SGLANG
+from tests.chaos_update.processes import Processes, held
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.live_models import LiveModel
 from tests.support.looked_into import FOLDER, look_into
 from tests.support.sglang_server import sglang_server
+from tests.support.waiting import until
 
 OURS = "ENGINE_PLUGINS_"
 
@@ -257,6 +261,38 @@ def test_a_server_in_a_process_of_its_own_is_ours_by_the_environment(tmp_path: P
         assert steps <= hooked()
         gate = server.admin.get("/prefill-gate").json()
         assert sum(gate["decisions"].values()) >= 1
+
+
+@pytest.mark.engine
+def test_a_server_of_two_api_processes_ends_with_its_detokenizer(tmp_path: Path) -> None:
+    """Stopped, it is named and requests are refused; dead, it leaves no server that says it serves.
+
+    SGLang itself does not see its death where the API processes are others than the first.
+    """
+    with sglang_server(
+        LiveModel(kind="qwen3_live", version=0).copy_to(tmp_path / "model"),
+        tmp_path / "log",
+        api_servers=2,
+        arguments=["--engine-plugins-enable"],
+        preload=True,
+    ) as server:
+        processes = Processes(server, 2)
+        pid = processes.detokenizer
+        with held([pid]):
+            until(lambda: server.state()["state"] == "fenced", otherwise=server.state, within_s=15)
+            fence = server.state()["fence"]
+            assert fence["code"] == "process_stopped"
+            assert f"detokenizer (pid {pid}) is stopped" in fence["detail"]
+            assert server.complete([5, 6, 7], 2).status_code == 503
+        until(lambda: server.state()["state"] == "serving", otherwise=server.state)
+        everyone = [*processes.apis, *processes.workers, server.pid]
+        os.kill(pid, signal.SIGKILL)
+        until(
+            lambda: all(has_ended(each, None) for each in everyone),
+            within_s=10,
+            otherwise=server.log_tail,
+        )
+    assert not list(tmp_path.glob("engine-plugins-*"))
 
 
 def _broken(folder: Path, broken: str) -> AbstractContextManager[EngineServer]:
