@@ -105,7 +105,9 @@ async def _admitted(manager: Any, shared: SharedState, obj: Any, *, probe: bool)
         state = shared.read()
         why = refusal(state)
         if why is not None and not probe:
-            raise _refused_unread(problem(503, "fenced", why, state="fenced"), why, obj)
+            remedy = "" if state.fence is None else state.fence.remedy
+            answer = problem(503, "fenced", why, remedy=remedy, state="fenced")
+            raise _refused_unread(answer, why, obj)
         if state.holding is not None and state.holding.drains:
             await asyncio.sleep(HOLDING_POLL_S)
         elif manager.is_pause:
