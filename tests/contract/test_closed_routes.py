@@ -11,12 +11,12 @@ import httpx
 import pytest
 
 from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, on
-from tests.support.engines import IN_MEMORY, engines_here, only
+from tests.support.engines import only, real_engines_here
 from tests.support.served import Served
 from tests.support.stepping import Steps
 from tests.support.waiting import until
 
-pytestmark = only(*(each for each in engines_here() if each is not IN_MEMORY))
+pytestmark = only(*real_engines_here())
 
 CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "vllm": [

@@ -165,7 +165,8 @@ def test_a_trainer_rank_that_dies_leaves_the_old_weights(tmp_path: Path) -> None
         survivor, gone = pushed_by_two(server, tmp_path, 1, "die:1")
         assert "lost the other trainer ranks" in survivor[0]["error"]
         assert gone == []
-        assert outcomes(server, 1) == ["aborted"]
+        # The survivor's abort, or the engine's own look at the dead one, whichever came first.
+        assert outcomes(server, 1) in (["aborted"], ["failed"])
         assert server.state()["state"] == "serving"
         assert OLD.wrong_answers(server.greedy) == []
         (tmp_path / "rendezvous").unlink()

@@ -15,12 +15,12 @@ from contextlib import AbstractContextManager, contextmanager
 import pytest
 
 from tests.support.configurations import DENSE_TP2, NEW, OLD, on
-from tests.support.engines import SGLANG, VLLM, only
+from tests.support.engines import only, real_engines_here
 from tests.support.served import Served
 from tests.support.stepping import Steps
 from tests.support.waiting import until
 
-pytestmark = [on(DENSE_TP2), only(VLLM, SGLANG)]
+pytestmark = [on(DENSE_TP2), only(*real_engines_here())]
 
 HALF_WAY = 12
 Shortage = Callable[[Served], AbstractContextManager[None]]

@@ -17,7 +17,7 @@ import pytest
 from engine_plugins.admin_client import AdminClient
 from tests.support.configurations import DENSE, DENSE_TP2, NEW, OLD, SIZED, on
 from tests.support.engine_server import TOKEN, EngineServer
-from tests.support.engines import SGLANG, VLLM, only
+from tests.support.engines import only, real_engines_here
 from tests.support.hf_reference import greedy, reference_model
 from tests.support.problems import problem
 from tests.support.served import Served
@@ -246,7 +246,7 @@ def test_a_call_whose_answer_was_lost_is_repeated(awake: Served) -> None:
 
 
 @on(DENSE)
-@only(VLLM, SGLANG)
+@only(*real_engines_here())
 def test_requests_of_every_kind_outlive_a_sleep(
     awake: Served, background: ThreadPoolExecutor
 ) -> None:

@@ -15,13 +15,13 @@ import pytest
 
 from tests.chaos_update.processes import held
 from tests.support.configurations import DENSE_TP2, NEW, OLD, on
-from tests.support.engines import IN_MEMORY, engines_here, only
+from tests.support.engines import only, real_engines_here
 from tests.support.problems import problem
 from tests.support.served import Served
 from tests.support.stepping import Steps
 from tests.support.waiting import until
 
-pytestmark = [on(DENSE_TP2), only(*(each for each in engines_here() if each is not IN_MEMORY))]
+pytestmark = [on(DENSE_TP2), only(*real_engines_here())]
 
 TIMEOUT_S = 3.0
 HALF_WAY = 12

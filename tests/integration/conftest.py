@@ -14,7 +14,7 @@ import pytest
 
 from tests.support.besieged import LONG, Siege, Sieged, besieged, measured_line
 from tests.support.chaos import scored
-from tests.support.engines import IN_MEMORY, Engine, engine_parameters, engines_here
+from tests.support.engines import Engine, engine_parameters, real_engines_here
 from tests.support.gate_models import QUICK, save_tokenizer
 
 UNCUT = {
@@ -25,7 +25,7 @@ UNCUT = {
 
 @pytest.fixture(
     scope="package",
-    params=engine_parameters([each for each in engines_here() if each is not IN_MEMORY]),
+    params=engine_parameters(real_engines_here()),
 )
 def real_engine(request: pytest.FixtureRequest) -> Engine:
     """Every real engine of this environment."""

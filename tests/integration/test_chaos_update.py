@@ -13,14 +13,14 @@ from tests.chaos_update.cases import Case
 from tests.chaos_update.episode import run_case
 from tests.chaos_update.fleet import Fleet
 from tests.chaos_update.models import Models
-from tests.support.engines import IN_MEMORY, Engine, engine_parameters, engines_here
+from tests.support.engines import Engine, engine_parameters, real_engines_here
 
 ONE, TWO = "one", "two"
 
 
 @pytest.fixture(
     scope="module",
-    params=engine_parameters([each for each in engines_here() if each is not IN_MEMORY]),
+    params=engine_parameters(real_engines_here()),
 )
 def real_engine(request: pytest.FixtureRequest) -> Engine:
     """Every real engine of this environment."""

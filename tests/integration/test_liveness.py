@@ -11,12 +11,12 @@ from tests.liveness.episode import run_row
 from tests.liveness.report import line
 from tests.liveness.rows import Row, rows
 from tests.liveness.servers import LiveFleet
-from tests.support.engines import IN_MEMORY, Engine, engine_parameters, engines_here
+from tests.support.engines import Engine, engine_parameters, real_engines_here
 
 
 @pytest.fixture(
     scope="module",
-    params=engine_parameters([each for each in engines_here() if each is not IN_MEMORY]),
+    params=engine_parameters(real_engines_here()),
 )
 def real_engine(request: pytest.FixtureRequest) -> Engine:
     """Every real engine of this environment."""

@@ -26,6 +26,7 @@ __all__ = [
     "engine_parameters",
     "engines_here",
     "only",
+    "real_engines_here",
 ]
 
 
@@ -94,6 +95,11 @@ def engines_here() -> list[Engine]:
     """
     installed = [engine for engine in (VLLM, SGLANG) if find_spec(engine.kind) is not None]
     return [IN_MEMORY, *installed] if VLLM in installed or not installed else installed
+
+
+def real_engines_here() -> list[Engine]:
+    """Every engine that is installed, without the one in memory."""
+    return [each for each in engines_here() if each is not IN_MEMORY]
 
 
 def engine_parameters(engines: Sequence[Engine]) -> list[Any]:
