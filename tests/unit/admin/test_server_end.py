@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -54,12 +53,11 @@ def test_nothing_is_left_of_a_server_that_does_not_end(
         assert server.stdout is not None
         processes = 2 + children.count(",")
         pids = {int(server.stdout.readline().split()[1]) for _ in range(processes)}
-        began = time.monotonic()
         assert len(pids) == processes
-        assert server.wait(10) == code
+        assert server.wait(40) == code
         until(
             lambda: not any(psutil.pid_exists(pid) for pid in pids),
-            within_s=10 - (time.monotonic() - began),
+            within_s=20,
             otherwise=lambda: [pid for pid in pids if psutil.pid_exists(pid)],
         )
         assert list(tmp_path.glob("engine-plugins-*")) == []
@@ -79,7 +77,7 @@ def test_what_a_killed_process_has_started_ends_too(tmp_path: Path) -> None:
             lambda: (
                 not psutil.pid_exists(core) or psutil.Process(core).status() == psutil.STATUS_ZOMBIE
             ),
-            within_s=10,
+            within_s=20,
             otherwise=lambda: "the core is still there",
         )
         assert list(tmp_path.glob("engine-plugins-*")) == []
