@@ -29,6 +29,8 @@ def run(role):
         end_with_first_process(path)
     print(path, os.getpid(), flush=True)
     if role == "api" or (role == "first" and "other" in children and "api" not in children):
+        while not os.path.exists(os.path.join(os.environ["TMPDIR"], "all-are-there")):
+            time.sleep(0.05)
         end = ServerEnd(path)
         end.soon("a test says so")
         end.soon("and says it again")
@@ -54,6 +56,7 @@ def test_nothing_is_left_of_a_server_that_does_not_end(
         processes = 2 + children.count(",")
         pids = {int(server.stdout.readline().split()[1]) for _ in range(processes)}
         assert len(pids) == processes
+        (tmp_path / "all-are-there").touch()
         assert server.wait(40) == code
         until(
             lambda: not any(psutil.pid_exists(pid) for pid in pids),
