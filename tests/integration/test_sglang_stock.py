@@ -84,7 +84,7 @@ def test_a_server_without_a_flag_of_ours_is_stock(server: SglangServer, folder: 
 
     Ours answers an unmatched resume with the state, see tests/contract/test_states.py.
     """
-    assert server.admin.get("/state").status_code == 404
+    assert httpx.get(f"{server.url}/admin/v1/state").status_code == 404
     assert not list(folder.glob("engine-plugins-*")), "a runtime directory"
     told = look_into(server.pid, folder, sorted(SGLANG.hooked))
     assert len(told) >= 3, "an API process, a scheduler and a detokenizer"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import pytest
 
 from engine_plugins.engine_release import GATE
@@ -40,7 +41,7 @@ def test_only_what_was_asked_for_is_there(tmp_path: Path, ours: bool) -> None:
             assert (api["modules"], api["hooked"]) == ([], [WATCHED])
             assert core == {"modules": [], "hooked": []}
             assert not list(tmp_path.glob("engine-plugins-*")), "a runtime directory"
-            assert server.admin.get("/state").status_code == 404
+            assert httpx.get(f"{server.url}/admin/v1/state").status_code == 404
             return
         assert "vllm.v1.engine.core.EngineCore.preprocess_add_request" in core["hooked"]
         assert not OF_THE_GATE & {*core["hooked"], *api["hooked"]}
