@@ -144,7 +144,7 @@ def _watch(stage: Stage, owned: Owned, result: Result, mend: Mend, version: int)
     row = result.row
     names = culprits(stage)
     hears = stage.caller if row.tells else None
-    watch = Watch(stage.target, owned, hears, knocks=not row.is_quiet)
+    watch = Watch(stage.target, owned, hears, knocks=not row.is_quiet, to_the_end=row.ends_server)
     if row.fault == "no_descriptors":  # nobody can be answered before there are some again
         watch.wait(row.timeout_s, for_trainer=True)
         mend()

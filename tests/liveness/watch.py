@@ -48,6 +48,8 @@ class _Line:
 class Watch:
     """Looks at a server from now on: its /state, its door, its processes, and a trainer.
 
+    One that has to end is looked at `to_the_end`.
+
     Attributes:
         state: the last answer of /state.
         told_s: when the trainer had control back.
@@ -56,9 +58,16 @@ class Watch:
     """
 
     def __init__(
-        self, target: Target, owned: Owned, trainer: Waiting | None, *, knocks: bool = True
+        self,
+        target: Target,
+        owned: Owned,
+        trainer: Waiting | None,
+        *,
+        knocks: bool = True,
+        to_the_end: bool = False,
     ) -> None:
         self._target, self._owned, self._trainer = target, owned, trainer
+        self._to_the_end = to_the_end
         self._began = time.monotonic()
         self._states, self._door = _Line(), _Line()
         self._client = httpx.Client(
@@ -122,8 +131,8 @@ class Watch:
 
     def _steady(self) -> bool:
         told = self._trainer is None or self.told_s is not None
-        if self.gone_s is not None:
-            return told
+        if self.gone_s is not None or self._to_the_end:  # it may be fenced, and then end
+            return told and self.gone_s is not None
         last = max(self._states.since, self._door.since, self.told_s or 0)
         return told and self._true and self.now > last + STEADY_S
 
