@@ -23,6 +23,7 @@ __all__ = [
     "UpdateProgress",
     "WeightsInstalled",
     "carrier_stopped",
+    "given_up_for_dead",
     "moved",
     "not_now",
     "overdue",
@@ -200,6 +201,16 @@ def overdue(state: EngineState, now: float) -> bool:
     pause = state.pause
     ends_at = None if pause is None else pause.ends_at
     return state.state == "paused" and ends_at is not None and now >= ends_at
+
+
+def given_up_for_dead(state: EngineState) -> EngineState:
+    """The same state, but whoever holds a pause in it does not live: it is stopped."""
+    if state.holding is None:
+        return state
+    no_start = -1  # no process has this start, so none is the holder
+    return msgspec.structs.replace(
+        state, holding=msgspec.structs.replace(state.holding, started=no_start)
+    )
 
 
 def carrier_stopped(state: EngineState, *, since: float) -> EngineState:

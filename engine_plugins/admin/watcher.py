@@ -19,7 +19,14 @@ from engine_plugins.admin.left_updates import LeftUpdates
 from engine_plugins.admin.pausing import end_left_pause, end_overdue
 from engine_plugins.admin.server_end import ServerEnd
 from engine_plugins.admin.shared_state import SharedState, UnderWay
-from engine_plugins.admin.state import EngineState, Fence, moved, overdue, refusal
+from engine_plugins.admin.state import (
+    EngineState,
+    Fence,
+    given_up_for_dead,
+    moved,
+    overdue,
+    refusal,
+)
 from engine_plugins.admin.update_record import UpdateRecord
 from engine_plugins.errors import ConflictError, EngineStuckError, WriterStoppedError
 
@@ -52,6 +59,8 @@ class Watcher:
         self._sources_at = 0.0
         self._said = ""
         self._moved_at = time.monotonic()
+        self._call: UnderWay | None = None
+        self._call_moved_at = 0.0
 
     async def run(self) -> None:
         """Look once a second, until this is cancelled: the server ends, or its engine is dead."""
@@ -80,7 +89,7 @@ class Watcher:
         """Look once, and do what is to be done."""
         if self._control.health.death() is not None:
             return  # the server ends
-        state = self._shared.read()
+        generation, state = self._shared.generation, self._shared.read()
         call = self._shared.under_way()
         why = refusal(state)
         if why is not None:
@@ -89,7 +98,7 @@ class Watcher:
         if state.state == "updating":
             await self._look_at_update(call)
         elif call is not None:
-            return
+            self._look_at_call(call, state, generation)
         elif state.state in ("serving", "paused") and stopped:
             async with self._shared.operation("fence an engine that stands still"):
                 self._shared.change(lambda now: _standing_still(now, stopped))
@@ -109,6 +118,15 @@ class Watcher:
         if not still:
             self._moved_at = time.monotonic()
         return still if time.monotonic() - self._moved_at >= call_limits.STOPPED_S else ""
+
+    def _look_at_call(self, call: UnderWay, state: EngineState, generation: int) -> None:
+        """Count a process that stands still in its call as dead: others go on from there."""
+        now = time.monotonic()
+        if call != self._call or not stands_still(kernel_state(call.pid)):
+            self._call, self._call_moved_at = call, now
+        elif now - self._call_moved_at >= call_limits.STOPPED_S:
+            logger.error("process %d is stopped in %s: others go on", call.pid, call.name)
+            self._shared.take_over(lambda _: given_up_for_dead(state), of=generation)
 
     def _say(self, error: Exception) -> None:
         """Once for as long as it stays the same."""

@@ -8,8 +8,6 @@ import resource
 import shutil
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ import pytest
 from engine_plugins.admin.runtime_files import RuntimeFiles
 from engine_plugins.errors import EnginePluginError, ServerFilesError
 from engine_plugins.scarce import explained
+from tests.support.limits import limited
 from tests.support.state_processes import started
 
 
@@ -27,17 +26,6 @@ def files(runtime_dir: Path) -> RuntimeFiles:
 
 def names(files: RuntimeFiles) -> list[str]:
     return [each.name for each in files.listed()]
-
-
-@contextmanager
-def limited(what: int, soft: int) -> Iterator[None]:
-    """This process may have so much less of something."""
-    before = resource.getrlimit(what)
-    resource.setrlimit(what, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, before)
 
 
 def test_files_are_seen_whole_and_longest_unused_first(runtime_dir: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors
+from tests.support.limits import limited
 from tests.support.source_ranks import SourceRank, offered_tensors
 
 pytestmark = pytest.mark.anyio
@@ -30,19 +31,9 @@ SLOW = 2e4
 
 
 @contextmanager
-def _limited(what: int, soft: int) -> Iterator[None]:
-    before = resource.getrlimit(what)
-    resource.setrlimit(what, (soft, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(what, before)
-
-
-@contextmanager
 def full_disk(runtime_dir: Path) -> Iterator[None]:
     """No file of this process may grow over 100 bytes."""
-    with _limited(resource.RLIMIT_FSIZE, 100):
+    with limited(resource.RLIMIT_FSIZE, 100):
         yield
 
 
@@ -51,7 +42,7 @@ def no_descriptors(runtime_dir: Path) -> Iterator[None]:
     """The next descriptor is over the limit."""
     last = os.dup(0)
     os.close(last)
-    with _limited(resource.RLIMIT_NOFILE, last):
+    with limited(resource.RLIMIT_NOFILE, last):
         yield
 
 

@@ -36,6 +36,18 @@ CARRIES = """
 """Another API process of the same server, in the middle of an update."""
 
 
+PAUSES = """
+    from engine_plugins.admin.pausing import _hold
+    async def hold():
+        async with shared.operation("pause", wait_s=5):
+            _hold(shared, "wait")
+            print("ready", flush=True)
+            await asyncio.sleep(600)
+    asyncio.run(hold())
+"""
+"""Another one, that asks the engine for a pause."""
+
+
 @pytest.fixture(autouse=True)
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests do not wait for seconds."""
@@ -68,6 +80,27 @@ async def test_a_pause_is_ended_though_its_process_died(make_server: MakeServer)
         await server.until("serving")
         assert time.monotonic() >= ends_at
         assert not server.engine.paused
+
+
+async def test_a_process_that_is_stopped_in_another_call_holds_nobody_up(
+    make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here in a pause that it had asked the engine for and not yet told of."""
+    monkeypatch.setattr(call_limits, "STOPPED_S", 0.3)
+    server = make_server()
+    async with server.running():
+        await server.engine.pause("keep")
+        with started(PAUSES, server.shared.runtime_dir) as other:
+            os.kill(other.pid, signal.SIGSTOP)
+            flushed = await server.post("/flush")
+            assert flushed.status_code == 200, flushed.text
+            for _ in range(100):
+                if not server.engine.paused:
+                    break
+                await asyncio.sleep(0.05)
+            state = await server.state()
+            assert (state["state"], server.engine.paused) == ("serving", False)
+            assert server.shared.read().holding is None
 
 
 async def test_an_update_whose_process_died_is_given_up(
