@@ -6,7 +6,10 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["limited"]
+__all__ = ["NO_DESCRIPTORS", "limited"]
+
+NO_DESCRIPTORS = 3
+"""Of `RLIMIT_NOFILE`: standard streams take them, so none is left whatever a thread closes."""
 
 
 @contextmanager

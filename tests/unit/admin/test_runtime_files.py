@@ -15,7 +15,7 @@ import pytest
 from engine_plugins.admin.runtime_files import RuntimeFiles
 from engine_plugins.errors import EnginePluginError, ServerFilesError
 from engine_plugins.scarce import explained
-from tests.support.limits import limited
+from tests.support.limits import NO_DESCRIPTORS, limited
 from tests.support.state_processes import started
 
 
@@ -108,9 +108,7 @@ def test_a_file_that_finds_no_room_leaves_nothing(files: RuntimeFiles) -> None:
 def test_used_up_descriptors_are_named_with_what_to_do(files: RuntimeFiles) -> None:
     """Reading, writing and listing."""
     files.put("a", b"x")
-    last = os.dup(0)
-    os.close(last)
-    with limited(resource.RLIMIT_NOFILE, last):
+    with limited(resource.RLIMIT_NOFILE, NO_DESCRIPTORS):
         for attempt in (lambda: files.put("a", b"y"), lambda: files.get("a"), files.listed):
             with pytest.raises(ServerFilesError, match="Too many open files") as raised:
                 attempt()

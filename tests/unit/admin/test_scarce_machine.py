@@ -8,7 +8,6 @@ descriptors; tests/liveness fills and uses them up for real, on live engines.
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import pytest
 
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors
-from tests.support.limits import limited
+from tests.support.limits import NO_DESCRIPTORS, limited
 from tests.support.source_ranks import SourceRank, offered_tensors
 
 pytestmark = pytest.mark.anyio
@@ -39,10 +38,8 @@ def full_disk(runtime_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def no_descriptors(runtime_dir: Path) -> Iterator[None]:
-    """The next descriptor is over the limit."""
-    last = os.dup(0)
-    os.close(last)
-    with limited(resource.RLIMIT_NOFILE, last):
+    """Every new descriptor is over the limit."""
+    with limited(resource.RLIMIT_NOFILE, NO_DESCRIPTORS):
         yield
 
 

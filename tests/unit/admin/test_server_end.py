@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -27,7 +30,7 @@ def run(role):
         subprocess.Popen([sys.executable, "-c", sys.argv[3], child, "", ""])
     if role == "core":
         end_with_first_process(path)
-    print(path, os.getpid(), flush=True)
+    os.write(1, f"{path} {os.getpid()}\\n".encode())  # in one piece: others write there, too
     if role == "api" or (role == "first" and "other" in children and "api" not in children):
         while not os.path.exists(os.path.join(os.environ["TMPDIR"], "all-are-there")):
             time.sleep(0.05)
@@ -41,6 +44,25 @@ run(sys.argv[1])
 """Processes that heed no SIGTERM: one builds a server, and may start others of it."""
 
 
+@contextmanager
+def deaf_server(folder: Path, children: str) -> Iterator[tuple[subprocess.Popen[str], set[int]]]:
+    """A server and the pids of all its processes; what a failed test leaves of it is killed."""
+    command = [sys.executable, "-c", _DEAF, "first", children, _DEAF]
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as server:
+        try:
+            assert server.stdout is not None
+            processes = 2 + children.count(",")
+            pids = {int(server.stdout.readline().split()[1]) for _ in range(processes)}
+            assert len(pids) == processes
+            yield server, pids
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
     ("children", "code"), [("other", 1), ("other,api", -9), ("other,api,api", -9)]
 )
@@ -48,14 +70,7 @@ def test_nothing_is_left_of_a_server_that_does_not_end(
     tmp_path: Path, children: str, code: int
 ) -> None:
     """No process and no folder, by one API process that is the first, or by one beside others."""
-    command = [sys.executable, "-c", _DEAF, "first", children, _DEAF]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
-    ) as server:
-        assert server.stdout is not None
-        processes = 2 + children.count(",")
-        pids = {int(server.stdout.readline().split()[1]) for _ in range(processes)}
-        assert len(pids) == processes
+    with deaf_server(tmp_path, children) as (server, pids):
         (tmp_path / "all-are-there").touch()
         assert server.wait(40) == code
         until(
@@ -68,12 +83,7 @@ def test_nothing_is_left_of_a_server_that_does_not_end(
 
 def test_what_a_killed_process_has_started_ends_too(tmp_path: Path) -> None:
     """An engine's core holds the machine's memory, whether anybody can ask it or not."""
-    command = [sys.executable, "-c", _DEAF, "first", "core", _DEAF]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
-    ) as server:
-        assert server.stdout is not None
-        pids = {int(server.stdout.readline().split()[1]) for _ in range(2)}
+    with deaf_server(tmp_path, "core") as (server, pids):
         server.kill()  # and nobody waits for it yet: a zombie has ended, too
         (core,) = pids - {server.pid}
         until(
