@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from engine_plugins.sender.report import EnginesFailedError as EnginesFailedError
     from engine_plugins.sender.report import SenderReport as SenderReport
     from engine_plugins.trainer_sender import WeightSender as WeightSender
-    from engine_plugins.weights.megatron_rank import MegatronChunk as MegatronChunk
-    from engine_plugins.weights.megatron_rank import MegatronRank as MegatronRank
+    from engine_plugins.weights.sources.megatron.rank import MegatronChunk as MegatronChunk
+    from engine_plugins.weights.sources.megatron.rank import MegatronRank as MegatronRank
     from engine_plugins.worker_environment import forwarded_environment as forwarded_environment
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "EnginesFailedError": "engine_plugins.sender.report",
-    "MegatronChunk": "engine_plugins.weights.megatron_rank",
-    "MegatronRank": "engine_plugins.weights.megatron_rank",
+    "MegatronChunk": "engine_plugins.weights.sources.megatron.rank",
+    "MegatronRank": "engine_plugins.weights.sources.megatron.rank",
     "SenderReport": "engine_plugins.sender.report",
     "WeightSender": "engine_plugins.trainer_sender",
     "forwarded_environment": "engine_plugins.worker_environment",

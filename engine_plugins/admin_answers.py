@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = [
     "Direction",

@@ -27,8 +27,8 @@ from engine_plugins.prefill_gate.gate_report import GateChanges, GateReport
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.tls import CaFile, ClientCert
-from engine_plugins.weights.manifest import MSGPACK
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.manifest import MSGPACK
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = ["AdminClient"]
 

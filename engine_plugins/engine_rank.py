@@ -19,12 +19,12 @@ from engine_plugins.sleep.memory_ledger import MemoryLedger
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.sleep.rank_sleep import RankSleep
 from engine_plugins.sleep.storages import storages
-from engine_plugins.weights.agent_network import AgentNetwork
-from engine_plugins.weights.kv_pages import clear_non_finite
-from engine_plugins.weights.receiver import WeightReceiver
-from engine_plugins.weights.source_choice import Reader
-from engine_plugins.weights.weight_installer import WeightInstaller
-from engine_plugins.weights.worker_service import WorkerService, pull_page
+from engine_plugins.weights.loader.weight_installer import WeightInstaller
+from engine_plugins.weights.memory.kv_pages import clear_non_finite
+from engine_plugins.weights.peers.agent_network import AgentNetwork
+from engine_plugins.weights.planning.source_choice import Reader
+from engine_plugins.weights.receiving.receiver import WeightReceiver
+from engine_plugins.weights.receiving.worker_service import WorkerService, pull_page
 
 __all__ = ["TaggedTensors", "make_rank_service"]
 

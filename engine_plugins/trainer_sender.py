@@ -35,16 +35,16 @@ from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Round, checked_version
 from engine_plugins.sender.update_rounds import UpdateRounds
-from engine_plugins.weights.block_fp8 import BlockFp8
-from engine_plugins.weights.block_fp8_source import quantized_source
-from engine_plugins.weights.fsdp_source import fsdp_tensors
-from engine_plugins.weights.megatron_source import megatron_boxes_of
-from engine_plugins.weights.model_facts import model_facts
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.shared_blocks import SharedBlocks
-from engine_plugins.weights.tied_heads import checked_boxes, is_tied
-from engine_plugins.weights.torch_source import HfWeights, hf_boxes, looked_at_anew
-from engine_plugins.weights.version_word import new_word
+from engine_plugins.weights.boxes.model_facts import model_facts
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.contract.version_word import new_word
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8_source import quantized_source
+from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
+from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
+from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
 __all__ = ["WeightSender"]
 

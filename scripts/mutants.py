@@ -26,8 +26,8 @@ from mutmut.utils.format_utils import get_mutant_name
 COPY = Path(__file__).resolve().parent.parent / "mutants"
 SEED = 300
 SAMPLE_SIZES = {
-    "engine_plugins/weights/plan.py": 110,
-    "engine_plugins/weights/coverage.py": 75,
+    "engine_plugins/weights/planning/plan.py": 110,
+    "engine_plugins/weights/loader/coverage.py": 75,
     "engine_plugins/admin/auth.py": 75,
     "engine_plugins/admin/state.py": 40,
     "engine_plugins/admin/route_table.py": 50,

@@ -25,7 +25,7 @@ from engine_plugins.admin.runtime_dir import shared_state
 from engine_plugins.admin.state import refusal
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import ConflictError, EngineCallError
-from engine_plugins.weights.model_facts import model_facts
+from engine_plugins.weights.boxes.model_facts import model_facts
 from sglang_ext.core_hooks import fenced
 from sglang_ext.scheduler_calls import SchedulerCalls
 

@@ -17,7 +17,7 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from torch import nn
 
 from engine_plugins.errors import UnsupportedError
-from engine_plugins.weights.meta_parameters import parameters_on_meta
+from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
 
 __all__ = ["loader_model"]
 

@@ -15,7 +15,7 @@ from engine_plugins.admin.engine_control import (
     engine_answer,
 )
 from engine_plugins.errors import EngineCallError
-from engine_plugins.weights.model_facts import model_facts
+from engine_plugins.weights.boxes.model_facts import model_facts
 
 __all__ = ["VllmEngineControl"]
 

@@ -17,7 +17,7 @@ from vllm.model_executor.layers import rotary_embedding
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from engine_plugins.weights.meta_parameters import parameters_on_meta
+from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
 
 __all__ = ["loader_model"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import UnsupportedError
-from engine_plugins.weights.engine_tensors import passing_buffers
+from engine_plugins.weights.loader.engine_tensors import passing_buffers
 
 __all__ = ["close_layer", "layer_tensors", "name_loaders", "open_layer"]
 

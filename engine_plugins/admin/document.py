@@ -20,8 +20,8 @@ from engine_plugins.admin.schemas import STRUCT, MemoryReport, Problem
 from engine_plugins.admin.struct_schemas import struct_schemas
 from engine_plugins.admin.token_book import TokenScope
 from engine_plugins.admin_answers import EngineOffer
-from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = ["DocumentedApi"]
 

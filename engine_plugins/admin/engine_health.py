@@ -12,7 +12,7 @@ from typing import Any
 from engine_plugins.admin.engine_processes import EngineProcesses
 from engine_plugins.errors import EngineDeadError, EngineStuckError
 from engine_plugins.shared_page import SharedPage
-from engine_plugins.weights.worker_service import BUSY_SINCE, pull_page
+from engine_plugins.weights.receiving.worker_service import BUSY_SINCE, pull_page
 
 __all__ = ["EngineHealth"]
 

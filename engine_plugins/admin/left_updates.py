@@ -20,7 +20,7 @@ from engine_plugins.errors import (
     UpdateAbortedError,
     UpdateFailedError,
 )
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["LeftUpdates"]
 

@@ -8,7 +8,7 @@ import msgspec
 
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.errors import UnknownIdError
-from engine_plugins.weights.report import PlanSummary
+from engine_plugins.weights.contract.report import PlanSummary
 
 __all__ = ["Plans"]
 

@@ -34,8 +34,8 @@ from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.strict_json import StrictRoute
 from engine_plugins.admin.token_book import TokenScope
 from engine_plugins.admin_answers import EngineOffer
-from engine_plugins.weights.manifest import JSON, MSGPACK, SourceManifest
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.manifest import JSON, MSGPACK, SourceManifest
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = ["CONNECT_PATH", "SCOPES", "SOURCES_PATH", "admin_router"]
 

@@ -25,7 +25,7 @@ from engine_plugins.prefill_gate.model_memory import Regime
 from engine_plugins.sleep.leak_watch import LeakTrend
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = [
     "STRUCT",

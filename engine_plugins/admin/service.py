@@ -52,8 +52,8 @@ from engine_plugins.errors import (
 from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.memory_report import ResidualReport
-from engine_plugins.weights.report import PlanSummary, UpdateReport
-from engine_plugins.weights.worker_service import (
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
+from engine_plugins.weights.receiving.worker_service import (
     encode_call,
     read_answer,
 )

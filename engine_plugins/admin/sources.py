@@ -18,8 +18,8 @@ import msgspec
 
 from engine_plugins.admin.runtime_files import RuntimeFiles
 from engine_plugins.errors import ServerFilesError, UnknownIdError, WeightMismatchError
-from engine_plugins.weights.manifest import decode_manifest, encode_manifest
-from engine_plugins.weights.model_facts import compare_facts
+from engine_plugins.weights.boxes.model_facts import compare_facts
+from engine_plugins.weights.contract.manifest import decode_manifest, encode_manifest
 
 __all__ = ["Sources"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.state import EngineState
 from engine_plugins.errors import ConflictError, StaleVersionError, UnsupportedError
-from engine_plugins.weights.report import PlanSummary
-from engine_plugins.weights.staging import ModeChoice
+from engine_plugins.weights.contract.report import PlanSummary
+from engine_plugins.weights.receiving.staging import ModeChoice
 
 __all__ = ["mode_in_two_phases", "refuse_push", "refuse_stale", "refuse_verify"]
 

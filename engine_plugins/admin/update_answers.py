@@ -11,7 +11,7 @@ from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import short
 from engine_plugins.errors import ConflictError, EnginePluginError
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["Answer", "StoredFailure", "UpdateAnswers", "refuse_other_update"]
 

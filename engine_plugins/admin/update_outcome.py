@@ -16,8 +16,8 @@ from engine_plugins.errors import (
     EngineStuckError,
     UpdateAbortedError,
 )
-from engine_plugins.weights.report import Outcome, Phases, RankReport, UpdateReport
-from engine_plugins.weights.worker_service import StatusAnswer
+from engine_plugins.weights.contract.report import Outcome, Phases, RankReport, UpdateReport
+from engine_plugins.weights.receiving.worker_service import StatusAnswer
 
 __all__ = ["behind", "failure_report", "half_way", "lost_memory", "report_of", "stands_still"]
 

@@ -12,7 +12,7 @@ import msgspec
 from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 from engine_plugins.weights.transport.transfers import DRAIN_S
 
 __all__ = ["UpdateRecord", "UpdateRecords"]

@@ -36,10 +36,10 @@ from engine_plugins.errors import (
     TransferTimeoutError,
 )
 from engine_plugins.scarce import explained
-from engine_plugins.weights.report import PlanSummary, RankReport, UpdateReport
-from engine_plugins.weights.staging import ModeChoice
+from engine_plugins.weights.contract.report import PlanSummary, RankReport, UpdateReport
+from engine_plugins.weights.receiving.staging import ModeChoice
+from engine_plugins.weights.receiving.worker_service import StatusAnswer
 from engine_plugins.weights.transport.transfers import DRAIN_S
-from engine_plugins.weights.worker_service import StatusAnswer
 
 __all__ = ["UpdateTransaction"]
 

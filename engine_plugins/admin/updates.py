@@ -46,8 +46,13 @@ from engine_plugins.errors import (
     UpdateAbortedError,
 )
 from engine_plugins.settings import Settings
-from engine_plugins.weights.report import PlanSummary, UpdateReport
-from engine_plugins.weights.staging import ModeChoice, StagingRoom, choose_mode, newly_taken
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
+from engine_plugins.weights.receiving.staging import (
+    ModeChoice,
+    StagingRoom,
+    choose_mode,
+    newly_taken,
+)
 
 __all__ = ["Updates"]
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, TypeVar
 from engine_plugins.admin.bounded_control import BoundedControl
 from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.errors import EnginePluginError
-from engine_plugins.weights.report import RankReport
-from engine_plugins.weights.staging import StagingRoom
-from engine_plugins.weights.worker_service import (
+from engine_plugins.weights.contract.report import RankReport
+from engine_plugins.weights.receiving.staging import StagingRoom
+from engine_plugins.weights.receiving.worker_service import (
     GENERATION,
     AbortAnswer,
     ConnectAnswer,

@@ -11,7 +11,7 @@ import psutil
 from engine_plugins.cgroup_limit import tightest_cgroup
 from engine_plugins.errors import SettingsError
 from engine_plugins.settings import PREFIX
-from engine_plugins.weights.peak_memory import resident_and_addresses
+from engine_plugins.weights.hardware.peak_memory import resident_and_addresses
 
 __all__ = [
     "UNLIMITED",

@@ -19,7 +19,7 @@ from engine_plugins.prefill_gate.memory_cap import (
     read_host,
     resolve_cap,
 )
-from engine_plugins.weights.peak_memory import PeakMemory, return_free_memory
+from engine_plugins.weights.hardware.peak_memory import PeakMemory, return_free_memory
 
 __all__ = ["DeviceStepMemory", "HostStepMemory", "StepMemory", "step_memory"]
 

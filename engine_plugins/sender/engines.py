@@ -27,7 +27,7 @@ from engine_plugins.sender.busy_engine import once_it_is_free
 from engine_plugins.sender.held_weights import ASKED_S, held_by
 from engine_plugins.sender.known_end import answer_or_end
 from engine_plugins.sender.report import EngineFailure
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = ["SILENT_S", "EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
 

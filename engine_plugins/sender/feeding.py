@@ -27,7 +27,7 @@ from engine_plugins.errors import (
     WeightMismatchError,
 )
 from engine_plugins.sender.engines import EngineLink, forgot_us
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["Feeder", "FeederError", "Reader"]
 

@@ -19,7 +19,7 @@ from engine_plugins.errors import (
     EngineUnreachableError,
     UpdateEndUnknownError,
 )
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["answer_or_end"]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Sequence
 from torch import nn
 
 from engine_plugins.errors import SourceError
-from engine_plugins.weights.megatron_gather import parameter_gathers
-from engine_plugins.weights.megatron_rank import MegatronRank
+from engine_plugins.weights.sources.megatron.gather import parameter_gathers
+from engine_plugins.weights.sources.megatron.rank import MegatronRank
 
 __all__ = ["MegatronRanks", "Place", "check_topology", "gathers_of", "ranks_of"]
 

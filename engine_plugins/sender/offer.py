@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from engine_plugins.errors import EnginePluginError, SourceError
 from engine_plugins.sender.push import Push
 from engine_plugins.sender.ranks import TrainerRanks
-from engine_plugins.weights.agent_network import AgentNetwork
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.peers.agent_network import AgentNetwork
+from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.transport.base import Transport
 
 __all__ = ["TrainerOffer"]

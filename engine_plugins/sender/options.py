@@ -9,7 +9,7 @@ import torch.distributed as dist
 from engine_plugins.admin_answers import Direction
 from engine_plugins.errors import SettingsError
 from engine_plugins.tls import CaFile, ClientCert
-from engine_plugins.weights.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.transport.base import Transport
 
 __all__ = ["SenderOptions", "Ways"]

@@ -17,10 +17,10 @@ from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.peer_writes import PeerWrites
 from engine_plugins.sender.push_report import WriteCost
 from engine_plugins.sender.ranks import TrainerRanks
-from engine_plugins.weights.destinations import Destination, Writes
-from engine_plugins.weights.report import PlanSummary
+from engine_plugins.weights.contract.destinations import Destination, Writes
+from engine_plugins.weights.contract.report import PlanSummary
+from engine_plugins.weights.peers.meeting import Greeting, meet_agent
 from engine_plugins.weights.transport.base import Transport
-from engine_plugins.weights.transport.meeting import Greeting, meet_agent
 from engine_plugins.weights.transport.transfers import run_transfers
 
 __all__ = ["Push"]

@@ -11,7 +11,7 @@ import msgspec
 from engine_plugins.errors import UpdateFailedError
 from engine_plugins.sender.fan_out import TRAINER
 from engine_plugins.sender.push_report import PushReport
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = ["EngineFailure", "EnginesFailedError", "SenderReport"]
 

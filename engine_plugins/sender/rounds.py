@@ -14,7 +14,7 @@ from engine_plugins.admin_answers import UpdateRequest
 from engine_plugins.errors import EnginePluginError, SettingsError, UnknownIdError
 from engine_plugins.sender.engines import EngineLink, failure_of, for_each_engine, forgot_us
 from engine_plugins.sender.report import EngineFailure
-from engine_plugins.weights.report import PlanSummary, UpdateReport
+from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = ["Offer", "Round", "checked_version", "drive", "offer_to"]
 

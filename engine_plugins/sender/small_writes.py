@@ -10,7 +10,7 @@ import ctypes
 
 import numpy as np
 
-from engine_plugins.weights.arena import Arena
+from engine_plugins.weights.memory.arena import Arena
 from engine_plugins.weights.transport.base import Descriptors, Transport
 
 __all__ = ["GATHERED_BYTES", "SmallWrites"]

@@ -18,7 +18,7 @@ from engine_plugins.sender.fan_out import TRAINER, FanOutTree
 from engine_plugins.sender.feeding import Feeder, FeederError, Reader
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.sender.rounds import Offer, Round
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["TreeUpdate"]
 

@@ -15,7 +15,7 @@ from engine_plugins.errors import EnginePluginError, UpdateAbortedError, UpdateE
 from engine_plugins.sender.engines import SILENT_S, EngineLink, failure_of, for_each_engine
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.sender.rounds import Round
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["abort_all", "aborted", "commit_all"]
 

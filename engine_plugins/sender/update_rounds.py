@@ -19,7 +19,7 @@ from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.rounds import Offer, Round, drive, offer_to
 from engine_plugins.sender.tree_update import TreeUpdate
 from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["UpdateRounds"]
 

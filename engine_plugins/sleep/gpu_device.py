@@ -10,7 +10,7 @@ import torch
 from engine_plugins.sleep.memory_report import GpuDevice
 from engine_plugins.sleep.process_identity import ProcessIdentity
 from engine_plugins.sleep.rank_memory import RankMemory
-from engine_plugins.weights.cuda_runtime import gpu_pci_address
+from engine_plugins.weights.hardware.cuda_runtime import gpu_pci_address
 
 __all__ = ["free_bytes", "gpu_device", "rank_memory"]
 

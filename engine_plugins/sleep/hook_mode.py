@@ -18,7 +18,7 @@ import torch
 
 from engine_plugins.errors import HookModeError, SettingsError
 from engine_plugins.settings import HOOK_MODES, PREFIX, Settings
-from engine_plugins.weights.expandable_segments import asked_for, named_in
+from engine_plugins.weights.hardware.expandable_segments import asked_for, named_in
 
 __all__ = [
     "HookMode",

@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from engine_plugins.weights.manifest import decode_manifest
-from engine_plugins.weights.plan import build_plan, coalesced, logical_tensors
-from engine_plugins.weights.prepared_fetch import PreparedFetch
+from engine_plugins.weights.contract.manifest import decode_manifest
+from engine_plugins.weights.planning.plan import build_plan, coalesced, logical_tensors
+from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from tests.benchmarks import transformer_engine_stand_in
 from tests.benchmarks.megatron_trainer import (
     TP_SIZE,

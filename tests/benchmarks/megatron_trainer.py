@@ -20,8 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
-from engine_plugins.weights.source import WeightSource
+from engine_plugins.weights.sources.megatron.source import MegatronRank, megatron_boxes
+from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.transport.nixl import NixlTransport
 
 __all__ = ["TP_SIZE", "MegatronTrainer", "tensor_digests", "transport_over"]

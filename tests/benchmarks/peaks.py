@@ -15,7 +15,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from engine_plugins import SenderReport, WeightSender
-from engine_plugins.weights.report import UpdateReport
+from engine_plugins.weights.contract.report import UpdateReport
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.sglang_server import sglang_server
 from tests.support.sized_models import sized_qwen3

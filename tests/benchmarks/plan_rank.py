@@ -22,13 +22,13 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
-from engine_plugins.weights.collector import collector_paused
-from engine_plugins.weights.coverage import engine_steps
-from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
-from engine_plugins.weights.manifest import SourceManifest, encode_manifest
-from engine_plugins.weights.needed import needed_boxes
-from engine_plugins.weights.plan import FetchPlan, build_plan, coalesced, logical_tensors
-from engine_plugins.weights.plan_cache import PlanCache
+from engine_plugins.weights.contract.manifest import SourceManifest, encode_manifest
+from engine_plugins.weights.loader.coverage import engine_steps
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.loader.needed import needed_boxes
+from engine_plugins.weights.planning.plan import FetchPlan, build_plan, coalesced, logical_tensors
+from engine_plugins.weights.planning.plan_cache import PlanCache
+from engine_plugins.weights.receiving.collector import collector_paused
 from tests.support.loader_maps import PlayedRank, played_engine
 from tests.support.model_shapes import ONE_TRILLION, QWEN3_30B_A3B, logical_tensors_of
 from tests.support.simulated_trainers import SimulatedJob

@@ -24,13 +24,13 @@ import torch
 from rich.table import Table
 
 from engine_plugins.sender.peer_writes import PeerWrites
-from engine_plugins.weights.destinations import Destination
-from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.plan import build_plan, coalesced, laid_apart, logical_tensors
-from engine_plugins.weights.prepared_fetch import PreparedFetch
-from engine_plugins.weights.prepared_push import PreparedPush
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.destinations import Destination
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.planning.plan import build_plan, coalesced, laid_apart, logical_tensors
+from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
+from engine_plugins.weights.receiving.prepared_push import PreparedPush
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.nixl import NixlTransport
 from engine_plugins.weights.transport.transfers import run_transfers
 from tests.benchmarks.clock import Clock, Cost

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from engine_plugins.weights.arena import Arena
+from engine_plugins.weights.memory.arena import Arena
 from engine_plugins.weights.transport import nixl
 from engine_plugins.weights.transport.nixl import NixlTransport
 from engine_plugins.weights.transport.transfers import run_transfers

@@ -30,16 +30,16 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
 
-from engine_plugins.weights.arena import Arena
-from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.plan import (
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.memory.arena import Arena
+from engine_plugins.weights.planning.plan import (
     FetchPlan,
     build_plan,
     coalesced,
     logical_tensors,
     schedule,
 )
-from engine_plugins.weights.prepared_fetch import PreparedFetch
+from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.transport.base import Descriptors, Transport
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.benchmarks.clock import Clock, Cost

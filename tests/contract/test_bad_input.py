@@ -11,9 +11,14 @@ import msgspec
 import pytest
 import torch
 
-from engine_plugins.weights.manifest import SourceManifest, encode_manifest, numbers, packed
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.manifest import (
+    SourceManifest,
+    encode_manifest,
+    numbers,
+    packed,
+)
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.configurations import DENSE, NEW, OLD, on
 from tests.support.engine_server import EngineServer

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from engine_plugins import WeightSender
 from engine_plugins.sender.report import SenderReport
-from engine_plugins.weights.connection import Direction
-from engine_plugins.weights.report import UpdateReport
-from engine_plugins.weights.staging import Mode
+from engine_plugins.weights.contract.report import UpdateReport
+from engine_plugins.weights.receiving.connection import Direction
+from engine_plugins.weights.receiving.staging import Mode
 from tests.support.configurations import SIZED, on
 from tests.support.engine_server import TOKEN
 from tests.support.hf_reference import greedy

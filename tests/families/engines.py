@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from engine_plugins.weights.weight_installer import WeightInstaller
+from engine_plugins.weights.loader.weight_installer import WeightInstaller
 
 __all__ = ["LOADED_RANKS", "LoadedSglang", "LoadedVllm"]
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from engine_plugins.errors import EnginePluginError
-from engine_plugins.weights.receiver import WeightReceiver
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.receiving.receiver import WeightReceiver
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.families.catalogue import family_named
 from tests.families.engines import LOADED_RANKS, LoadedSglang, LoadedVllm
 from tests.families.family import AFTER_ZEROS, Case

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from engine_plugins.errors import TransferTimeoutError, TransportError
-from engine_plugins.weights.arena import Arena
-from engine_plugins.weights.cuda_pool import PlainCudaPool
-from engine_plugins.weights.cuda_runtime import gpu_pci_address, torch_cuda_runtime
-from engine_plugins.weights.expandable_segments import asked_for, expandable_ranges
-from engine_plugins.weights.rdma_ports import gpu_places
-from engine_plugins.weights.source_memory import regions_of
+from engine_plugins.weights.hardware.cuda_pool import PlainCudaPool
+from engine_plugins.weights.hardware.cuda_runtime import gpu_pci_address, torch_cuda_runtime
+from engine_plugins.weights.hardware.expandable_segments import asked_for, expandable_ranges
+from engine_plugins.weights.hardware.rdma_ports import gpu_places
+from engine_plugins.weights.memory.arena import Arena
+from engine_plugins.weights.memory.source_memory import regions_of
 from engine_plugins.weights.transport.nixl import NixlTransport
 from engine_plugins.weights.transport.transfers import run_transfers
 

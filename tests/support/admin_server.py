@@ -18,7 +18,7 @@ from engine_plugins.admin.mount import PREFIX, AdminMount
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.settings import Settings
-from engine_plugins.weights.manifest import SourceManifest, encode_manifest
+from engine_plugins.weights.contract.manifest import SourceManifest, encode_manifest
 from tests.support.documented import check_answer_async
 from tests.support.in_memory_engine import InMemoryEngine
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from engine_plugins.weights.block_fp8 import BLOCK, SCALE_SUFFIX, BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8 import BLOCK, SCALE_SUFFIX, BlockFp8
 
 __all__ = ["quantized_whole", "reference"]
 

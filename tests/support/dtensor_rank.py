@@ -32,10 +32,10 @@ from torch.distributed.tensor.parallel import (
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from engine_plugins.errors import UnsupportedError
-from engine_plugins.weights.dtensor_source import is_dtensor
-from engine_plugins.weights.fsdp_source import fsdp_tensors
-from engine_plugins.weights.placement import SourceBox, assemble
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.boxes.placement import SourceBox, assemble
+from engine_plugins.weights.sources.dtensor_source import is_dtensor
+from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.torch_source import hf_boxes
 
 __all__ = ["CASES"]
 

@@ -24,12 +24,12 @@ from fastapi.responses import JSONResponse
 
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import EnginePluginError
-from engine_plugins.weights.manifest import SourceManifest, decode_manifest, numbers
-from engine_plugins.weights.report import Outcome, Phases, PlanSummary, UpdateReport
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.manifest import SourceManifest, decode_manifest, numbers
+from engine_plugins.weights.contract.report import Outcome, Phases, PlanSummary, UpdateReport
+from engine_plugins.weights.contract.version_word import new_word
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.version_word import new_word
 from tests.support.certificates import Identity
 from tests.support.pull import pull
 from tests.support.push_target import PushTarget

@@ -7,10 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from engine_plugins.weights.manifest import SourceManifest, decode_manifest, encode_manifest
-from engine_plugins.weights.placement import Interval, SourceBox
-from engine_plugins.weights.plan import build_plan, logical_tensors
-from engine_plugins.weights.prepared_fetch import PreparedFetch
+from engine_plugins.weights.boxes.placement import Interval, SourceBox
+from engine_plugins.weights.contract.manifest import (
+    SourceManifest,
+    decode_manifest,
+    encode_manifest,
+)
+from engine_plugins.weights.planning.plan import build_plan, logical_tensors
+from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.source_ranks import offered_boxes

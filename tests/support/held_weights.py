@@ -10,7 +10,7 @@ import msgspec
 import torch
 
 from engine_plugins.admin_answers import EngineOffer
-from engine_plugins.weights.manifest import decode_manifest
+from engine_plugins.weights.contract.manifest import decode_manifest
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.fetched import fetched_from
 

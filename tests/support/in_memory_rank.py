@@ -15,14 +15,14 @@ from engine_plugins.errors import EnginePluginError
 from engine_plugins.sleep.memory_ledger import MemoryLedger
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.sleep.rank_sleep import RankSleep
-from engine_plugins.weights.connection import ConnectResult, Direction
-from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.plan import Step
-from engine_plugins.weights.receiver import WeightReceiver
-from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.contract.report import RankReport
+from engine_plugins.weights.planning.plan import Step
+from engine_plugins.weights.receiving.connection import ConnectResult, Direction
+from engine_plugins.weights.receiving.receiver import WeightReceiver
+from engine_plugins.weights.receiving.update_run import PreparedPlan, PullStatus
+from engine_plugins.weights.receiving.worker_service import WorkerService
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.update_run import PreparedPlan, PullStatus
-from engine_plugins.weights.worker_service import WorkerService
 from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel, hf_tensors
 from tests.support.in_memory_regions import InMemoryRegions
 

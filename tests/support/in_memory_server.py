@@ -45,7 +45,7 @@ from engine_plugins.prefill_gate.metrics import tell_gate_metrics
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.host_memory import HostMemory
 from engine_plugins.sleep.rank_memory import RankMemory
-from engine_plugins.weights.model_facts import model_facts
+from engine_plugins.weights.boxes.model_facts import model_facts
 from tests.support import generating_engine
 from tests.support.engine_server import (
     EngineServer,

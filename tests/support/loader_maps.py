@@ -20,14 +20,14 @@ import pytest
 import torch
 from torch import nn
 
-from engine_plugins.weights import plan
-from engine_plugins.weights.coverage import LoaderRules
-from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.receiver import WeightReceiver
-from engine_plugins.weights.report import RankReport
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.contract.report import RankReport
+from engine_plugins.weights.loader.coverage import LoaderRules
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.loader.weight_installer import WeightInstaller
+from engine_plugins.weights.planning import plan
+from engine_plugins.weights.receiving.receiver import WeightReceiver
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.weight_installer import WeightInstaller
 from tests.support.source_ranks import SourceRank, offered_boxes
 
 __all__ = [

@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.utils import (
     process_weights_after_loading,
 )
 
-from engine_plugins.weights.loader_trace import (
+from engine_plugins.weights.loader.loader_trace import (
     LoaderTrace,
     LoadWeights,
     LogicalTensor,

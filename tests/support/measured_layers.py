@@ -20,7 +20,7 @@ from engine_plugins.prefill_gate.model_memory import ModelMemory, ModelSizes
 from engine_plugins.prefill_gate.prefill_memory import PrefillMemory
 from engine_plugins.prefill_gate.step_shape import NOTHING, Candidate, StepShape
 from engine_plugins.settings import Settings
-from engine_plugins.weights.peak_memory import PeakMemory
+from engine_plugins.weights.hardware.peak_memory import PeakMemory
 
 MIB = 1 << 20
 PINNED_ALLOCATOR = {

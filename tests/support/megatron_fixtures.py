@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank
+from engine_plugins.weights.sources.megatron.source import MegatronChunk, MegatronRank
 
 __all__ = [
     "FIXTURES_VARIABLE",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank
+from engine_plugins.weights.sources.megatron.source import MegatronChunk, MegatronRank
 from tests.support.megatron_hf import moe_layers
 
 __all__ = ["megatron_ranks"]

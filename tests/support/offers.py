@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import torch
 
-from engine_plugins.weights.manifest import SourceManifest, encode_manifest
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.manifest import SourceManifest, encode_manifest
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.nixl import NixlTransport
 
 MSGPACK = {"content-type": "application/msgpack"}

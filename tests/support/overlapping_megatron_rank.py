@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from engine_plugins.errors import SourceError
 from engine_plugins.sender.megatron_job import gathers_of, ranks_of
-from engine_plugins.weights.megatron_source import megatron_boxes_of
+from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
 
 WORLD = 2
 

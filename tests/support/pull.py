@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine_plugins.weights.manifest import SourceManifest, numbers
+from engine_plugins.weights.contract.manifest import SourceManifest, numbers
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 
 __all__ = ["pull"]

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from engine_plugins.weights.destinations import Destination, Writes
-from engine_plugins.weights.dtypes import dtype_named
-from engine_plugins.weights.manifest import SourceManifest, numbers
+from engine_plugins.weights.boxes.dtypes import dtype_named
+from engine_plugins.weights.contract.destinations import Destination, Writes
+from engine_plugins.weights.contract.manifest import SourceManifest, numbers
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 
 __all__ = ["PushTarget"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank
+from engine_plugins.weights.sources.megatron.source import MegatronChunk, MegatronRank
 
 __all__ = ["CONFIG", "EXPERTS", "LAYERS", "NARROW", "rank_of"]
 

@@ -13,8 +13,8 @@ import time
 
 import torch
 
-from engine_plugins.weights.manifest import SourceManifest, decode_manifest
-from engine_plugins.weights.receiver import WeightReceiver
+from engine_plugins.weights.contract.manifest import SourceManifest, decode_manifest
+from engine_plugins.weights.receiving.receiver import WeightReceiver
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel, hf_tensors
 

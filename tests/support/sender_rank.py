@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from engine_plugins.errors import EnginePluginError, SourceError
 from engine_plugins.trainer_sender import WeightSender
-from engine_plugins.weights.placement import SourceBox
+from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN
 

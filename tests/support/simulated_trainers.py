@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.manifest import (
+from engine_plugins.weights.contract.manifest import (
     FORMAT,
     BoxColumns,
     RegionColumns,
@@ -22,6 +21,7 @@ from engine_plugins.weights.manifest import (
     TensorColumns,
     packed,
 )
+from engine_plugins.weights.loader.loader_trace import LogicalTensor
 
 __all__ = ["SimulatedJob"]
 

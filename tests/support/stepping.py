@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from engine_plugins.weights.weight_installer import WeightInstaller
+from engine_plugins.weights.loader.weight_installer import WeightInstaller
 
 __all__ = ["STEPPING_FOLDER", "Steps", "watch_installs"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 from safetensors.torch import load_file
 
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.forked_process import ForkedProcess
 from tests.support.waiting import until

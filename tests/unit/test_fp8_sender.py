@@ -13,7 +13,7 @@ import torch
 
 from engine_plugins.errors import SettingsError, UnsupportedError
 from engine_plugins.trainer_sender import WeightSender
-from engine_plugins.weights.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.transport.nixl import NixlTransport
 from tests.support.block_fp8 import quantized_whole
 from tests.support.fake_engine import TOKEN, FakeEngine, served

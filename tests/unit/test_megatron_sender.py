@@ -10,7 +10,7 @@ import torch
 
 from engine_plugins.errors import SourceError
 from engine_plugins.trainer_sender import WeightSender
-from engine_plugins.weights.megatron_rank import MegatronRank
+from engine_plugins.weights.sources.megatron.rank import MegatronRank
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, served
 from tests.support.megatron_hf import dense_config, hf_tensors, moe_config

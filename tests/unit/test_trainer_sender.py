@@ -22,11 +22,11 @@ from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
-from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.version_word import CLOSED
+from engine_plugins.weights.sources.megatron.source import MegatronChunk, MegatronRank
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.version_word import CLOSED
 from tests.support.bad_gateway import bad_gateway
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 from tests.support.process_group import output_of_ranks

@@ -11,7 +11,7 @@ from starlette.types import Message, Receive, Scope, Send
 from engine_plugins.admin.body_limit import BodyLimit
 from engine_plugins.admin.sources import MAX_SOURCES
 from engine_plugins.settings import Settings
-from engine_plugins.weights.manifest import encode_manifest
+from engine_plugins.weights.contract.manifest import encode_manifest
 from tests.support.admin_server import MSGPACK, TOKEN, AdminServer
 from tests.support.in_memory_model import hf_tensors
 from tests.support.source_ranks import offered_tensors

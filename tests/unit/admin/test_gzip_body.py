@@ -11,7 +11,7 @@ import pytest
 
 from engine_plugins.admin.gzip_body import FREE_BYTES, MAX_RATIO, unpacked
 from engine_plugins.errors import AdminRequestError, BodyTooLargeError
-from engine_plugins.weights.manifest import encode_manifest
+from engine_plugins.weights.contract.manifest import encode_manifest
 from tests.support.model_shapes import QWEN3_30B_A3B, logical_tensors_of
 from tests.support.simulated_trainers import SimulatedJob
 
@@ -21,7 +21,7 @@ BOMB = """
 import gzip, resource, sys, time
 from engine_plugins.admin.gzip_body import unpacked
 from engine_plugins.errors import EnginePluginError
-from engine_plugins.weights.manifest import decode_manifest
+from engine_plugins.weights.contract.manifest import decode_manifest
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from engine_plugins.admin.state import Fence, moved
-from engine_plugins.weights.manifest import decode_manifest
+from engine_plugins.weights.contract.manifest import decode_manifest
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors, pack_norms
 from tests.support.problems import problem

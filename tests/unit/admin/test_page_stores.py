@@ -12,7 +12,13 @@ from engine_plugins.admin.plans import MAX_PLANS, Plans
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.update_answers import StoredFailure, UpdateAnswers
 from engine_plugins.errors import PeerLostError, UnknownIdError
-from engine_plugins.weights.report import Phases, PlanSummary, RankPlan, RankReport, UpdateReport
+from engine_plugins.weights.contract.report import (
+    Phases,
+    PlanSummary,
+    RankPlan,
+    RankReport,
+    UpdateReport,
+)
 
 
 def plan(number: int, *, ranks: int = 1, reason: str = "why") -> PlanSummary:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from engine_plugins.admin.update_record import UpdateRecords
-from engine_plugins.weights.report import PlanSummary
+from engine_plugins.weights.contract.report import PlanSummary
 from engine_plugins.weights.transport.transfers import run_transfers
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors

@@ -16,7 +16,7 @@ from engine_plugins.admin import viewing
 from engine_plugins.admin.engine_control import RequestCounts
 from engine_plugins.admin.state import Fence, Sleep, UpdateProgress, moved
 from engine_plugins.errors import EngineCallError, WeightMismatchError
-from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.contract.manifest import SourceManifest
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors, needed_bytes
 from tests.support.source_ranks import offered_tensors

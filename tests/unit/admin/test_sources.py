@@ -18,7 +18,7 @@ from engine_plugins.errors import (
     UnknownIdError,
     WeightMismatchError,
 )
-from engine_plugins.weights.manifest import JSON, MSGPACK, SourceManifest, encode_manifest
+from engine_plugins.weights.contract.manifest import JSON, MSGPACK, SourceManifest, encode_manifest
 from tests.support.model_shapes import QWEN3_30B_A3B, logical_tensors_of
 from tests.support.simulated_trainers import SimulatedJob
 

@@ -11,7 +11,7 @@ from engine_plugins.admin.state import EngineState
 from engine_plugins.admin.update_outcome import half_way, lost_memory, report_of
 from engine_plugins.admin.update_record import UpdateRecord
 from engine_plugins.errors import PeerLostError
-from engine_plugins.weights.report import PlanSummary, RankReport
+from engine_plugins.weights.contract.report import PlanSummary, RankReport
 
 
 @pytest.fixture

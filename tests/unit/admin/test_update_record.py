@@ -8,7 +8,7 @@ from pathlib import Path
 from engine_plugins.admin.schemas import UpdateBody
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.update_record import UpdateRecord, UpdateRecords
-from engine_plugins.weights.report import Phases, PlanSummary, UpdateReport
+from engine_plugins.weights.contract.report import Phases, PlanSummary, UpdateReport
 
 PLAN = PlanSummary(
     plan_id="p",

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from engine_plugins.admin.worker_calls import WorkerCalls
-from engine_plugins.weights.report import RankPlan
-from engine_plugins.weights.worker_service import ConnectAnswer, WorkerDescription
+from engine_plugins.weights.contract.report import RankPlan
+from engine_plugins.weights.receiving.worker_service import ConnectAnswer, WorkerDescription
 from tests.support.in_memory_engine import InMemoryEngine
 
 pytestmark = pytest.mark.anyio

@@ -15,8 +15,8 @@ import torch
 from engine_plugins.sender import known_end
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.contract.version_word import CLOSED
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.version_word import CLOSED
 from tests.support.bad_gateway import FAULTS, BadGateway, bad_gateway
 from tests.support.fake_engine import TOKEN, FakeEngine
 from tests.support.waiting import until

@@ -12,11 +12,11 @@ import torch
 
 from engine_plugins.errors import SettingsError
 from engine_plugins.trainer_sender import WeightSender
-from engine_plugins.weights.block_fp8 import BlockFp8
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.version_word import WORD_BYTES
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.version_word import WORD_BYTES
 from tests.support.fake_engine import TOKEN, FakeEngine
 
 NBYTES = 1 << 20

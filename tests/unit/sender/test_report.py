@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from engine_plugins.sender.report import SenderReport
-from engine_plugins.weights.report import Phases, UpdateReport
+from engine_plugins.weights.contract.report import Phases, UpdateReport
 
 URL = "http://engine:8000"
 

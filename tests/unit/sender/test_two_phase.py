@@ -18,9 +18,9 @@ from engine_plugins.errors import PeerError, SettingsError, TransferTimeoutError
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
-from engine_plugins.weights.destinations import Destination
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.destinations import Destination
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 from tests.support.push_target import PushTarget

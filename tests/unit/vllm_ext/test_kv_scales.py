@@ -14,7 +14,7 @@ import torch
 from vllm.model_executor.layers.attention import Attention
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.support.loader_maps import (
     land,
     loaded,

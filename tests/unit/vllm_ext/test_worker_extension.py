@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 
 from engine_plugins.errors import EngineCallError, EnginePluginError, SettingsError
-from engine_plugins.weights.worker_service import WorkerDescription, encode_call, read_answer
+from engine_plugins.weights.receiving.worker_service import (
+    WorkerDescription,
+    encode_call,
+    read_answer,
+)
 from vllm_ext import worker_extension
 from vllm_ext.worker_extension import EnginePluginsWorkerExtension
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from engine_plugins.errors import TransportError, UnsupportedError
-from engine_plugins.weights import arena as arena_module
-from engine_plugins.weights.arena import Arena, quarantined_bytes
+from engine_plugins.weights.memory import arena as arena_module
+from engine_plugins.weights.memory.arena import Arena, quarantined_bytes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 
 MIB = 1 << 20

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from engine_plugins.errors import SourceError, UnsupportedError
-from engine_plugins.weights.block_fp8 import BlockFp8
-from engine_plugins.weights.block_fp8_source import BlockFp8Source
-from engine_plugins.weights.megatron_source import megatron_boxes
-from engine_plugins.weights.placement import SourceBox, assemble
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.boxes.placement import SourceBox, assemble
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8_source import BlockFp8Source
+from engine_plugins.weights.sources.megatron.source import megatron_boxes
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.block_fp8 import quantized_whole, reference
 from tests.support.fetched import fetched

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from engine_plugins.errors import UnsupportedError
-from engine_plugins.weights.cuda_pool import PlainCudaPool, load_plain_cuda
-from engine_plugins.weights.cuda_runtime import CudaRuntime
+from engine_plugins.weights.hardware.cuda_pool import PlainCudaPool, load_plain_cuda
+from engine_plugins.weights.hardware.cuda_runtime import CudaRuntime
 from tests.support.fake_cuda import build_cudart, build_user
 
 

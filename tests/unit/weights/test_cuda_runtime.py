@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine_plugins.errors import UnsupportedError
-from engine_plugins.weights.cuda_runtime import (
+from engine_plugins.weights.hardware.cuda_runtime import (
     CudaRuntime,
     address_of,
     file_of,
@@ -73,7 +73,7 @@ def test_torchs_runtime_is_found_and_made_visible_beside_a_stub(libraries: Libra
     # For everybody and first: the look-up is lost, and named; our own functions go to torch's.
     seen, said = first
     assert seen == {"path": real, "visible": False, "everywhere": stub, "bound": real}
-    assert f"WARNING:engine_plugins.weights.cuda_runtime:{stub} stands before" in said
+    assert f"WARNING:engine_plugins.weights.hardware.cuda_runtime:{stub} stands before" in said
 
 
 def test_functions_that_a_runtime_lacks_are_named(libraries: Libraries, tmp_path: Path) -> None:
@@ -97,7 +97,9 @@ def test_a_devices_address_is_written_as_sysfs_writes_it(
 ) -> None:
     """Four digits of domain, lower case; CUDA gives eight, or upper case."""
     runtime = CudaRuntime(libraries.user)
-    monkeypatch.setattr("engine_plugins.weights.cuda_runtime.torch_cuda_runtime", lambda: runtime)
+    monkeypatch.setattr(
+        "engine_plugins.weights.hardware.cuda_runtime.torch_cuda_runtime", lambda: runtime
+    )
     assert gpu_pci_address(0) == "0000:1a:00.0"
     assert gpu_pci_address(1) == "0000:2a:00.0"
     with pytest.raises(UnsupportedError, match=r"device 9 .*error 101"):

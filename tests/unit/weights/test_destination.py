@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_plugins.weights.destination import DestinationMap, destination_map
-from engine_plugins.weights.loader_trace import LogicalTensor, trace_loader
+from engine_plugins.weights.loader.destination import DestinationMap, destination_map
+from engine_plugins.weights.loader.loader_trace import LogicalTensor, trace_loader
 
 Copy = Callable[[dict[str, torch.Tensor], torch.Tensor], object]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engine_plugins.errors import PlanError
-from engine_plugins.weights.destinations import Destination, Writes
+from engine_plugins.weights.contract.destinations import Destination, Writes
 
 ROWS = np.array([[1, 10, 4], [2, 20, 8], [2**63, 30, 16]], dtype=np.uint64)
 

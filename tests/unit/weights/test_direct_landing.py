@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine_plugins.errors import ConflictError, PeerLostError, TransferTimeoutError, UnknownIdError
-from engine_plugins.weights.destinations import Destination
+from engine_plugins.weights.contract.destinations import Destination
 from engine_plugins.weights.transport.transfers import run_transfers
 from tests.support.in_memory_model import InMemoryModel, hf_tensors, pack_norms
 from tests.support.in_memory_rank import InMemoryRank

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine_plugins.weights.coverage import left_out_by_design, prediction_layers
-from engine_plugins.weights.megatron_source import megatron_boxes
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.loader.coverage import left_out_by_design, prediction_layers
+from engine_plugins.weights.sources.megatron.source import megatron_boxes
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.support.loader_maps import (
     PlayedEngine,
     land,

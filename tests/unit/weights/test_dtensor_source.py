@@ -35,7 +35,7 @@ def test_a_trainer_without_dtensors_does_not_pay_for_them() -> None:
     """Neither the sender nor its source of plain tensors imports torch.distributed.tensor."""
     probe = (
         "import sys, torch; before = set(sys.modules); from engine_plugins import WeightSender; "
-        "from engine_plugins.weights.torch_source import hf_boxes; "
+        "from engine_plugins.weights.sources.torch_source import hf_boxes; "
         "hf_boxes({'w': torch.zeros(2)}); new = set(sys.modules) - before; "
         "print([m for m in new if m.startswith(('torch.distributed.tensor', "
         "'torch.distributed.fsdp'))])"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine_plugins.weights.expandable_segments import (
+from engine_plugins.weights.hardware.expandable_segments import (
     asked_for,
     expandable_ranges,
     says_expandable,

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from engine_plugins.weights.coverage import engine_steps
-from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.megatron_source import megatron_boxes
-from engine_plugins.weights.needed import needed_boxes
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.plan import Step, build_plan, logical_tensors
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.loader.coverage import engine_steps
+from engine_plugins.weights.loader.loader_trace import LogicalTensor
+from engine_plugins.weights.loader.needed import needed_boxes
+from engine_plugins.weights.planning.plan import Step, build_plan, logical_tensors
+from engine_plugins.weights.sources.megatron.source import megatron_boxes
 from tests.support.loader_maps import PlayedRank, played_engine
 from tests.support.qwen3_30b import CONFIG, EXPERTS, LAYERS, rank_of
 from tests.support.source_ranks import offered_boxes

@@ -13,13 +13,13 @@ import torch
 
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.sender.peer_writes import PeerWrites
-from engine_plugins.weights.block_fp8 import BlockFp8
-from engine_plugins.weights.block_fp8_source import BlockFp8Source
-from engine_plugins.weights.destinations import Destination
-from engine_plugins.weights.megatron_source import megatron_boxes
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.contract.destinations import Destination
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8_source import BlockFp8Source
+from engine_plugins.weights.sources.megatron.source import megatron_boxes
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.transport.transfers import run_transfers
 from tests.support.block_fp8 import quantized_whole, reference

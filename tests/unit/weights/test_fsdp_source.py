@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from engine_plugins.weights.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
 
 
 class Router(nn.Module):

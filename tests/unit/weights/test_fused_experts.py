@@ -16,8 +16,8 @@ from transformers import (
 )
 
 from engine_plugins.errors import SourceError
-from engine_plugins.weights.placement import assemble
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.boxes.placement import assemble
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.support.megatron_fixtures import read_safetensors
 
 TINY = {

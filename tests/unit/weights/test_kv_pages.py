@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine_plugins.weights.kv_pages import clear_non_finite
+from engine_plugins.weights.memory.kv_pages import clear_non_finite
 
 
 def cache(dtype: torch.dtype, *bad: float) -> torch.Tensor:

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine_plugins.weights.destination import destination_map
-from engine_plugins.weights.landing import Landing
-from engine_plugins.weights.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.loader.destination import destination_map
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.receiving.landing import Landing
 from tests.support.loader_maps import receiving, update
 from tests.support.source_ranks import offered_tensors
 

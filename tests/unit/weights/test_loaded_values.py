@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from engine_plugins.errors import WeightMismatchError
-from engine_plugins.weights.coverage import engine_steps
-from engine_plugins.weights.engine_tensors import tensors_beside
+from engine_plugins.weights.loader.coverage import engine_steps
+from engine_plugins.weights.loader.engine_tensors import tensors_beside
 from tests.support.loader_maps import (
     PlayedEngine,
     PlayedRank,

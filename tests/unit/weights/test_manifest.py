@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_plugins.errors import AdminRequestError, ManifestError
-from engine_plugins.weights.manifest import (
+from engine_plugins.weights.contract.manifest import (
     JSON,
     MAX_JSON_BYTES,
     MSGPACK,

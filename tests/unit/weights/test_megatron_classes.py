@@ -13,10 +13,14 @@ import torch
 from torch import nn
 
 from engine_plugins.errors import SourceError
-from engine_plugins.weights.megatron_classes import class_name, cut_of
-from engine_plugins.weights.megatron_layout import Cut
-from engine_plugins.weights.megatron_source import MegatronChunk, MegatronRank, megatron_boxes
-from engine_plugins.weights.placement import assemble
+from engine_plugins.weights.boxes.placement import assemble
+from engine_plugins.weights.sources.megatron.classes import class_name, cut_of
+from engine_plugins.weights.sources.megatron.layout import Cut
+from engine_plugins.weights.sources.megatron.source import (
+    MegatronChunk,
+    MegatronRank,
+    megatron_boxes,
+)
 from tests.support.megatron_hf import hf_tensors, moe_config
 from tests.support.megatron_shards import megatron_ranks
 

@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from engine_plugins.errors import SourceError, UnsupportedError
-from engine_plugins.weights.megatron_config import check_options, glu_interleave
+from engine_plugins.weights.sources.megatron.config import check_options, glu_interleave
 
 
 def chunk_with(config: object, *, inside: bool = False) -> nn.Module:

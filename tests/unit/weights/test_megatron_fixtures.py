@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine_plugins.weights.megatron_names import MegatronNames
-from engine_plugins.weights.megatron_rank import strip_wrappers
-from engine_plugins.weights.megatron_source import megatron_boxes
-from engine_plugins.weights.placement import assemble
+from engine_plugins.weights.boxes.placement import assemble
+from engine_plugins.weights.sources.megatron.names import MegatronNames
+from engine_plugins.weights.sources.megatron.rank import strip_wrappers
+from engine_plugins.weights.sources.megatron.source import megatron_boxes
 from tests.support.fetched import fetched
 from tests.support.loader_maps import (
     REFUSED,

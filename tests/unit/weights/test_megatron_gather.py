@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from engine_plugins.errors import SourceError, UnsupportedError
-from engine_plugins.weights.megatron_gather import check_gathering, parameter_gathers
+from engine_plugins.weights.sources.megatron.gather import check_gathering, parameter_gathers
 from tests.support.overlapping_megatron import DistributedDataParallel
 
 ROOT = Path(__file__).parents[3]

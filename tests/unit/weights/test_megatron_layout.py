@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from engine_plugins.errors import SourceError
-from engine_plugins.weights.megatron_layout import (
+from engine_plugins.weights.boxes.placement import SourceBox, assemble
+from engine_plugins.weights.sources.megatron.layout import (
     Cut,
     Heads,
     Rows,
@@ -18,7 +19,6 @@ from engine_plugins.weights.megatron_layout import (
     cut_shard,
     with_output_gate,
 )
-from engine_plugins.weights.placement import SourceBox, assemble
 from tests.support.megatron_fixtures import read_safetensors
 
 HELPERS = Path(__file__).parents[2] / "fixtures/megatron/helpers"

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Glm4MoeConfig, Qwen3MoeConfig
 
 from engine_plugins.errors import PlanError, SourceError
-from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
-from engine_plugins.weights.placement import assemble
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.boxes.placement import assemble
+from engine_plugins.weights.sources.megatron.source import MegatronRank, megatron_boxes
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.support.megatron_hf import hf_tensors, moe_config
 from tests.support.megatron_shards import megatron_ranks
 

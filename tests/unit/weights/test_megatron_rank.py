@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from engine_plugins.errors import NotConfiguredError, SourceError, UnsupportedError
-from engine_plugins.weights.megatron_source import MegatronRank, megatron_boxes
-from engine_plugins.weights.placement import assemble
+from engine_plugins.weights.boxes.placement import assemble
+from engine_plugins.weights.sources.megatron.source import MegatronRank, megatron_boxes
 from tests.support.megatron_hf import dense_config, hf_tensors
 from tests.support.megatron_shards import megatron_ranks
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
-from engine_plugins.weights.megatron_layout import Role
-from engine_plugins.weights.megatron_source import megatron_boxes, megatron_roles
+from engine_plugins.weights.sources.megatron.layout import Role
+from engine_plugins.weights.sources.megatron.source import megatron_boxes, megatron_roles
 from tests.support.qwen3_30b import CONFIG, EXPERTS, LAYERS, NARROW, rank_of
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from engine_plugins.errors import SourceError, UnsupportedError
-from engine_plugins.weights.megatron_source import (
+from engine_plugins.weights.boxes.placement import SourceBox, assemble
+from engine_plugins.weights.sources.megatron.source import (
     MegatronChunk,
     MegatronRank,
     megatron_boxes,
 )
-from engine_plugins.weights.placement import SourceBox, assemble
 from tests.support.megatron_hf import dense_config, hf_tensors
 from tests.support.megatron_shards import megatron_ranks
 

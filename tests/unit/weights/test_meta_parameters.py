@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import nn
 
-from engine_plugins.weights.meta_parameters import parameters_on_meta
+from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
 
 
 def test_only_what_this_thread_builds_is_on_meta() -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from engine_plugins.errors import WeightMismatchError
-from engine_plugins.weights.model_facts import compare_facts, model_facts
+from engine_plugins.weights.boxes.model_facts import compare_facts, model_facts
 
 
 def test_dicts_and_objects_say_the_same() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine_plugins.errors import SettingsError, TransportError, UnsupportedError
-from engine_plugins.weights.network_devices import choose_devices, current_gpu
+from engine_plugins.weights.hardware.network_devices import choose_devices, current_gpu
 from tests.support.sysfs import ACTIVE, DOWN, Machine
 
 GPUS = ["0000:13:00.0", "0000:23:00.0"]

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine_plugins.errors import TransportError
-from engine_plugins.weights.nic_locality import Nearness, nearness, ports_of_gpu
-from engine_plugins.weights.rdma_ports import PciPlace, gpu_places, read_ports
+from engine_plugins.weights.hardware.nic_locality import Nearness, nearness, ports_of_gpu
+from engine_plugins.weights.hardware.rdma_ports import PciPlace, gpu_places, read_ports
 from tests.support.sysfs import ACTIVE, DOWN, Machine
 
 

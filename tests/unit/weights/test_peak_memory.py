@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import mmap
 
-from engine_plugins.weights.peak_memory import PeakMemory
+from engine_plugins.weights.hardware.peak_memory import PeakMemory
 
 MIB = 1 << 20
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from engine_plugins.errors import ConflictError
-from engine_plugins.weights.destination import DestinationBox
-from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.peer_source import peer_boxes
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.loader.destination import DestinationBox
+from engine_plugins.weights.loader.loader_trace import LogicalTensor
+from engine_plugins.weights.receiving.peer_source import peer_boxes
 from tests.support.in_memory_model import InMemoryModel, hf_tensors
 from tests.support.in_memory_rank import InMemoryRank
 from tests.support.source_ranks import SourceRank, offered_tensors

@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from engine_plugins.errors import PlanError, SourceError
-from engine_plugins.weights.placement import SourceBox, assemble, check_exact_coverage
+from engine_plugins.weights.boxes.placement import SourceBox, assemble, check_exact_coverage
 
 Interval = tuple[tuple[int, ...], tuple[int, ...]]
 Sharding = tuple[tuple[int, ...], list[Interval]]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_plugins.errors import PlanError
-from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.plan import (
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.loader.loader_trace import LogicalTensor
+from engine_plugins.weights.planning.plan import (
     SHORT_RUN_BYTES,
     FetchPlan,
     build_plan,

@@ -9,10 +9,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine_plugins.weights.loader_trace import LogicalTensor
-from engine_plugins.weights.manifest import SourceManifest, numbers, packed
-from engine_plugins.weights.plan import FetchPlan, Step, build_plan
-from engine_plugins.weights.plan_cache import PlanCache, rebased, same_topology
+from engine_plugins.weights.contract.manifest import SourceManifest, numbers, packed
+from engine_plugins.weights.loader.loader_trace import LogicalTensor
+from engine_plugins.weights.planning.plan import FetchPlan, Step, build_plan
+from engine_plugins.weights.planning.plan_cache import PlanCache, rebased, same_topology
 from tests.support.model_shapes import QWEN3_30B_A3B, logical_tensors_of
 from tests.support.simulated_trainers import SimulatedJob
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_plugins.weights.rdma_ports import (
+from engine_plugins.weights.hardware.rdma_ports import (
     PciPlace,
     gpu_places,
     network_interfaces,

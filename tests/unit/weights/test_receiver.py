@@ -22,14 +22,14 @@ from engine_plugins.errors import (
     UnsupportedError,
     WeightMismatchError,
 )
-from engine_plugins.weights.arena import quarantined_bytes
-from engine_plugins.weights.connection import Direction
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.memory.arena import quarantined_bytes
+from engine_plugins.weights.receiving.connection import Direction
+from engine_plugins.weights.receiving.update_run import STOP_S
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport import transfers
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.update_run import STOP_S
 from tests.support.in_memory_model import InMemoryModel, hf_tensors
 from tests.support.in_memory_rank import InMemoryRank
 from tests.support.source_ranks import SourceRank, offered_boxes, offered_tensors

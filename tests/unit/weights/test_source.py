@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from engine_plugins.errors import SourceError, TransportError
-from engine_plugins.weights.manifest import decode_manifest, numbers
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.source_memory import regions_of, warn_of_expandable_segments
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.contract.manifest import decode_manifest, numbers
+from engine_plugins.weights.contract.version_word import WORD_BYTES
+from engine_plugins.weights.memory.source_memory import regions_of, warn_of_expandable_segments
+from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.version_word import WORD_BYTES
 from tests.support.pull import pull
 
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from engine_plugins.errors import PlanError, SettingsError
 from engine_plugins.settings import SOURCE_POLICIES
-from engine_plugins.weights.box_table import Column, SourceTable, TensorTable, source_table
-from engine_plugins.weights.manifest import SourceManifest
-from engine_plugins.weights.placement import SourceBox
-from engine_plugins.weights.source_choice import Reader, SourceChoice, balanced
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.planning.box_table import Column, SourceTable, TensorTable, source_table
+from engine_plugins.weights.planning.source_choice import Reader, SourceChoice, balanced
 from tests.support.source_ranks import offered_boxes, tensor_of, whole
 
 WEIGHT = torch.arange(24.0).view(4, 6)

@@ -8,9 +8,9 @@ import psutil
 import pytest
 
 from engine_plugins.errors import UnsupportedError
-from engine_plugins.weights import free_memory
-from engine_plugins.weights.free_memory import surely_free_bytes
-from engine_plugins.weights.staging import Mode, StagingRoom, choose_mode, newly_taken
+from engine_plugins.weights.hardware import free_memory
+from engine_plugins.weights.hardware.free_memory import surely_free_bytes
+from engine_plugins.weights.receiving.staging import Mode, StagingRoom, choose_mode, newly_taken
 
 GB = 10**9
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine_plugins.weights.strided_cover import Place, distinct_numel
+from engine_plugins.weights.loader.strided_cover import Place, distinct_numel
 
 
 def elements(place: Place) -> set[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine_plugins.weights.telling_values import pattern_like, tell_places_apart
+from engine_plugins.weights.loader.telling_values import pattern_like, tell_places_apart
 
 RANDOM = torch.randn(64, 48, generator=torch.Generator().manual_seed(1))
 

@@ -11,10 +11,10 @@ from torch import nn
 
 from engine_plugins.errors import SourceError
 from engine_plugins.trainer_sender import WeightSender
-from engine_plugins.weights.megatron_rank import MegatronChunk, MegatronRank
-from engine_plugins.weights.megatron_source import megatron_boxes, megatron_boxes_of
-from engine_plugins.weights.tied_heads import checked_boxes, is_tied
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.sources.megatron.rank import MegatronChunk, MegatronRank
+from engine_plugins.weights.sources.megatron.source import megatron_boxes, megatron_boxes_of
+from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.megatron_hf import dense_config
 

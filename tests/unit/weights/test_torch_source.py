@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from engine_plugins.errors import SourceError, UnsupportedError
-from engine_plugins.weights.placement import assemble
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.boxes.placement import assemble
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.support.megatron_fixtures import read_safetensors
 
 TINY = {

@@ -10,9 +10,9 @@ import msgspec
 import pytest
 
 from engine_plugins.errors import PeerError, SourceRevokedError
-from engine_plugins.weights.manifest import SourceManifest
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.contract.version_word import CLOSED, VersionWord, new_word
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from engine_plugins.weights.version_word import CLOSED, VersionWord, new_word
 from tests.support.in_memory_model import InMemoryModel, hf_tensors
 from tests.support.in_memory_rank import InMemoryRank
 from tests.support.source_ranks import SourceRank, offered_tensors

@@ -24,10 +24,10 @@ from engine_plugins.errors import (
     UnknownIdError,
 )
 from engine_plugins.shared_page import SharedPage
-from engine_plugins.weights.manifest import encode_manifest
-from engine_plugins.weights.report import RankReport
-from engine_plugins.weights.update_run import PullStatus
-from engine_plugins.weights.worker_service import (
+from engine_plugins.weights.contract.manifest import encode_manifest
+from engine_plugins.weights.contract.report import RankReport
+from engine_plugins.weights.receiving.update_run import PullStatus
+from engine_plugins.weights.receiving.worker_service import (
     BUSY_SINCE,
     GENERATION,
     AbortAnswer,

@@ -16,10 +16,10 @@ from typing import Any
 
 import pytest
 
-from engine_plugins.weights.source import WeightSource
-from engine_plugins.weights.torch_source import hf_boxes
+from engine_plugins.weights.contract.version_word import new_word
+from engine_plugins.weights.sources.source import WeightSource
+from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.nixl import NixlTransport
-from engine_plugins.weights.version_word import new_word
 from tests.support.rank_process import RankProcess
 from tests.support.reading_rank import filled
 

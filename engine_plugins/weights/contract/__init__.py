@@ -1,0 +1,1 @@
+"""What two processes tell each other about weights, as plain data."""

@@ -1,0 +1,1 @@
+"""What is said of this machine's memory, GPUs and network cards."""

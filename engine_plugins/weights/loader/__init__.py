@@ -1,0 +1,1 @@
+"""An engine's own weight loader: what it reads, and where it puts it."""

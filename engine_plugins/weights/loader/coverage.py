@@ -1,0 +1,257 @@
+"""Whether what the trainer offers is what the engine's loader needs, module by module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import prod
+from typing import Protocol
+
+import torch
+
+from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
+
+__all__ = [
+    "EngineStep",
+    "LoaderRules",
+    "engine_steps",
+    "is_kv_scale",
+    "left_out_by_design",
+    "parameters_by_coverage",
+    "prediction_layers",
+]
+
+EngineStep = tuple[list[str], list[LogicalTensor]]
+"""Engine modules, and the HF tensors that fill them."""
+
+_SHOWN = 8
+_NUMBER = re.compile(r"\d+")
+_NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_KV_SCALE = re.compile(r"\.attn\.(q|k|v|prob)_(scale|zero_point)$")
+"""What an FP8 KV cache is scaled with; where no layer's is given, the engine goes by its own."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
+
+
+class LoaderRules(Protocol):
+    """What only the engine knows of its loader."""
+
+    def may_go_unused(self, name: str) -> bool:
+        """Whether this model's loader is right to ignore a tensor of this name."""
+        ...
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        """The dtype that the engine serves in."""
+        ...
+
+
+def is_kv_scale(parameter: str) -> bool:
+    """Whether a parameter scales an FP8 KV cache; a checkpoint need not have it."""
+    return _KV_SCALE.search(parameter) is not None
+
+
+def left_out_by_design(name: str, *, tied: bool, predicting: range = range(0)) -> bool:
+    """Names of a checkpoint that the loaders of both engines leave out, and rightly.
+
+    Args:
+        name: the HF name.
+        tied: whether the output head shares the embedding's parameter.
+        predicting: layers that predict further tokens, which only a draft model has; see
+            `prediction_layers`.
+    """
+    if _NEVER_LOADED.search(name) or (tied and name == "lm_head.weight"):
+        return True
+    layer = _LAYER.match(name)
+    return int(layer[1]) in predicting if layer else bool(predicting) and name.startswith("mtp.")
+
+
+def prediction_layers(config: object) -> range:
+    """Layers behind the model's own that predict further tokens (MTP), from its HF config."""
+    count = next(filter(None, (getattr(config, key, None) for key in _PREDICTION_COUNTS)), 0)
+    layers = int(getattr(config, "num_hidden_layers", 0))
+    return range(layers, layers + int(count))
+
+
+def engine_steps(
+    trace: LoaderTrace, tensors: Sequence[LogicalTensor], rules: LoaderRules
+) -> tuple[list[EngineStep], list[str]]:
+    """Group tensors by the engine modules that they fill, in the model's order.
+
+    Returns:
+        The steps, and the names that reached no parameter of this rank: another rank may need
+        them, so only names that no rank needs are wrong.
+
+    Raises:
+        WeightMismatchError: a parameter is not covered, or only with made-up values, or a tensor
+            would be cast.
+    """
+    problems = [
+        *_dtype_problems(_filling_copies(trace), rules.model_dtype),
+        *_coverage_problems(trace),
+        *_padding_problems(trace),
+    ]
+    if problems:
+        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
+        raise WeightMismatchError(
+            "the sources do not fit the engine's model: " + "; ".join(problems[:_SHOWN]) + more,
+            remedy="publish every tensor of the model that this engine serves, in its dtype",
+        )
+    reached = trace.sources()
+    unused = [
+        tensor.name
+        for tensor in tensors
+        if tensor.name not in reached and not rules.may_go_unused(tensor.name)
+    ]
+    return _grouped(trace, {tensor.name: tensor for tensor in tensors}), unused
+
+
+def parameters_by_coverage(trace: LoaderTrace) -> tuple[int, list[str]]:
+    """How many parameters a checkpoint fills, and which have nothing to load by design.
+
+    A third kind, parameters that are left unfilled, is refused by `engine_steps`.
+    """
+    idle = [name for name, numel in trace.parameter_numel.items() if not numel]
+    return len(trace.parameter_numel) - len(idle), idle
+
+
+def _filling_copies(trace: LoaderTrace) -> list[TracedCopy]:
+    """All but copies into what an engine derives from its parameters, in a dtype of its choice."""
+    return [copy for copy in trace.copies if copy.parameter in trace.parameter_numel]
+
+
+def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> list[str]:
+    """A cast is right only where the engine would cast its own checkpoint as well.
+
+    To or from bytes it never is: such values mean nothing without their scales.
+    """
+
+    def is_right(copy: TracedCopy) -> bool:
+        bytewise = 1 in (copy.source_dtype.itemsize, copy.parameter_dtype.itemsize)
+        return copy.source_dtype == copy.parameter_dtype or (
+            copy.source_dtype == model_dtype and not bytewise
+        )
+
+    return [
+        f"{'+'.join(copy.sources)} is {_say(copy.source_dtype)}, "
+        f"{copy.parameter} wants {_say(copy.parameter_dtype)}"
+        for copy in copies
+        if not is_right(copy)
+    ]
+
+
+def _coverage_problems(trace: LoaderTrace) -> list[str]:
+    problems: list[str] = []
+    givers = _givers(trace.copies)
+    for parameter, (filled, copied) in trace.filling().items():
+        wanted = trace.parameter_numel[parameter]
+        if filled == copied == wanted:
+            continue
+        missing = _missing_names(parameter, givers)
+        if missing:
+            problems.append(f"{', '.join(missing)} missing (needed by {parameter})")
+        elif filled or not is_kv_scale(parameter):
+            given = ", ".join(givers.get(parameter, ())) or "no tensor"
+            twice = f", {copied - filled} of them by two copies" if copied > filled else ""
+            problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}{twice}")
+    return problems
+
+
+def _padding_problems(trace: LoaderTrace) -> list[str]:
+    """A tensor that is too short and was filled up with a constant.
+
+    SGLang does so on the CPU, where it also pads heads that its ranks cannot share evenly. What an
+    engine pads by design it pads alike in every layer.
+    """
+    givers = _givers(trace.copies)
+    padded = _constant_numel(trace.copies)
+    alike: dict[str, list[str]] = {}
+    for parameter in trace.parameter_numel:
+        alike.setdefault(_NUMBER.sub("#", parameter), []).append(parameter)
+    problems: list[str] = []
+    for parameters in alike.values():
+        least = min(padded.get(parameter, 0) for parameter in parameters)
+        problems += [
+            f"{', '.join(givers[parameter])} fill all of {parameter} but {padded[parameter]} "
+            "elements, which the loader makes up"
+            for parameter in parameters
+            if padded.get(parameter, 0) > least
+        ]
+    return problems
+
+
+def _constant_numel(copies: Sequence[TracedCopy]) -> dict[str, int]:
+    """Elements of each parameter that the loader fills with a constant."""
+    numel: dict[str, int] = {}
+    for copy in copies:
+        if not copy.sources:
+            numel[copy.parameter] = numel.get(copy.parameter, 0) + prod(copy.shape)
+    return numel
+
+
+def _givers(copies: Sequence[TracedCopy]) -> dict[str, dict[str, None]]:
+    givers: dict[str, dict[str, None]] = {}
+    for copy in copies:
+        givers.setdefault(copy.parameter, {}).update(dict.fromkeys(copy.sources))
+    return givers
+
+
+def _missing_names(parameter: str, givers: dict[str, dict[str, None]]) -> list[str]:
+    """Names that the same parameter of another layer was given, and this one was not."""
+    own = givers.get(parameter, {})
+    numbers = _NUMBER.findall(parameter)
+    pattern = _NUMBER.sub("#", parameter)
+    alike = [other for other in givers if _NUMBER.sub("#", other) == pattern]
+    fullest = max(alike, key=lambda other: len(givers[other]), default=parameter)
+    there = _NUMBER.findall(fullest)
+    here = [_renumbered(name, there, numbers) for name in givers.get(fullest, ())]
+    return [name for name in here if name not in own][:_SHOWN] if numbers else []
+
+
+def _renumbered(name: str, there: Sequence[str], here: Sequence[str]) -> str:
+    """The name of another layer's tensor in this layer.
+
+    The engine's numbers (the layer, the expert) come in the HF name too, in their order, perhaps
+    among others.
+    """
+    swaps = list(zip(there, here, strict=True))
+
+    def swap(found: re.Match[str]) -> str:
+        return swaps.pop(0)[1] if swaps and found.group() == swaps[0][0] else found.group()
+
+    return _NUMBER.sub(swap, name)
+
+
+def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[EngineStep]:
+    """Modules that share a tensor share a step; nothing is fetched twice."""
+    modules = trace.modules()
+    step_of: dict[str, EngineStep] = {}
+    steps: list[EngineStep] = []
+    for module in _model_order(trace, modules):
+        names = modules[module]
+        shared = {id(step_of[name]): step_of[name] for name in names if name in step_of}
+        first, *others = shared.values() or [([], [])]
+        if not shared:
+            steps.append(first)
+        for other in others:
+            first[0].extend(other[0])
+            first[1].extend(other[1])
+            step_of.update((tensor.name, first) for tensor in other[1])
+        steps = [step for step in steps if not any(step is other for other in others)]
+        first[0].append(module)
+        for name in names:
+            if name not in step_of:
+                step_of[name] = first
+                first[1].append(tensors[name])
+    return steps
+
+
+def _model_order(trace: LoaderTrace, modules: dict[str, list[str]]) -> list[str]:
+    in_model = dict.fromkeys(parameter.rpartition(".")[0] for parameter in trace.parameter_numel)
+    in_model |= dict.fromkeys(modules)  # those that only derive something come last
+    return [module for module in in_model if modules.get(module)]
+
+
+def _say(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Memory that peers may read or write, and what becomes of it."""

@@ -1,0 +1,1 @@
+"""Meeting other processes, and what the links to them give."""

@@ -1,0 +1,1 @@
+"""Which bytes of which process go where, computed once."""

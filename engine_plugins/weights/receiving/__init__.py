@@ -1,0 +1,1 @@
+"""An engine rank's side of an update, from connecting to installing."""

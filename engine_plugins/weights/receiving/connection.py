@@ -1,0 +1,91 @@
+"""The sources that a rank is connected to: what it wants of them, and the plans for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine_plugins.weights.boxes.placement import Interval
+from engine_plugins.weights.contract.destinations import Destination
+from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.contract.report import RankPlan
+from engine_plugins.weights.loader.coverage import EngineStep, parameters_by_coverage
+from engine_plugins.weights.loader.loader_trace import LoaderTrace
+from engine_plugins.weights.planning.plan import FetchPlan, build_plan, coalesced, laid_apart
+from engine_plugins.weights.planning.plan_cache import PlanCache
+from engine_plugins.weights.planning.source_choice import Reader
+from engine_plugins.weights.receiving.landing import Landing
+
+__all__ = ["ConnectResult", "Connection", "Direction", "rank_plan"]
+
+Direction = Literal["pull", "push"]
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """Sources that this rank knows, and what it wants of them."""
+
+    direction: Direction
+    manifests: Sequence[SourceManifest]
+    steps: Sequence[EngineStep]
+    needed: Mapping[str, Sequence[Interval]]
+    plans: dict[frozenset[str], FetchPlan] = field(default_factory=dict)
+    """By the modules that land directly; made once."""
+
+    def plan(
+        self, landing: Landing, reader: Reader, cache: PlanCache, *, direct: bool
+    ) -> FetchPlan:
+        """The plan with the proven modules landing directly, or with none."""
+        chosen = [mods for mods, _ in self.steps if direct and landing.proven >= set(mods)]
+        modules = frozenset(module for modules in chosen for module in modules)
+
+        def made() -> FetchPlan:
+            steps, live = coalesced(self.steps, modules), landing.live_boxes(modules)
+            return build_plan(self.manifests, steps, self.needed, live, reader)
+
+        if modules not in self.plans:
+            plan = cache.plan(self.manifests, modules, made)
+            self.plans[modules] = laid_apart(plan) if self.direction == "push" else plan
+        return self.plans[modules]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectResult:
+    """What a rank answers to `connect`."""
+
+    plan: RankPlan
+    unused: list[str]
+    """HF names that reached no parameter of this rank and are not known to be ignorable."""
+    plan_s: float
+    connect_s: float
+    destination: Destination | None
+    """Of a push, where the trainers write."""
+
+
+def rank_plan(
+    plan: FetchPlan, trace: LoaderTrace, landing: Landing, tp_rank: int, arena_bytes: int
+) -> RankPlan:
+    """What a rank says of its plan: bytes by way in, and why modules go through the loader."""
+    moved = sum(step.bytes_to_move for step in plan.steps)
+    needed = sum(step.bytes_needed for step in plan.steps)
+    modules = [module for step in plan.steps if not step.direct for module in step.modules]
+    reasons = [f"{name}: {landing.reasons[name]}" for name in modules if name in landing.reasons]
+    loaded, idle = parameters_by_coverage(trace)
+    return RankPlan(
+        tp_rank=tp_rank,
+        parameters_loaded=loaded,
+        parameters_idle=idle[:_SHOWN],
+        bytes_needed=needed,
+        bytes_to_move=moved,
+        operations=sum(step.operations for step in plan.steps),
+        direct_bytes=plan.direct_bytes,
+        staged_bytes=0,
+        loader_bytes=needed - plan.direct_bytes,
+        reasons=reasons[:_SHOWN],
+        steps=len(plan.steps),
+        largest_step_bytes=plan.largest_step_bytes,
+        arena_bytes=arena_bytes,
+    )

@@ -1,0 +1,1 @@
+"""What a trainer offers, as boxes with the memory that holds them."""

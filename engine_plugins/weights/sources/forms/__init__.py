@@ -1,0 +1,1 @@
+"""Offers that differ from what the trainer holds: copies in slots that stay."""

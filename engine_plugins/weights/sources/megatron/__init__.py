@@ -1,0 +1,1 @@
+"""A Megatron rank's parameters, as boxes of HF tensors."""
