@@ -16,14 +16,10 @@ from sglang.srt.model_executor.model_runner_components import weight_updater
 from torch import nn
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import left_out_by_design, prediction_layers
 from engine_plugins.weights.loader.engine_tensors import ModelParameters, tensors_beside
-from engine_plugins.weights.loader.loader_trace import (
-    LoaderTrace,
-    LoadWeights,
-    LogicalTensor,
-    trace_loader,
-)
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
 from sglang_ext.loader_model import loader_model
 
 __all__ = ["SglangWeightInstaller"]

@@ -14,9 +14,10 @@ from torch import nn
 from vllm.config import ModelConfig, VllmConfig
 
 from engine_plugins.errors import UnsupportedError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.engine_tensors import ModelParameters
 from engine_plugins.weights.loader.joined_traces import DRAFT, with_draft
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 from vllm_ext.loader_model import loader_model
 
 __all__ = ["DraftModel", "draft_of"]

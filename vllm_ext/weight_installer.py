@@ -31,6 +31,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import EngineCallError, UnsupportedError, WeightMismatchError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.hardware.peak_memory import return_free_memory
 from engine_plugins.weights.loader.coverage import (
     is_kv_scale,
@@ -40,12 +41,7 @@ from engine_plugins.weights.loader.coverage import (
 from engine_plugins.weights.loader.engine_tensors import ModelParameters
 from engine_plugins.weights.loader.filled_elements import FilledElements
 from engine_plugins.weights.loader.joined_traces import DRAFT
-from engine_plugins.weights.loader.loader_trace import (
-    LoaderTrace,
-    LoadWeights,
-    LogicalTensor,
-    trace_loader,
-)
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
 from vllm_ext.draft_model import DraftModel
 from vllm_ext.loader_model import loader_model
 from vllm_ext.open_layer import close_layer, layer_tensors, name_loaders, open_layer

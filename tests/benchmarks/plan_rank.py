@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 import msgspec
 import torch
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest, encode_manifest
 from engine_plugins.weights.loader.coverage import engine_steps
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.loader.needed import needed_boxes
 from engine_plugins.weights.planning.plan import FetchPlan, build_plan, coalesced, logical_tensors
 from engine_plugins.weights.planning.plan_cache import PlanCache

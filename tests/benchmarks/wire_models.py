@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import EngineStep
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 
 __all__ = ["MODELS", "WireModel", "engine_modules"]
 

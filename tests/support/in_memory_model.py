@@ -14,8 +14,9 @@ from typing import Protocol, Self
 import torch
 from torch import nn
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import left_out_by_design
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 
 __all__ = [
     "InMemoryInstaller",

@@ -20,10 +20,11 @@ import pytest
 import torch
 from torch import nn
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.report import RankReport
 from engine_plugins.weights.loader.coverage import LoaderRules
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
 from engine_plugins.weights.planning import plan
 from engine_plugins.weights.receiving.receiver import WeightReceiver

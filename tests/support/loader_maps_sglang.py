@@ -25,7 +25,8 @@ from sglang.srt.model_loader.utils import set_default_torch_dtype
 from sglang.srt.server_args import ServerArgs
 from torch import nn
 
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from sglang_ext.weight_installer import SglangWeightInstaller
 
 __all__ = ["engine"]

@@ -22,12 +22,8 @@ from vllm.model_executor.model_loader.utils import (
     process_weights_after_loading,
 )
 
-from engine_plugins.weights.loader.loader_trace import (
-    LoaderTrace,
-    LoadWeights,
-    LogicalTensor,
-    trace_loader,
-)
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
 from tests.support.vllm_classes import look_at_class_here
 from vllm_ext.loader_model import loader_model
 from vllm_ext.weight_installer import VllmWeightInstaller

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 
 __all__ = ["ONE_TRILLION", "QWEN3_30B_A3B", "logical_tensors_of"]
 

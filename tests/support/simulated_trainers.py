@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import (
     FORMAT,
     BoxColumns,
@@ -21,7 +22,6 @@ from engine_plugins.weights.contract.manifest import (
     TensorColumns,
     packed,
 )
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 
 __all__ = ["SimulatedJob"]
 

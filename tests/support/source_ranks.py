@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.manifest import SourceManifest
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport

@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 
 from engine_plugins.errors import WeightMismatchError
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy
 
 __all__ = [
     "EngineStep",

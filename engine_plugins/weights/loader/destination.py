@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy
 
 __all__ = ["DestinationBox", "DestinationMap", "destination_map"]
 

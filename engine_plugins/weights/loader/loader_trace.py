@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.alike_layers import AlikeLayers
 from engine_plugins.weights.loader.engine_tensors import (
     ModelParameters,
@@ -42,7 +43,6 @@ __all__ = [
     "Filling",
     "LoadWeights",
     "LoaderTrace",
-    "LogicalTensor",
     "ParameterLayout",
     "SourceView",
     "TracedCopy",
@@ -50,20 +50,6 @@ __all__ = [
 ]
 
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], object]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LogicalTensor:
-    """A whole tensor under its HF checkpoint name."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the whole tensor, in bytes."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 class ParameterLayout(NamedTuple):

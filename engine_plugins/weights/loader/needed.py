@@ -6,8 +6,9 @@ import functools
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, SourceView
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, SourceView
 
 __all__ = ["needed_boxes"]
 

@@ -7,8 +7,9 @@ from typing import Protocol
 
 import torch
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import LoaderRules
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace
 
 __all__ = ["WeightInstaller"]
 

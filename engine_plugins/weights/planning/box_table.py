@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_plugins.errors import PlanError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval, check_exact_coverage
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 
 __all__ = [
     "BoxTable",

@@ -9,9 +9,9 @@ import numpy.typing as npt
 
 from engine_plugins.errors import PlanError
 from engine_plugins.weights.boxes.dtypes import dtype_named
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers
 from engine_plugins.weights.contract.manifest_checks import MAX_RANK
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 
 __all__ = ["logical_tensors"]
 

@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.loader.coverage import EngineStep
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 from engine_plugins.weights.planning.box_table import (
     Column,
     LiveBox,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine_plugins.errors import ConflictError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.loader.destination import destination_map
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
 from engine_plugins.weights.receiving.landing import Landing
 from engine_plugins.weights.receiving.peer_source import peer_boxes

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 
 from engine_plugins.errors import ConflictError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.loader.destination import DestinationBox
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.transport.base import Transport
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.alike_layers import AlikeLayers
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 from engine_plugins.weights.loader.loader_watch import WatchedCopies, following
 
 LAYERS, EXPERTS, SIZE = 12, 3, (4, 2)

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 from engine_plugins.weights.loader.loader_watch import TracedCopy, WatchedCopies, following
 from tests.support.loader_maps import PlayedEngine, logical, played_engine
 from tests.support.megatron_fixtures import MegatronCase, megatron_cases

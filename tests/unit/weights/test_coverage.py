@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from engine_plugins.errors import WeightMismatchError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import (
     EngineStep,
     engine_steps,
     left_out_by_design,
     prediction_layers,
 )
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, TracedCopy
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy
 from tests.support.in_memory_model import InMemoryModel, hf_tensors, traced
 
 BF16 = torch.bfloat16

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.destination import DestinationMap, destination_map
-from engine_plugins.weights.loader.loader_trace import LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import trace_loader
 
 Copy = Callable[[dict[str, torch.Tensor], torch.Tensor], object]
 

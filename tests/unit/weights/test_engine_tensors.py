@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.destination import destination_map
 from engine_plugins.weights.loader.engine_tensors import ModelParameters
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
 
 Load = Callable[["Model", str, torch.Tensor], None]

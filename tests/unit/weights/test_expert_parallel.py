@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.loader.coverage import engine_steps
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 from engine_plugins.weights.loader.needed import needed_boxes
 from engine_plugins.weights.planning.plan import Step, build_plan, logical_tensors
 from engine_plugins.weights.sources.megatron.source import megatron_boxes

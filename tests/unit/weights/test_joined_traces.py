@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.joined_traces import with_draft
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 
 
 def traced(*names: str) -> LoaderTrace:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.destination import destination_map
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 from engine_plugins.weights.receiving.landing import Landing
 from tests.support.loader_maps import receiving, update
 from tests.support.source_ranks import offered_tensors

@@ -9,12 +9,8 @@ import torch
 from torch import nn
 
 from engine_plugins.errors import WeightMismatchError
-from engine_plugins.weights.loader.loader_trace import (
-    LoaderTrace,
-    LogicalTensor,
-    TracedCopy,
-    trace_loader,
-)
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy, trace_loader
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Loader = Callable[[dict[str, torch.Tensor], Weights], None]

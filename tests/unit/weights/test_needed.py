@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval
-from engine_plugins.weights.loader.loader_trace import LogicalTensor, trace_loader
+from engine_plugins.weights.loader.loader_trace import trace_loader
 from engine_plugins.weights.loader.needed import needed_boxes
 
 Read = Callable[[torch.Tensor], torch.Tensor]

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from engine_plugins.errors import ConflictError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.loader.destination import DestinationBox
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 from engine_plugins.weights.receiving.peer_source import peer_boxes
 from tests.support.in_memory_model import InMemoryModel, hf_tensors
 from tests.support.in_memory_rank import InMemoryRank

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_plugins.errors import PlanError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 from engine_plugins.weights.planning.plan import (
     SHORT_RUN_BYTES,
     FetchPlan,

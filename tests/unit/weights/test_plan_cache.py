@@ -9,8 +9,8 @@ import msgspec
 import numpy as np
 import pytest
 
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers, packed
-from engine_plugins.weights.loader.loader_trace import LogicalTensor
 from engine_plugins.weights.planning.plan import FetchPlan, Step, build_plan
 from engine_plugins.weights.planning.plan_cache import PlanCache, rebased, same_topology
 from tests.support.model_shapes import QWEN3_30B_A3B, logical_tensors_of
