@@ -18,6 +18,7 @@ from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
@@ -77,10 +78,12 @@ def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
     )
 
 
-def of_megatron(ranks: MegatronRanks, config: Any, options: SenderOptions) -> Recipe:
+def of_megatron(
+    ranks: MegatronRanks, config: Any, rules: GivenRules | None, options: SenderOptions
+) -> Recipe:
     """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
     return Recipe(
-        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config),
+        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules),
         model=model_facts(config),
         places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
         gathers=lambda members: gathers_of(ranks, members),
