@@ -126,17 +126,27 @@ class WeightSender:
         config: object = None,
         **options: Unpack[SenderOptions],
     ) -> Self:
-        """Send HF-named tensors: whole ones, and of DTensors each rank's share.
+        """Send an HF model, or HF-named tensors: whole ones, and of DTensors each rank's share.
+
+        A transformers model is offered as `save_pretrained` would write it: its parameters and
+        saved buffers, renamed, split and joined by transformers' own tables, as views.
 
         Args:
-            weights: best the HF model itself, or a function that gives its named tensors: either
-                is looked at anew for every update, so parameters that were replaced
-                (`load_state_dict(assign=True)`, a merged adapter) are followed. Of named tensors
-                given once these very objects are sent: of `named_parameters()` a replaced
-                `.data` is followed, and of a `state_dict()` nothing.
+            weights: best the HF model itself, compiled or wrapped (DDP) or not; or a function
+                that gives its named tensors: either is looked at anew for every update, so
+                parameters that were replaced (`load_state_dict(assign=True)`) are followed. Of
+                named tensors given once these very objects are sent: of `named_parameters()` a
+                replaced `.data` is followed, and of a `state_dict()` nothing.
             engines: base urls, `http://host:8000`.
-            config: the HF config, object or dict.
+            config: the HF config, object, dict or path. A model has its own; of named tensors it
+                says how transformers' names and fused experts become the checkpoint's.
             **options: see `SenderOptions`.
+
+        Raises:
+            SourceError: nothing given, no model and no named tensors, tensors without values
+                (offloaded), names of adapters, or tensors beside the model's (a value head).
+            UnsupportedError: a model wrapped by FSDP1, or tensors that are no views of what a
+                checkpoint holds; otherwise as for the class.
         """
         return cls._made(partial(of_hf, weights, config, options), engines, options)
 
@@ -158,11 +168,11 @@ class WeightSender:
             model: the HF model that `fully_shard` was called on; compiled or with activation
                 checkpointing or not.
             engines: base urls, `http://host:8000`.
-            config: the HF config, object or dict.
+            config: the HF config, object, dict or path; by default the model's own.
             **options: see `SenderOptions`.
 
         Raises:
-            UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
+            UnsupportedError: a model wrapped by FSDP1; otherwise as for `from_hf`.
         """
         return cls._made(partial(of_fsdp, model, config, options), engines, options)
 
