@@ -34,6 +34,7 @@ from engine_plugins.weights.receiving.connection import (
     Connection,
     ConnectResult,
     Direction,
+    other_dtypes,
     rank_plan,
 )
 from engine_plugins.weights.receiving.engine_model import EngineModel
@@ -95,8 +96,15 @@ class WeightReceiver:
         manifests: Sequence[SourceManifest],
         *,
         direction: Direction = "pull",
+        tell_dtypes: bool = False,
     ) -> ConnectResult:
         """Plan what this rank gets from the sources, and meet them or say where they write.
+
+        Args:
+            plan_id: names the plan.
+            manifests: of the sources.
+            direction: who moves the bytes.
+            tell_dtypes: make no plan of tensors in wrong dtypes, but say which they should have.
 
         Raises:
             WeightMismatchError: names, shapes or dtypes do not fit the engine's model.
@@ -111,6 +119,10 @@ class WeightReceiver:
             tensors = found("tensors", lambda: logical_tensors(manifests))
             trace = self._model.trace(tensors)
             self._look_again()
+            if tell_dtypes:
+                told = other_dtypes(trace, tensors, self._installer, since=planning)
+                if told is not None:
+                    return told
             steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
             connected = Connection(
                 direction=direction,
