@@ -34,13 +34,13 @@ from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Round, checked_version
+from engine_plugins.sender.send_dtype import EngineDtypes
+from engine_plugins.sender.sent_forms import SentForms
 from engine_plugins.sender.update_rounds import UpdateRounds
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.version_word import new_word
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
-from engine_plugins.weights.sources.forms.block_fp8_source import quantized_source
-from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
 from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
 from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
@@ -73,7 +73,8 @@ class WeightSender:
 
     Raises:
         SettingsError: an engine url that is none, or given twice; files for TLS that cannot be
-            used; a fan_out below 1, or together with two phases; a push in one phase.
+            used; a fan_out below 1, or together with two phases; a push in one phase; a dtype or
+            quantization that weights cannot be sent in.
         NotConfiguredError: NIXL is not installed.
         SourceError: tensors that cannot be offered.
         TransportError: memory that cannot be registered.
@@ -95,17 +96,16 @@ class WeightSender:
         self._ways = Ways.of(options)
         self._gathers = gathers
         self._rounds: UpdateRounds | None = None
-        form = options.get("quantization")
-        self._quantizer = None if form is None else quantized_source(boxes, form)
         self._links: dict[str, EngineLink] = {}
         self._ranks = TrainerRanks(options.get("process_group"))
+        self._forms = SentForms(boxes, self._ranks, options)
         self._offer = TrainerOffer(
-            boxes if self._quantizer is None else self._quantizer.boxes,
+            self._forms.boxes,
             self._ranks,
             model=self._model,
             transport=options.get("transport"),
             pushes=self._ways.direction == "push",
-            let_go=(lambda: None) if self._quantizer is None else self._quantizer.release,
+            let_go=self._forms.release,
         )
         try:
             told = self._ranks.agree("reading the ranks", lambda: list(places()), list[Place])
@@ -318,8 +318,7 @@ class WeightSender:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
         self._gather()
-        self._quantize()
-        self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(word), None)
+        self._refresh(word)
         result = self._run(msgspec.structs.replace(request, source_word=word))
         if result.failures:
             raise EnginesFailedError(
@@ -337,6 +336,7 @@ class WeightSender:
             seconds,
             fed_by=result.fed_by,
             push=None if self._offer.push is None else PushReport.of(self._offer.push.costs),
+            slot_bytes=self._forms.slot_bytes,
         )
 
     def _run(self, request: UpdateRequest) -> Round:
@@ -388,12 +388,9 @@ class WeightSender:
         self._ranks.agree("looking at the parameters", lambda: found.extend(look()), None)
         self._ranks.agree("gathering the parameters", lambda: _call_all(found), None)
 
-    def _quantize(self) -> None:
-        """Agree on blocks that several ranks share; the refresh that follows fills the slots."""
-        if self._quantizer is not None:
-            measure = self._quantizer.measure
-            told = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
-            self._quantizer.settle(blocks for each in told for blocks in each)
+    def _refresh(self, word: int) -> None:
+        """Offer the weights as they are now; once more if the engines want other dtypes."""
+        self._forms.refresh(lambda: self._open_rounds().refresh(word))
 
     def _open(self, engines: Engines) -> None:
         self._links = {link.url: link for link in links_to(engines, self._access)}
@@ -407,6 +404,8 @@ class WeightSender:
             self._ways,
             self._offer,
             model=self._model,
+            dtypes=EngineDtypes(self._ranks, self._forms.dtypes),
+            again=self._refresh,
             shown=partial(progress_of, access=self._access, shown=self._progress),
         )
 
