@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from engine_plugins.sender.options import SenderOptions
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.sources.forms.block_fp8_form import quantized_form
-from engine_plugins.weights.sources.forms.cast import Cast, sent_dtypes
+from engine_plugins.weights.sources.forms.cast import Cast, SendDtype, sent_dtypes
 from engine_plugins.weights.sources.forms.form_source import FormSource
 from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
 
@@ -22,7 +21,8 @@ class SentForms:
     Args:
         boxes: gives this process's boxes anew for every update.
         ranks: of the trainer.
-        options: of the sender.
+        quantization: how matrices are quantized; None leaves them as they are.
+        send_dtype: see `SenderOptions`.
 
     Attributes:
         dtypes: those that tensors are sent in.
@@ -37,15 +37,16 @@ class SentForms:
         self,
         boxes: Callable[[], Sequence[SourceBox]],
         ranks: TrainerRanks,
-        options: SenderOptions,
+        *,
+        quantization: BlockFp8 | None,
+        send_dtype: SendDtype,
     ) -> None:
-        form = options.get("quantization")
-        others = form.others if isinstance(form, BlockFp8) else None
-        self.dtypes = sent_dtypes(options.get("send_dtype", "engine"), others)
-        quantized = [] if form is None else [quantized_form(form)]
+        others = quantization.others if isinstance(quantization, BlockFp8) else None
+        self.dtypes = sent_dtypes(send_dtype, others)
+        quantized = [] if quantization is None else [quantized_form(quantization)]
         self._source = FormSource(boxes, [*quantized, Cast(self.dtypes)])
         self._ranks = ranks
-        self._measures = form is not None
+        self._measures = quantization is not None
         self.slot_bytes: list[int] = []
 
     def boxes(self) -> Sequence[SourceBox]:

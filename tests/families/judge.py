@@ -1,5 +1,7 @@
 """One model of one engine, in a process of its own: three updates, each held against a fresh load.
 
+The trainer is a transformers model, offered as `from_hf(model)` offers it.
+
 `python -m tests.families.judge ENGINE FAMILY WAY FILE` writes what it found as JSON.
 """
 
@@ -13,16 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.receiving.receiver import WeightReceiver
-from engine_plugins.weights.sources.torch_source import hf_boxes
+from engine_plugins.weights.sources.hf_offer import HfOffer
 from tests.families.catalogue import family_named
 from tests.families.engines import LOADED_RANKS, LoadedSglang, LoadedVllm
 from tests.families.family import AFTER_ZEROS, Case
-from tests.families.maker import checkpoint, random_model, save
+from tests.families.maker import become, random_model, save
 from tests.families.tensors import differences, tensors_of
 from tests.support.loader_maps import PlayedEngine, played_engine, receiving
 from tests.support.source_ranks import SourceRank, offered_boxes
@@ -91,9 +94,12 @@ def judge(engine: PlayedEngine, case: Case, folder: Path) -> Verdict:
 
 
 def _checkpoints(case: Case, folder: Path) -> list[Path]:
-    dtype = getattr(torch, case.dtype)
-    models = (random_model(case.family, seed=seed, dtype=dtype) for seed in range(len(VERSIONS)))
-    return [save(model, case.family, folder / f"v{seed}") for seed, model in enumerate(models)]
+    seeds = range(len(VERSIONS))
+    return [save(_model(case, seed), case.family, folder / f"v{seed}") for seed in seeds]
+
+
+def _model(case: Case, seed: int) -> Any:
+    return random_model(case.family, seed=seed, dtype=getattr(torch, case.dtype))
 
 
 @contextmanager
@@ -123,20 +129,19 @@ def _update_thrice(
     wanted: Sequence[Tensors],
     verdict: Verdict,
 ) -> None:
-    memory = checkpoint(folders[0])
+    trained = _model(case, 0)
     with (
         _loaded(engine, case, folders[0]) as loaded,
-        offered_boxes(hf_boxes(memory)) as trainers,
+        offered_boxes(HfOffer(trained).boxes()) as trainers,
         receiving(loaded.installer()) as receiver,
     ):
         if case.way == AFTER_ZEROS:
-            for tensor in memory.values():
+            for tensor in trained.state_dict().values():
                 tensor.zero_()
             _connect(receiver, trainers)
             _install(receiver, verdict, 0)
         for number, version in enumerate(VERSIONS, 1):
-            for name, tensor in checkpoint(folders[version]).items():
-                memory[name].copy_(tensor)
+            become(trained, _model(case, version))
             _connect(receiver, trainers)
             _install(receiver, verdict, number)
             wrong = differences(_all_of(loaded), wanted[version])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.families.family import BASE, Family
 
-__all__ = ["checkpoint", "random_model", "save"]
+__all__ = ["become", "checkpoint", "random_model", "save"]
 
 
 def random_model(family: Family, *, seed: int, dtype: torch.dtype) -> Any:
@@ -34,6 +34,14 @@ def random_model(family: Family, *, seed: int, dtype: torch.dtype) -> Any:
                 tensor.copy_(torch.randn(tensor.shape) * 0.2 + centre)
     model.config.architectures = [type(model).__name__]
     return model.to(dtype)
+
+
+@torch.no_grad()
+def become(trained: Any, other: Any) -> None:
+    """Have a model hold another one's values, in the memory that it has."""
+    values = other.state_dict()
+    for name, tensor in trained.state_dict().items():
+        tensor.copy_(values[name])
 
 
 def save(model: Any, family: Family, folder: Path) -> Path:

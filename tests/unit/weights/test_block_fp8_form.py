@@ -171,12 +171,12 @@ def test_experts_of_one_tensor_are_quantized_in_one_call() -> None:
         shapes.append(tuple(weights.shape))
         reference(weights, values, scales)
 
-    source = FormSource(lambda: hf_boxes(tensors, model_type="qwen3_moe"), forms_of(FORM, counted))
+    source = FormSource(lambda: hf_boxes(tensors), forms_of(FORM, counted))
     source.settle(source.measure())
     held = {box.name: box.data for box in source.boxes()}
     assert len(shapes) <= 4, shapes
     assert sum(shape[0] if len(shape) == 3 else 1 for shape in shapes) == 19
-    whole = {box.name: box.data for box in hf_boxes(tensors, model_type="qwen3_moe")}
+    whole = {box.name: box.data for box in hf_boxes(tensors)}
     same_bits(held, quantized_whole(whole, FORM))
 
 
