@@ -194,14 +194,24 @@ class AdminClient:
         *,
         direction: Direction = "pull",
         model: Mapping[str, str | int | bool] | None = None,
+        tell_dtypes: bool = False,
     ) -> PlanSummary:
-        """Have the engine plan from the sources: a pull, or a push to its `destinations`."""
+        """Have the engine plan from the sources: a pull, or a push to its `destinations`.
+
+        Args:
+            source_ids: as `put_source` gave them.
+            direction: who moves the bytes.
+            model: facts of the trainer's HF config.
+            tell_dtypes: where tensors must come in another dtype, have no plan and their names in
+                `wanted`, instead of an error.
+        """
         facts = dict(model or {})
+        asked = {"tell_dtypes": True} if tell_dtypes else {}
         return self._calls.call(
             "POST",
             "/weights/connect",
             PlanSummary,
-            json={"source_ids": list(source_ids), "direction": direction, "model": facts},
+            json={"source_ids": list(source_ids), "direction": direction, "model": facts, **asked},
             scope="weights",
             patience_s=self._connect_timeout_s,
         )

@@ -41,6 +41,7 @@ from engine_plugins.sender.update_rounds import UpdateRounds
 from engine_plugins.weights.contract.version_word import new_word
 from engine_plugins.weights.sources.forms.block_fp8_source import BlockFp8Source, quantized_source
 from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
+from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.torch_source import HfWeights
 
 __all__ = ["WeightSender"]
@@ -178,6 +179,7 @@ class WeightSender:
         config: Any,
         *,
         engines: Engines,
+        rules: GivenRules | None = None,
         **options: Unpack[SenderOptions],
     ) -> Self:
         """Send what this process holds of a Megatron model, in Megatron's own layout.
@@ -185,14 +187,18 @@ class WeightSender:
         What an optimizer with `overlap_param_gather` left to the next forward pass is gathered
         first, in every update. Of ranks built by hand this is the caller's to do.
 
+        Which HF tensors a parameter holds is said by `rules`, then by the family's tables
+        (`register_family` adds to these), then by Megatron-Bridge where the trainer has it loaded.
+
         Args:
             ranks: this process's share; its model chunks as modules, best as DDP wraps them; or
                 several shares, for a process that plays many ranks.
             config: the HF config that the engines serve, object or dict.
             engines: base urls, `http://host:8000`.
+            rules: for parameters that no table has, or has otherwise: see `register_family`.
             **options: see `SenderOptions`.
         """
-        return cls._made(partial(of_megatron, ranks, config, options), engines, options)
+        return cls._made(partial(of_megatron, ranks, config, rules, options), engines, options)
 
     def update(
         self,

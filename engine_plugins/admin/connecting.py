@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
+import msgspec
+
 from engine_plugins.admin.bounded_control import BoundedControl
 from engine_plugins.admin.plans import Plans
 from engine_plugins.admin.schemas import ConnectBody
@@ -48,6 +50,9 @@ class Connecting:
         Args:
             body: the call.
             reached_at: this server's address, as the caller sees it.
+
+        Returns:
+            The plan; or none, where the body asks for dtypes and tensors want others.
         """
         # An engine that lacks our methods says so here, not in the update that needs them.
         await self._control.request_counts()
@@ -57,13 +62,21 @@ class Connecting:
         plan_id = "plan-" + secrets.token_hex(8)
         try:
             answers = await self._workers.connect(
-                plan_id, manifests, direction=body.direction, reached_at=reached_at
+                plan_id,
+                manifests,
+                direction=body.direction,
+                reached_at=reached_at,
+                tell_dtypes=body.tell_dtypes,
             )
             _refuse_unused(answers)
         except EnginePluginError:
             with suppress(EnginePluginError):
                 await WorkerCalls(self._control.closing()).drop(plan_id)
             raise
+        wanted = _wanted(answers)
+        if wanted:
+            await self._workers.drop(plan_id)  # ranks that want nothing else have made it
+            return msgspec.structs.replace(_summary("", body.direction, answers), wanted=wanted)
         plan = _summary(plan_id, body.direction, answers)
         dropped = self._plans.add(plan)
         for old in dropped:
@@ -102,7 +115,7 @@ class Connecting:
 def _summary(
     plan_id: str, direction: Literal["pull", "push"], answers: list[ConnectAnswer]
 ) -> PlanSummary:
-    ranks = [answer.plan for answer in answers]
+    ranks = [answer.plan for answer in answers if answer.plan is not None]
 
     def total(field: Callable[[Any], int]) -> int:
         return sum(field(rank) for rank in ranks)
@@ -121,6 +134,15 @@ def _summary(
         ranks=ranks,
         destinations=[each.destination for each in answers if each.destination is not None],
     )
+
+
+def _wanted(answers: list[ConnectAnswer]) -> dict[str, list[str]]:
+    """By dtype, the tensors that any rank wants in it."""
+    wanted: dict[str, dict[str, None]] = {}
+    for answer in answers:
+        for dtype, names in answer.wanted.items():
+            wanted.setdefault(dtype, {}).update(dict.fromkeys(names))
+    return {dtype: list(names) for dtype, names in wanted.items()}
 
 
 def _refuse_unused(answers: list[ConnectAnswer]) -> None:

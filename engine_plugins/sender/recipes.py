@@ -19,6 +19,7 @@ from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
+from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
 from engine_plugins.weights.sources.torch_source import HfWeights
 
@@ -72,11 +73,13 @@ def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
     return of_hf(model, config, options)
 
 
-def of_megatron(ranks: MegatronRanks, config: Any, options: SenderOptions) -> Recipe:
+def of_megatron(
+    ranks: MegatronRanks, config: Any, rules: GivenRules | None, options: SenderOptions
+) -> Recipe:
     """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
     config = read_config(config)
     return Recipe(
-        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config),
+        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules),
         model=model_facts(config),
         places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
         gathers=lambda members: gathers_of(ranks, members),

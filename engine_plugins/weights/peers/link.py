@@ -18,6 +18,7 @@ from engine_plugins.errors import TransferTimeoutError
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers
 from engine_plugins.weights.memory.arena import Arena
 from engine_plugins.weights.transport.base import PreparedTransfer, Transport
+from engine_plugins.weights.transport.quarantine import all_ended
 from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers
 
@@ -118,15 +119,15 @@ def measure_link(transport: Transport, manifest: SourceManifest) -> LinkReport:
             )
             size *= 2
         fastest = _fastest(reads)
-    except BaseException as error:
-        if isinstance(error, TransferTimeoutError) and error.stuck:
-            arena.quarantine()
-        else:
-            arena.close()
+    except TransferTimeoutError as error:
+        if error.stuck:
+            under_way, reads = reads, []
+            arena.quarantine(lambda: all_ended(under_way))
         raise
-    for read in reads:
-        read.release()
-    arena.close()
+    finally:
+        for read in reads:
+            read.release()
+        arena.close()
     return LinkReport(source=manifest.source, nbytes=fastest[0], seconds=fastest[1])
 
 

@@ -104,7 +104,24 @@ MODELS = {
         (VLLM,),  # SGLang's wants an attention backend that no CPU has
     ),
     "loaded activations": Model("ApertusConfig", {}),
-    "a bias made while loading": Model("PhiConfig", {"tie_word_embeddings": False}, (VLLM,)),
+    # On vLLM's Transformers backend; on SGLang one of two sizes with numbers in names is padded.
+    "a bias made while loading": Model("PhiConfig", {"tie_word_embeddings": False}),
+    "experts in one storage": Model(
+        "AfmoeConfig",
+        {
+            "head_dim": 32,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "num_shared_experts": 1,
+            "num_dense_layers": 1,
+            "n_group": 1,
+            "topk_group": 1,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "tie_word_embeddings": False,
+        },
+        (SGLANG,),
+    ),
     "biases": Model("Qwen2Config", {"tie_word_embeddings": False}),
 }
 HERE = [name for name, model in MODELS.items() if KIND in model.engines]
