@@ -23,7 +23,7 @@ from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.engines import EngineLink, links_to
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology
 from engine_plugins.sender.offer import TrainerOffer
-from engine_plugins.sender.options import SenderOptions, Ways
+from engine_plugins.sender.options import MEET_TIMEOUT_S, SenderOptions, Ways
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
@@ -99,16 +99,20 @@ class WeightSender:
         self._rounds: UpdateRounds | None = None
         self._quantizer: BlockFp8Source | None = None
         self._links: dict[str, EngineLink] = {}
-        self._ranks = TrainerRanks(options.get("process_group"))
+        timeout_s = options.get("meet_timeout_s", MEET_TIMEOUT_S)
+        usable = isinstance(timeout_s, int | float) and timeout_s > 0  # else refused later
+        self._ranks = TrainerRanks(
+            options.get("process_group"), meet_timeout_s=timeout_s if usable else MEET_TIMEOUT_S
+        )
         self._closing = ExitStack()
         """Each is closed, last first, whatever the others raise."""
         self._closing.callback(self._ranks.close)
         self._closing.callback(self._close_links)
         try:
-            read = partial(self._read, recipe, options)
-            told = self._ranks.agree("reading the model", read, list[Place])
-            check_topology([place for told_by_one in told for place in told_by_one])
-            self._ranks.agree("registering the weights", partial(self._open, engines), None)
+            with self._ranks.together("making the sender"):
+                read = partial(self._read, recipe, options)
+                self._ranks.agree("reading the model", read, list[Place], judge=_one_topology)
+                self._ranks.agree("registering the weights", partial(self._open, engines), None)
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
             raise
@@ -427,6 +431,10 @@ class WeightSender:
         if self._rounds is None:
             raise SourceError("this sender is closed", remedy="make a new one")
         return self._rounds
+
+
+def _one_topology(told: Sequence[Sequence[Place]]) -> None:
+    check_topology([place for told_by_one in told for place in told_by_one])
 
 
 def _call_all(steps: Sequence[Callable[[], None]]) -> None:

@@ -24,7 +24,13 @@ from fastapi.responses import JSONResponse
 
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import EnginePluginError
-from engine_plugins.weights.contract.manifest import SourceManifest, decode_manifest, numbers
+from engine_plugins.weights.contract.manifest import (
+    MSGPACK,
+    SourceManifest,
+    decode_manifest,
+    numbers,
+)
+from engine_plugins.weights.contract.manifest_batch import decode_batch, is_gzip
 from engine_plugins.weights.contract.report import Outcome, Phases, PlanSummary, UpdateReport
 from engine_plugins.weights.contract.version_word import new_word
 from engine_plugins.weights.sources.source import WeightSource
@@ -66,6 +72,7 @@ class FakeEngine:
         self.plans: dict[str, list[str]] = {}
         self.models: list[dict[str, Any]] = []
         self.updates: list[dict[str, Any]] = []
+        self.batches: list[int] = []
         self.encodings: list[str | None] = []
         self.answered: dict[str, UpdateReport] = {}
         self.prepared: dict[str, dict[str, Any]] = {}
@@ -103,6 +110,11 @@ class FakeEngine:
         source_id = f"src-{uuid.uuid4().hex[:8]}"
         self.sources[source_id] = manifest
         return {"source_id": source_id}
+
+    def put_sources(self, elements: list[bytes]) -> dict[str, Any]:
+        self.batches.append(len(elements))
+        plain = [gzip.decompress(each) if is_gzip(each) else each for each in elements]
+        return {"source_ids": [self.put_source(each, MSGPACK)["source_id"] for each in plain]}
 
     def connect(self, body: dict[str, Any]) -> dict[str, Any]:
         unknown = [name for name in body["source_ids"] if name not in self.sources]
@@ -296,6 +308,8 @@ def application(engine: FakeEngine) -> FastAPI:
             if engine.encodings[-1] == "gzip":
                 body = gzip.decompress(body)
             return engine.put_source(body, request.headers["content-type"])
+        if path == "/weights/sources/batch":
+            return engine.put_sources(decode_batch(body))
         if path == "/weights/connect":
             return engine.connect(msgspec.json.decode(body))
         if path in calls:
@@ -317,6 +331,7 @@ def application(engine: FakeEngine) -> FastAPI:
         app.add_api_route("/admin/v1" + path, guarded, methods=["GET"])
     for path in ("/pause", "/resume", "/flush", "/weights/sources", "/weights/connect"):
         app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])
+    app.add_api_route("/admin/v1/weights/sources/batch", guarded, methods=["POST"])
     for path in calls:
         app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])
     return app
