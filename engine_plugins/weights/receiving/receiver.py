@@ -121,7 +121,9 @@ class WeightReceiver:
             trace = self._model.trace(tensors)
             self._look_again()
             if tell_dtypes:
-                told = other_dtypes(trace, tensors, self._installer, since=planning)
+                told = other_dtypes(
+                    trace, tensors, self._installer, tp_rank=self._tp_rank, since=planning
+                )
                 if told is not None:
                     return told
             steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
