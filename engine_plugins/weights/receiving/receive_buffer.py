@@ -10,7 +10,8 @@ from engine_plugins.errors import TransportError, UnsupportedError
 from engine_plugins.weights.hardware.free_memory import surely_free_bytes
 from engine_plugins.weights.memory.arena import Arena
 from engine_plugins.weights.memory.live_memory import LiveMemory
-from engine_plugins.weights.planning.plan import FetchPlan, PackedPiece, schedule
+from engine_plugins.weights.planning.plan import FetchPlan, PieceForm, schedule
+from engine_plugins.weights.receiving.spreading import Run, runs_of
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.regions import HOST
 
@@ -47,6 +48,8 @@ class ReceiveBuffer:
         self.nbytes = self.ring_bytes + plan.scratch_bytes
         self._plan = plan
         self._live = live
+        self._runs: dict[tuple[int, int], list[Run]] = {}
+        """Of a step's batch, the copies that spread it; found when it first came."""
         if staged:
             _check_memory(self.nbytes)
         self._arena = Arena(self.nbytes, transport) if self.nbytes else None
@@ -70,13 +73,17 @@ class ReceiveBuffer:
             for tensor, offset in self._plan.steps[index].landings
         ]
 
-    def spread(self, index: int, piece: PackedPiece) -> None:
-        """Put what is wanted of a step's packed rows from the scratch area into its place."""
-        rows = self._memory.tensor(
-            self.ring_bytes + piece.scratch_offset, piece.form.shape, piece.form.dtype
-        )
-        wanted = rows[piece.form.wanted]
-        self._target(index, piece, wanted.shape).copy_(wanted)
+    def spread(self, index: int, batch: int) -> None:
+        """Put what is wanted of a batch of a step's packed rows from the scratch area in place."""
+        key = (index, batch)
+        if key not in self._runs:
+            self._runs[key] = self._placeable(index, runs_of(self._plan.steps[index].packed[batch]))
+        for run in self._runs[key]:
+            shape = (run.count, *run.form.shape)
+            strides = (run.scratch_step, *_contiguous(run.form))
+            at = self.ring_bytes + run.scratch
+            rows = self._memory.strided(at, shape, strides, run.form.dtype)
+            self._target(index, run).copy_(rows[(slice(None), *run.form.wanted)])
 
     def close(self) -> None:
         """Free the arena."""
@@ -101,12 +108,32 @@ class ReceiveBuffer:
             )
         return self._arena
 
-    def _target(self, index: int, piece: PackedPiece, shape: Sequence[int]) -> torch.Tensor:
-        strides, dtype = piece.form.target_strides, piece.form.dtype
+    def _placeable(self, index: int, runs: Sequence[Run]) -> list[Run]:
+        """The runs, taken apart where their pieces go to several storages."""
+        found: list[Run] = []
+        for run in runs:
+            try:
+                self._target(index, run)
+            except TransportError:
+                found += run.singles()
+            else:
+                found.append(run)
+        return found
+
+    def _target(self, index: int, run: Run) -> torch.Tensor:
+        shape, strides = run.wanted_shape, (run.target_step, *run.form.target_strides)
         if self._live is not None and self._plan.steps[index].direct:
-            return self._live.strided(piece.target, shape, strides, dtype)
-        at = self.windows[index].offset_bytes + piece.target
-        return self._memory.strided(at, shape, strides, dtype)
+            return self._live.strided(run.target, shape, strides, run.form.dtype)
+        at = self.windows[index].offset_bytes + run.target
+        return self._memory.strided(at, shape, strides, run.form.dtype)
+
+
+def _contiguous(form: PieceForm) -> list[int]:
+    """Strides in bytes of the rows of a form as they are read."""
+    strides = [form.dtype.itemsize]
+    for extent in reversed(form.shape[1:]):
+        strides.insert(0, strides[0] * extent)
+    return strides
 
 
 def _check_memory(wanted_bytes: int) -> None:
