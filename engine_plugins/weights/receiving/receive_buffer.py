@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 
 import torch
 
 from engine_plugins.errors import TransportError, UnsupportedError
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.hardware.free_memory import surely_free_bytes
 from engine_plugins.weights.memory.arena import Arena
 from engine_plugins.weights.memory.live_memory import LiveMemory
@@ -52,7 +54,8 @@ class ReceiveBuffer:
         """Of a step's batch, the copies that spread it; found when it first came."""
         if staged:
             _check_memory(self.nbytes)
-        self._arena = Arena(self.nbytes, transport) if self.nbytes else None
+        margins = _margins(plan)
+        self._arena = Arena(self.nbytes, transport, margins=margins) if self.nbytes else None
 
     def place(self, index: int) -> tuple[int, int]:
         """Address that a step's offsets count from, and the device of that memory."""
@@ -66,11 +69,16 @@ class ReceiveBuffer:
         return self._memory.address + self.ring_bytes
 
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
-        """Views of a step's whole tensors, by HF name; not of a direct step."""
-        base = self.windows[index].offset_bytes
+        """Views of a step's whole tensors, by HF name; not of a direct step.
+
+        Only what is needed of each is there. What else a view shows is other memory: it is not to
+        be written.
+        """
+        base, step = self.windows[index].offset_bytes, self._plan.steps[index]
+        placed = zip(step.landings, step.strides_bytes.tolist(), strict=True)
         return [
-            (tensor.name, self._memory.tensor(base + offset, tensor.shape, tensor.dtype))
-            for tensor, offset in self._plan.steps[index].landings
+            (each.tensor.name, self._view(base + each.offset_bytes, each.tensor, strides))
+            for each, strides in placed
         ]
 
     def spread(self, index: int, batch: int) -> None:
@@ -108,6 +116,12 @@ class ReceiveBuffer:
             )
         return self._arena
 
+    def _view(self, at: int, tensor: LogicalTensor, strides: Sequence[int]) -> torch.Tensor:
+        if not prod(tensor.shape):
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        own = strides[len(strides) - len(tensor.shape) :]
+        return self._memory.around(at, tensor.shape, own, tensor.dtype)
+
     def _placeable(self, index: int, runs: Sequence[Run]) -> list[Run]:
         """The runs, taken apart where their pieces go to several storages."""
         found: list[Run] = []
@@ -134,6 +148,13 @@ def _contiguous(form: PieceForm) -> list[int]:
     for extent in reversed(form.shape[1:]):
         strides.insert(0, strides[0] * extent)
     return strides
+
+
+def _margins(plan: FetchPlan) -> tuple[int, int]:
+    """Bytes that views of whole tensors reach past the first place, and past the last."""
+    laid = [step for step in plan.steps if not step.direct]
+    front = max((-step.reach[0] for step in laid), default=0)
+    return max(front, 0), max((step.reach[1] - step.nbytes for step in laid), default=0)
 
 
 def _check_memory(wanted_bytes: int) -> None:
