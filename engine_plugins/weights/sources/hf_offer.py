@@ -18,6 +18,7 @@ from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.hf_model import CheckpointNames, names_of_config, names_of_model
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
 __all__ = ["HfOffer", "read_config"]
@@ -30,12 +31,16 @@ class HfOffer:
         weights: see `WeightSender.from_hf`.
         config: the HF config, object or dict, or the path of its file or folder. None: the
             model's own, where a model is given.
+        only: what is asked for; None for all.
 
     Raises:
         SourceError: neither a model nor named tensors; a path without a config.
     """
 
-    def __init__(self, weights: HfWeights, config: object = None) -> None:
+    def __init__(
+        self, weights: HfWeights, config: object = None, *, only: Only | None = None
+    ) -> None:
+        self._only = only
         self._look = looked_at_anew(weights)
         self._names, own = _names(weights)
         self.config = read_config(config)
@@ -56,7 +61,8 @@ class HfOffer:
         Raises:
             SourceError, UnsupportedError: see `hf_boxes` and `CheckpointNames.boxes`.
         """
-        return list(checked_boxes(hf_boxes(self._look(), names=self._names), tied=self._tied))
+        boxes = hf_boxes(self._look(), names=self._names, only=self._only)
+        return list(checked_boxes(boxes, tied=self._tied))
 
     def own_names(self) -> Mapping[str, str]:
         """Checkpoint name -> the trainer's own, of all that differ."""
