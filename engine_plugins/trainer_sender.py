@@ -38,10 +38,10 @@ from engine_plugins.sender.recipes import (
 )
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Round, checked_version
+from engine_plugins.sender.send_dtype import EngineDtypes
+from engine_plugins.sender.sent_forms import SentForms
 from engine_plugins.sender.update_rounds import UpdateRounds
 from engine_plugins.weights.contract.version_word import new_word
-from engine_plugins.weights.sources.forms.block_fp8_source import BlockFp8Source, quantized_source
-from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
 from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.torch_source import HfWeights
 
@@ -68,7 +68,8 @@ class WeightSender:
 
     Raises:
         SettingsError: an engine url that is none, or given twice; files for TLS that cannot be
-            used; a fan_out below 1, or together with two phases; a push in one phase.
+            used; a fan_out below 1, or together with two phases; a push in one phase; a dtype or
+            quantization that weights cannot be sent in.
         NotConfiguredError: NIXL is not installed.
         SourceError: tensors that cannot be offered.
         TransportError: memory that cannot be registered.
@@ -98,7 +99,6 @@ class WeightSender:
         self._progress = options.get("progress")
         self._ways = Ways.of(options)
         self._rounds: UpdateRounds | None = None
-        self._quantizer: BlockFp8Source | None = None
         self._links: dict[str, EngineLink] = {}
         timeout_s = options.get("meet_timeout_s", MEET_TIMEOUT_S)
         usable = isinstance(timeout_s, int | float) and timeout_s > 0  # else refused later
@@ -314,8 +314,7 @@ class WeightSender:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
         self._gather()
-        self._quantize()
-        self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(word), None)
+        self._refresh(word)
         result = self._run(msgspec.structs.replace(request, source_word=word))
         if result.failures:
             raise EnginesFailedError(
@@ -333,6 +332,7 @@ class WeightSender:
             seconds,
             fed_by=result.fed_by,
             push=None if self._offer.push is None else PushReport.of(self._offer.push.costs),
+            slot_bytes=self._forms.slot_bytes,
         )
 
     def _run(self, request: UpdateRequest) -> Round:
@@ -385,27 +385,27 @@ class WeightSender:
         self._ranks.agree("looking at the parameters", lambda: found.extend(look()), None)
         self._ranks.agree("gathering the parameters", lambda: _call_all(found), None)
 
-    def _quantize(self) -> None:
-        """Agree on blocks that several ranks share; the refresh that follows fills the slots."""
-        if self._quantizer is not None:
-            measure = self._quantizer.measure
-            told = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
-            self._quantizer.settle(blocks for each in told for blocks in each)
+    def _refresh(self, word: int) -> None:
+        """Offer the weights as they are now; once more if the engines want other dtypes."""
+        self._forms.refresh(lambda: self._open_rounds().refresh(word))
 
     def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
         """Work out what is sent."""
         self._recipe = of_part(recipe(), options)
-        boxes = self._recipe.boxes
-        if self._recipe.form is not None:
-            self._quantizer = quantized_source(boxes, self._recipe.form)
+        self._forms = SentForms(
+            self._recipe.boxes,
+            self._ranks,
+            quantization=self._recipe.form,
+            send_dtype=options.get("send_dtype", "engine"),
+        )
         self._offer = TrainerOffer(
-            boxes if self._quantizer is None else self._quantizer.boxes,
+            self._forms.boxes,
             self._ranks,
             model=self._recipe.model,
             transport=options.get("transport"),
             partial=self._recipe.only is not None,
             pushes=self._ways.direction == "push",
-            let_go=(lambda: None) if self._quantizer is None else self._quantizer.release,
+            let_go=self._forms.release,
         )
         self._closing.callback(self._offer.close)
         return list(self._recipe.places())
@@ -433,6 +433,8 @@ class WeightSender:
             self._ways,
             self._offer,
             model=self._recipe.model,
+            dtypes=EngineDtypes(self._ranks, self._forms.dtypes),
+            again=self._refresh,
             shown=partial(progress_of, access=self._access, shown=self._progress),
         )
 

@@ -76,7 +76,8 @@ class Connecting:
         wanted = _wanted(answers)
         if wanted:
             await self._workers.drop(plan_id)  # ranks that want nothing else have made it
-            return msgspec.structs.replace(_summary("", body.direction, answers), wanted=wanted)
+            none = _summary("", body.direction, [])
+            return msgspec.structs.replace(none, wanted=wanted)
         plan = _summary(plan_id, body.direction, answers)
         dropped = self._plans.add(plan)
         for old in dropped:
@@ -115,7 +116,7 @@ class Connecting:
 def _summary(
     plan_id: str, direction: Literal["pull", "push"], answers: list[ConnectAnswer]
 ) -> PlanSummary:
-    ranks = [answer.plan for answer in answers if answer.plan is not None]
+    ranks = [answer.plan for answer in answers]
 
     def total(field: Callable[[Any], int]) -> int:
         return sum(field(rank) for rank in ranks)
@@ -129,8 +130,8 @@ def _summary(
         direct_bytes=total(lambda rank: rank.direct_bytes),
         staged_bytes=total(lambda rank: rank.staged_bytes),
         loader_bytes=total(lambda rank: rank.loader_bytes),
-        connect_s=max(answer.connect_s for answer in answers),
-        plan_s=max(answer.plan_s for answer in answers),
+        connect_s=max((answer.connect_s for answer in answers), default=0.0),
+        plan_s=max((answer.plan_s for answer in answers), default=0.0),
         ranks=ranks,
         destinations=[each.destination for each in answers if each.destination is not None],
     )

@@ -11,6 +11,7 @@ from engine_plugins.admin_answers import Direction
 from engine_plugins.errors import SettingsError
 from engine_plugins.tls import CaFile, ClientCert
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.cast import SendDtype
 from engine_plugins.weights.transport.base import Transport
 
 __all__ = ["MEET_TIMEOUT_S", "SenderOptions", "Ways"]
@@ -59,6 +60,11 @@ class SenderOptions(TypedDict, total=False):
     """Send matrices as an engine of the model's block-FP8 checkpoint holds them, quantized anew for
     every update into slots of this process's: `fp8` as the config's `quantization_config` says (the
     usual form where it has none), or a `BlockFp8`. The same on every rank."""
+    send_dtype: SendDtype
+    """`engine` (the default) sends each tensor in the dtype of the engines' parameters, where that
+    is not the trainer's: cast anew for every update, into slots of this process's. A torch dtype
+    casts all floating tensors to it, but for routers' correction biases. `as_is` (or None) casts
+    nothing, and engines refuse what they would not cast themselves. The same on every rank."""
     two_phase: bool | None
     """Have no engine install a version before all are ready to; if one is not, all keep their old
     weights. It costs the memory of mode staged. None: only for a push."""

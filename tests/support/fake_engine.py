@@ -79,6 +79,7 @@ class FakeEngine:
         self.aborts: list[dict[str, Any]] = []
         self.pushed: dict[str, PushTarget] = {}
         self.refuse: dict[str, Refused] = {}
+        self.wants: dict[str, str] = {}
         self.restart_after: set[int] = set()
         self.update_s = 0.0
         self.prepare_s = 0.0
@@ -120,11 +121,16 @@ class FakeEngine:
         unknown = [name for name in body["source_ids"] if name not in self.sources]
         if unknown:
             raise Refused(404, "unknown_id", f"no source {unknown}")
-        plan_id = f"plan-{uuid.uuid4().hex[:8]}"
-        self.plans[plan_id] = body["source_ids"]
         self.models.append(body["model"])
+        wanted = self._wanted(body["source_ids"])
+        if wanted and not body.get("tell_dtypes"):
+            raise Refused(422, "weight_mismatch", f"other dtypes are wanted: {wanted}")
+        plan_id = "" if wanted else f"plan-{uuid.uuid4().hex[:8]}"
+        self.plans[plan_id] = body["source_ids"]
         nbytes = self._nbytes(plan_id)
-        if body["direction"] == "push":
+        if wanted:
+            del self.plans[plan_id]
+        if body["direction"] == "push" and not wanted:
             manifests = [self.sources[name] for name in body["source_ids"]]
             self.pushed[plan_id] = PushTarget(manifests)
         summary = PlanSummary(
@@ -140,9 +146,20 @@ class FakeEngine:
             plan_s=0.0,
             ranks=[],
             destinations=self.pushed[plan_id].destinations() if plan_id in self.pushed else [],
+            wanted=wanted,
         )
         plain: dict[str, Any] = msgspec.to_builtins(summary)
         return {**plain, "a_field_of_a_later_release": 1}
+
+    def _wanted(self, source_ids: list[str]) -> dict[str, list[str]]:
+        wanted: dict[str, list[str]] = {}
+        for source_id in source_ids:
+            tensors = self.sources[source_id].tensors
+            for name, dtype in zip(tensors.names, tensors.dtypes, strict=True):
+                want = self.wants.get(name, dtype)
+                if want != dtype and name not in wanted.get(want, ()):
+                    wanted.setdefault(want, []).append(name)
+        return wanted
 
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
         known = self.answered.get(body["request_id"])

@@ -66,8 +66,7 @@ class Connection:
 class ConnectResult:
     """What a rank answers to `connect`."""
 
-    plan: RankPlan | None
-    """None where tensors must come in other dtypes first."""
+    plan: RankPlan
     unused: list[str]
     """HF names that reached no parameter of this rank and are not known to be ignorable."""
     plan_s: float
@@ -75,7 +74,7 @@ class ConnectResult:
     destination: Destination | None
     """Of a push, where the trainers write."""
     wanted: dict[str, list[str]] = field(default_factory=dict)
-    """Without a plan: tensors that must come in another dtype, by its name."""
+    """Tensors that must come in another dtype, by its name; then the plan is empty."""
 
 
 def other_dtypes(
@@ -83,6 +82,7 @@ def other_dtypes(
     tensors: Sequence[LogicalTensor],
     rules: LoaderRules,
     *,
+    tp_rank: int,
     since: float,
     partial: bool = False,
 ) -> ConnectResult | None:
@@ -92,6 +92,7 @@ def other_dtypes(
         trace: what the loader does with these tensors.
         tensors: as they are offered.
         rules: of the loader.
+        tp_rank: of this rank.
         since: when planning began, on the performance counter.
         partial: see `engine_steps`.
 
@@ -106,12 +107,27 @@ def other_dtypes(
     for name, dtype in wanted.items():
         by_dtype.setdefault(dtype_name(dtype), []).append(name)
     return ConnectResult(
-        plan=None,
+        plan=_empty_plan(tp_rank),
         unused=unused,
         plan_s=time.perf_counter() - since,
         connect_s=0.0,
         destination=None,
         wanted=by_dtype,
+    )
+
+
+def _empty_plan(tp_rank: int) -> RankPlan:
+    return RankPlan(
+        tp_rank=tp_rank,
+        bytes_needed=0,
+        bytes_to_move=0,
+        operations=0,
+        direct_bytes=0,
+        staged_bytes=0,
+        loader_bytes=0,
+        steps=0,
+        largest_step_bytes=0,
+        arena_bytes=0,
     )
 
 

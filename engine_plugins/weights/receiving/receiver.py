@@ -122,7 +122,12 @@ class WeightReceiver:
             partial = all(manifest.partial for manifest in manifests)
             if tell_dtypes:
                 told = other_dtypes(
-                    trace, tensors, self._installer, since=planning, partial=partial
+                    trace,
+                    tensors,
+                    self._installer,
+                    tp_rank=self._tp_rank,
+                    since=planning,
+                    partial=partial,
                 )
                 if told is not None:
                     return told

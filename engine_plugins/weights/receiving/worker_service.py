@@ -91,14 +91,13 @@ class WorkerDescription(msgspec.Struct, frozen=True, kw_only=True):
 class ConnectAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """A rank's plan, and the names that it has no use for."""
 
-    plan: RankPlan | None
-    """None where tensors must come in other dtypes first."""
+    plan: RankPlan
     unused: list[str]
     plan_s: float
     connect_s: float
     destination: Destination | None = None
     wanted: dict[str, list[str]] = {}
-    """Tensors that must come in another dtype, by its name."""
+    """Tensors that must come in another dtype, by its name; then the plan is empty."""
 
 
 class PullNote(msgspec.Struct, frozen=True, kw_only=True):
