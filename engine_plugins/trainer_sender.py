@@ -34,6 +34,7 @@ from engine_plugins.sender.recipes import (
     of_fsdp,
     of_hf,
     of_megatron,
+    of_part,
 )
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Round, checked_version
@@ -112,6 +113,7 @@ class WeightSender:
             with self._ranks.together("making the sender"):
                 read = partial(self._read, recipe, options)
                 self._ranks.agree("reading the model", read, list[Place], judge=_one_topology)
+                self._choose()
                 self._ranks.agree("registering the weights", partial(self._open, engines), None)
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
@@ -389,7 +391,7 @@ class WeightSender:
 
     def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
         """Work out what is sent."""
-        self._recipe = recipe()
+        self._recipe = of_part(recipe(), options)
         self._forms = SentForms(
             self._recipe.boxes,
             self._ranks,
@@ -401,12 +403,24 @@ class WeightSender:
             self._ranks,
             model=self._recipe.model,
             transport=options.get("transport"),
+            partial=self._recipe.only is not None,
             pushes=self._ways.direction == "push",
             let_go=self._forms.release,
         )
         self._offer.lets_go_of(self._recipe.forget)
         self._closing.callback(self._offer.close)
         return list(self._recipe.places())
+
+    def _choose(self) -> None:
+        """Refuse a pattern of `only` that matches nothing on any rank."""
+        only, boxes = self._recipe.only, self._recipe.boxes
+        if only is not None:
+            self._ranks.agree(
+                "choosing tensors",
+                lambda: only.idle(boxes()),
+                list[str],
+                judge=only.refuse_idle,
+            )
 
     def _open(self, engines: Engines) -> None:
         self._links = {link.url: link for link in links_to(engines, self._access)}

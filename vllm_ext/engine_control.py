@@ -41,6 +41,7 @@ class VllmEngineControl:
             tensor_parallel_size=config.parallel_config.tensor_parallel_size,
             pipeline_parallel_size=config.parallel_config.pipeline_parallel_size,
             model_facts=model_facts(config.model_config.hf_config),
+            starts_empty=config.load_config.load_format == "dummy",
         )
 
     @property

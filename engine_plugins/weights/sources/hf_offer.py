@@ -20,6 +20,7 @@ from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.hf_model import CheckpointNames, names_of_config, names_of_model
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
 from engine_plugins.weights.sources.module_tensors import ModuleTensors
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.remembered import Remembered
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
@@ -33,12 +34,15 @@ class HfOffer:
         weights: see `WeightSender.from_hf`.
         config: the HF config, object or dict, or the path of its file or folder. None: the
             model's own, where a model is given.
+        only: what is asked for; None for all.
 
     Raises:
         SourceError: neither a model nor named tensors; a path without a config.
     """
 
-    def __init__(self, weights: HfWeights, config: object = None) -> None:
+    def __init__(
+        self, weights: HfWeights, config: object = None, *, only: Only | None = None
+    ) -> None:
         self._look = looked_at_anew(weights)
         self._names, own = _names(weights)
         self.config = read_config(config)
@@ -47,7 +51,8 @@ class HfOffer:
         elif self._names is None:
             self._names = names_of_config(self.config)
         self._tied = is_tied(self.config, None)
-        self._described = Remembered(self._look, partial(hf_boxes, names=self._names))
+        describe = partial(hf_boxes, names=self._names, only=only)
+        self._described = Remembered(self._look, describe)
 
     @property
     def facts(self) -> dict[str, str | int | bool]:
