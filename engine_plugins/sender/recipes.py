@@ -18,6 +18,7 @@ from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.megatron.made import MadeTensors
 from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
@@ -82,8 +83,9 @@ def of_megatron(
     ranks: MegatronRanks, config: Any, rules: GivenRules | None, options: SenderOptions
 ) -> Recipe:
     """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
+    made = MadeTensors()
     return Recipe(
-        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules),
+        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules, made),
         model=model_facts(config),
         places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
         gathers=lambda members: gathers_of(ranks, members),
