@@ -159,7 +159,8 @@ class WeightSource:
     @property
     def copied_bytes(self) -> int:
         """Bytes held twice, because peers cannot read them in the trainer's own layout."""
-        return sum(placed.memory.nbytes for placed in self._placed if placed.is_copy)
+        copies = (placed for placed in self._placed if placed.is_copy or placed.box.made)
+        return sum(placed.memory.nbytes for placed in copies)
 
     def refresh(self) -> bool:
         """Bring copies up to date and follow tensors that moved; call before every update.
