@@ -18,6 +18,7 @@ from engine_plugins.sender.options import SenderOptions
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.merged_lora import MergedLora
 from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
 from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
@@ -41,6 +42,7 @@ class Recipe:
         gathers: gives, from the global ranks of all trainer processes, what to call before every
             update so that this process's tensors are those of the last step.
         form: of what is offered, where it is not what the trainer holds.
+        merged: what adapters are merged into.
     """
 
     boxes: Boxes
@@ -48,6 +50,7 @@ class Recipe:
     places: Callable[[], Sequence[Place]] = tuple
     gathers: Gathers | None = None
     form: BlockFp8 | None = None
+    merged: MergedLora | None = None
 
 
 def of_boxes(
@@ -57,20 +60,30 @@ def of_boxes(
     return Recipe(boxes=boxes, model=dict(model or {}), form=_form(options, None))
 
 
-def of_hf(weights: HfWeights, config: object, options: SenderOptions) -> Recipe:
+def of_hf(
+    weights: HfWeights, config: object, options: SenderOptions, *, merge_lora: bool = False
+) -> Recipe:
     """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
-    offer = HfOffer(weights, config)
-    return Recipe(boxes=offer.boxes, model=offer.facts, form=_form(options, offer.config))
+    offer = HfOffer(weights, config, merge_lora=merge_lora)
+    return Recipe(
+        boxes=offer.boxes,
+        model=offer.facts,
+        gathers=None if offer.merged is None else offer.merged.gathers,
+        form=_form(options, offer.config),
+        merged=offer.merged,
+    )
 
 
-def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
+def of_fsdp(
+    model: nn.Module, config: object, options: SenderOptions, *, merge_lora: bool = False
+) -> Recipe:
     """What this process holds of an FSDP2 model; see `WeightSender.from_fsdp`."""
     if not isinstance(model, nn.Module):
         raise SourceError(
             f"a {type(model).__name__} is no model",
             remedy="give the module that fully_shard was called on; named tensors go to from_hf",
         )
-    return of_hf(model, config, options)
+    return of_hf(model, config, options, merge_lora=merge_lora)
 
 
 def of_megatron(
