@@ -251,6 +251,7 @@ class Job:
             self._ranks,
             quantization=self._recipe.form,
             send_dtype=options.get("send_dtype", "engine"),
+            merged=self._recipe.merged,
         )
         self.offer = TrainerOffer(
             self._forms.boxes,
