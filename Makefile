@@ -9,15 +9,19 @@ MUTMUT_SEES_VLLM := .venv/mutants/lib/python3.11/site-packages/vllm.pth
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint bench chaos-gate chaos-update liveness soak families mutants next-release \
+.PHONY: help demo examples test check lint bench chaos-gate chaos-update liveness soak families mutants next-release \
   fmt setup setup-vllm \
-  setup-sglang setup-megatron no-such-engine clean
+  setup-sglang setup-megatron setup-trainers no-such-engine clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(if $(filter vllm sglang,$(ENGINE)),setup-$(ENGINE),no-such-engine) ## train a tiny model and update a live server with it (ENGINE=sglang: SGLang's)
 	.venv/$(ENGINE)/bin/python examples/live_update_demo.py --engine $(ENGINE) $(ARGS)
+
+examples: setup setup-trainers setup-megatron ## real trainers, three steps each, into live servers in bfloat16 (ARGS="--only fsdp2")
+	$(VLLM_PYTHON) examples/run_trainers.py --engine vllm $(ARGS)
+	.venv/sglang/bin/python examples/run_trainers.py --engine sglang $(ARGS)
 
 test: setup ## all tests, on both engines side by side (ARGS="-k name" narrows them)
 	$(PYTHON) scripts/run_tests.py $(ARGS)
@@ -66,7 +70,7 @@ fmt: setup-vllm ## format, and fix what ruff can fix by itself
 
 setup: setup-vllm setup-sglang ## install every engine environment
 
-setup-vllm setup-sglang setup-megatron: setup-%: ## install one environment, .venv/vllm or .venv/sglang
+setup-vllm setup-sglang setup-megatron setup-trainers: setup-%: ## install one environment, .venv/vllm or .venv/sglang
 	@command -v $(PYTHON) >/dev/null || { \
 	  echo "setup: error: $(PYTHON) not found; install Python 3.11 or run make PYTHON=/path/to/python3.11 ..." >&2; \
 	  exit 1; }

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from engine_plugins.trainer_sender import WeightSender as WeightSender
     from engine_plugins.weights.sources.megatron.rank import MegatronChunk as MegatronChunk
     from engine_plugins.weights.sources.megatron.rank import MegatronRank as MegatronRank
+    from engine_plugins.weights.sources.megatron.registry import MegatronRule as MegatronRule
+    from engine_plugins.weights.sources.megatron.registry import register_family as register_family
     from engine_plugins.worker_environment import forwarded_environment as forwarded_environment
 
 __version__ = "0.1.0"
@@ -22,9 +24,11 @@ _HOMES = {
     "EnginesFailedError": "engine_plugins.sender.report",
     "MegatronChunk": "engine_plugins.weights.sources.megatron.rank",
     "MegatronRank": "engine_plugins.weights.sources.megatron.rank",
+    "MegatronRule": "engine_plugins.weights.sources.megatron.registry",
     "SenderReport": "engine_plugins.sender.report",
     "WeightSender": "engine_plugins.trainer_sender",
     "forwarded_environment": "engine_plugins.worker_environment",
+    "register_family": "engine_plugins.weights.sources.megatron.registry",
 }
 """What a trainer imports; loaded when asked for, since engines import this package too."""
 
@@ -32,10 +36,12 @@ __all__ = [
     "EnginesFailedError",
     "MegatronChunk",
     "MegatronRank",
+    "MegatronRule",
     "SenderReport",
     "WeightSender",
     "__version__",
     "forwarded_environment",
+    "register_family",
 ]
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack
@@ -20,31 +21,28 @@ from engine_plugins.admin_answers import PauseMode, UpdateRequest
 from engine_plugins.errors import SettingsError, SourceError, UpdateEndUnknownError
 from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.engines import EngineLink, links_to
-from engine_plugins.sender.megatron_job import (
-    MegatronRanks,
-    Place,
-    check_topology,
-    gathers_of,
-    ranks_of,
-)
+from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology
 from engine_plugins.sender.offer import TrainerOffer
-from engine_plugins.sender.options import SenderOptions, Ways
+from engine_plugins.sender.options import MEET_TIMEOUT_S, SenderOptions, Ways
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
+from engine_plugins.sender.recipes import (
+    Boxes,
+    Recipe,
+    of_boxes,
+    of_fsdp,
+    of_hf,
+    of_megatron,
+)
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Round, checked_version
+from engine_plugins.sender.send_dtype import EngineDtypes
+from engine_plugins.sender.sent_forms import SentForms
 from engine_plugins.sender.update_rounds import UpdateRounds
-from engine_plugins.weights.boxes.model_facts import model_facts
-from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.version_word import new_word
-from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
-from engine_plugins.weights.sources.forms.block_fp8_source import quantized_source
-from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
-from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
-from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
-from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
-from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
+from engine_plugins.weights.sources.megatron.registry import GivenRules
+from engine_plugins.weights.sources.torch_source import HfWeights
 
 __all__ = ["WeightSender"]
 
@@ -65,15 +63,12 @@ class WeightSender:
         boxes: gives this process's boxes anew for every update.
         engines: base urls, `http://host:8000`.
         model: facts that engines compare with their own config; see `model_facts`.
-        places: gives the place of every rank of a larger job that this process plays; see
-            `check_topology`.
-        gathers: gives, from the global ranks of all trainer processes, what to call before every
-            update so that this process's tensors are those of the last step.
         **options: see `SenderOptions`.
 
     Raises:
         SettingsError: an engine url that is none, or given twice; files for TLS that cannot be
-            used; a fan_out below 1, or together with two phases; a push in one phase.
+            used; a fan_out below 1, or together with two phases; a push in one phase; a dtype or
+            quantization that weights cannot be sent in.
         NotConfiguredError: NIXL is not installed.
         SourceError: tensors that cannot be offered.
         TransportError: memory that cannot be registered.
@@ -81,36 +76,43 @@ class WeightSender:
 
     def __init__(
         self,
-        boxes: Callable[[], Sequence[SourceBox]],
+        boxes: Boxes,
         *,
         engines: Engines,
         model: Mapping[str, str | int | bool] | None = None,
-        places: Callable[[], Sequence[Place]] = tuple,
-        gathers: Callable[[Collection[int]], Sequence[Callable[[], None]]] | None = None,
         **options: Unpack[SenderOptions],
     ) -> None:
+        self._begin(partial(of_boxes, boxes, model, options), engines, options)
+
+    @classmethod
+    def _made(cls, recipe: Callable[[], Recipe], engines: Engines, options: SenderOptions) -> Self:
+        sender = cls.__new__(cls)
+        sender._begin(recipe, engines, options)
+        return sender
+
+    def _begin(
+        self, recipe: Callable[[], Recipe], engines: Engines, options: SenderOptions
+    ) -> None:
+        """Meet the other ranks first: whatever fails after that is told to all of them."""
         self._access = EngineAccess.of(options)
-        self._model = dict(model or {})
         self._progress = options.get("progress")
         self._ways = Ways.of(options)
-        self._gathers = gathers
         self._rounds: UpdateRounds | None = None
-        form = options.get("quantization")
-        self._quantizer = None if form is None else quantized_source(boxes, form)
         self._links: dict[str, EngineLink] = {}
-        self._ranks = TrainerRanks(options.get("process_group"))
-        self._offer = TrainerOffer(
-            boxes if self._quantizer is None else self._quantizer.boxes,
-            self._ranks,
-            model=self._model,
-            transport=options.get("transport"),
-            pushes=self._ways.direction == "push",
-            let_go=(lambda: None) if self._quantizer is None else self._quantizer.release,
+        timeout_s = options.get("meet_timeout_s", MEET_TIMEOUT_S)
+        usable = isinstance(timeout_s, int | float) and timeout_s > 0  # else refused later
+        self._ranks = TrainerRanks(
+            options.get("process_group"), meet_timeout_s=timeout_s if usable else MEET_TIMEOUT_S
         )
+        self._closing = ExitStack()
+        """Each is closed, last first, whatever the others raise."""
+        self._closing.callback(self._ranks.close)
+        self._closing.callback(self._close_links)
         try:
-            told = self._ranks.agree("reading the ranks", lambda: list(places()), list[Place])
-            check_topology([place for told_by_one in told for place in told_by_one])
-            self._ranks.agree("registering the weights", partial(self._open, engines), None)
+            with self._ranks.together("making the sender"):
+                read = partial(self._read, recipe, options)
+                self._ranks.agree("reading the model", read, list[Place], judge=_one_topology)
+                self._ranks.agree("registering the weights", partial(self._open, engines), None)
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
             raise
@@ -124,26 +126,29 @@ class WeightSender:
         config: object = None,
         **options: Unpack[SenderOptions],
     ) -> Self:
-        """Send HF-named tensors: whole ones, and of DTensors each rank's share.
+        """Send an HF model, or HF-named tensors: whole ones, and of DTensors each rank's share.
+
+        A transformers model is offered as `save_pretrained` would write it: its parameters and
+        saved buffers, renamed, split and joined by transformers' own tables, as views.
 
         Args:
-            weights: best the HF model itself, or a function that gives its named tensors: either
-                is looked at anew for every update, so parameters that were replaced
-                (`load_state_dict(assign=True)`, a merged adapter) are followed. Of named tensors
-                given once these very objects are sent: of `named_parameters()` a replaced
-                `.data` is followed, and of a `state_dict()` nothing.
+            weights: best the HF model itself, compiled or wrapped (DDP) or not; or a function
+                that gives its named tensors: either is looked at anew for every update, so
+                parameters that were replaced (`load_state_dict(assign=True)`) are followed. Of
+                named tensors given once these very objects are sent: of `named_parameters()` a
+                replaced `.data` is followed, and of a `state_dict()` nothing.
             engines: base urls, `http://host:8000`.
-            config: the HF config, object or dict.
+            config: the HF config, object, dict or path. A model has its own; of named tensors it
+                says how transformers' names and fused experts become the checkpoint's.
             **options: see `SenderOptions`.
+
+        Raises:
+            SourceError: nothing given, no model and no named tensors, tensors without values
+                (offloaded), names of adapters, or tensors beside the model's (a value head).
+            UnsupportedError: a model wrapped by FSDP1, or tensors that are no views of what a
+                checkpoint holds; otherwise as for the class.
         """
-        look, family = looked_at_anew(weights), _model_type(config)
-        tied = is_tied(config, weights)
-        return cls(
-            lambda: checked_boxes(hf_boxes(look(), model_type=family), tied=tied),
-            engines=engines,
-            model=model_facts(config),
-            **_of_config(options, config),
-        )
+        return cls._made(partial(of_hf, weights, config, options), engines, options)
 
     @classmethod
     def from_fsdp(
@@ -163,19 +168,13 @@ class WeightSender:
             model: the HF model that `fully_shard` was called on; compiled or with activation
                 checkpointing or not.
             engines: base urls, `http://host:8000`.
-            config: the HF config, object or dict.
+            config: the HF config, object, dict or path; by default the model's own.
             **options: see `SenderOptions`.
 
         Raises:
-            UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
+            UnsupportedError: a model wrapped by FSDP1; otherwise as for `from_hf`.
         """
-        family, tied = _model_type(config), is_tied(config, model)
-        return cls(
-            lambda: checked_boxes(hf_boxes(fsdp_tensors(model), model_type=family), tied=tied),
-            engines=engines,
-            model=model_facts(config),
-            **_of_config(options, config),
-        )
+        return cls._made(partial(of_fsdp, model, config, options), engines, options)
 
     @classmethod
     def from_megatron(
@@ -184,6 +183,7 @@ class WeightSender:
         config: Any,
         *,
         engines: Engines,
+        rules: GivenRules | None = None,
         **options: Unpack[SenderOptions],
     ) -> Self:
         """Send what this process holds of a Megatron model, in Megatron's own layout.
@@ -191,21 +191,18 @@ class WeightSender:
         What an optimizer with `overlap_param_gather` left to the next forward pass is gathered
         first, in every update. Of ranks built by hand this is the caller's to do.
 
+        Which HF tensors a parameter holds is said by `rules`, then by the family's tables
+        (`register_family` adds to these), then by Megatron-Bridge where the trainer has it loaded.
+
         Args:
             ranks: this process's share; its model chunks as modules, best as DDP wraps them; or
                 several shares, for a process that plays many ranks.
             config: the HF config that the engines serve, object or dict.
             engines: base urls, `http://host:8000`.
+            rules: for parameters that no table has, or has otherwise: see `register_family`.
             **options: see `SenderOptions`.
         """
-        return cls(
-            lambda: megatron_boxes_of(ranks_of(ranks), config),
-            places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
-            gathers=lambda members: gathers_of(ranks, members),
-            engines=engines,
-            model=model_facts(config),
-            **_of_config(options, config),
-        )
+        return cls._made(partial(of_megatron, ranks, config, rules, options), engines, options)
 
     def update(
         self,
@@ -291,11 +288,8 @@ class WeightSender:
         Engines keep the weights that they have; their plans from this sender are void. What an
         engine reads at this moment it refuses.
         """
-        self._offer.close()
-        for link in self._links.values():
-            link.client.close()
         self._rounds = None
-        self._ranks.close()
+        self._closing.close()
 
     def __enter__(self) -> Self:
         return self
@@ -318,8 +312,7 @@ class WeightSender:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
         self._gather()
-        self._quantize()
-        self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(word), None)
+        self._refresh(word)
         result = self._run(msgspec.structs.replace(request, source_word=word))
         if result.failures:
             raise EnginesFailedError(
@@ -337,6 +330,7 @@ class WeightSender:
             seconds,
             fed_by=result.fed_by,
             push=None if self._offer.push is None else PushReport.of(self._offer.push.costs),
+            slot_bytes=self._forms.slot_bytes,
         )
 
     def _run(self, request: UpdateRequest) -> Round:
@@ -381,19 +375,37 @@ class WeightSender:
 
         Every rank looks before any gathers: one that refuses would leave the others waiting.
         """
-        if self._gathers is None:
+        gathers = self._recipe.gathers
+        if gathers is None:
             return
         found: list[Callable[[], None]] = []
-        look = partial(self._gathers, self._ranks.members)
+        look = partial(gathers, self._ranks.members)
         self._ranks.agree("looking at the parameters", lambda: found.extend(look()), None)
         self._ranks.agree("gathering the parameters", lambda: _call_all(found), None)
 
-    def _quantize(self) -> None:
-        """Agree on blocks that several ranks share; the refresh that follows fills the slots."""
-        if self._quantizer is not None:
-            measure = self._quantizer.measure
-            told = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
-            self._quantizer.settle(blocks for each in told for blocks in each)
+    def _refresh(self, word: int) -> None:
+        """Offer the weights as they are now; once more if the engines want other dtypes."""
+        self._forms.refresh(lambda: self._open_rounds().refresh(word))
+
+    def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
+        """Work out what is sent."""
+        self._recipe = recipe()
+        self._forms = SentForms(
+            self._recipe.boxes,
+            self._ranks,
+            quantization=self._recipe.form,
+            send_dtype=options.get("send_dtype", "engine"),
+        )
+        self._offer = TrainerOffer(
+            self._forms.boxes,
+            self._ranks,
+            model=self._recipe.model,
+            transport=options.get("transport"),
+            pushes=self._ways.direction == "push",
+            let_go=self._forms.release,
+        )
+        self._closing.callback(self._offer.close)
+        return list(self._recipe.places())
 
     def _open(self, engines: Engines) -> None:
         self._links = {link.url: link for link in links_to(engines, self._access)}
@@ -406,9 +418,16 @@ class WeightSender:
             self._links,
             self._ways,
             self._offer,
-            model=self._model,
+            model=self._recipe.model,
+            dtypes=EngineDtypes(self._ranks, self._forms.dtypes),
+            again=self._refresh,
             shown=partial(progress_of, access=self._access, shown=self._progress),
         )
+
+    def _close_links(self) -> None:
+        with ExitStack() as stack:
+            for link in self._links.values():
+                stack.callback(link.client.close)
 
     def _open_rounds(self) -> UpdateRounds:
         if self._rounds is None:
@@ -416,18 +435,10 @@ class WeightSender:
         return self._rounds
 
 
+def _one_topology(told: Sequence[Sequence[Place]]) -> None:
+    check_topology([place for told_by_one in told for place in told_by_one])
+
+
 def _call_all(steps: Sequence[Callable[[], None]]) -> None:
     for step in steps:
         step()
-
-
-def _of_config(options: SenderOptions, config: object) -> SenderOptions:
-    """The options, with the form that a model's config speaks of."""
-    if options.get("quantization") != "fp8":
-        return options
-    return {**options, "quantization": BlockFp8.of_config(config)}
-
-
-def _model_type(config: object) -> str | None:
-    family = model_facts(config).get("model_type")
-    return str(family) if family else None

@@ -36,9 +36,9 @@ class Engine:
     environment: Mapping[str, str]
     remark: str = ""
 
-    def command(self, model: Path, *, port: int) -> list[str]:
-        """The command line that serves a folder on a port of loopback, in float32."""
-        common = f"--host 127.0.0.1 --port {port} --dtype float32"
+    def command(self, model: Path, *, port: int, dtype: str = "float32") -> list[str]:
+        """The command line that serves a folder on a port of loopback."""
+        common = f"--host 127.0.0.1 --port {port} --dtype {dtype}"
         return [*self.start, str(model), *f"{self.plugin_flags} {common} {self.flags}".split()]
 
 

@@ -106,13 +106,28 @@ class Children:
         if not self.keep:
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def start(self, name: str, command: Sequence[str], *, piped: bool = False) -> Child:
-        """Start a command as leader of a new group; with `piped` its stdout can be read."""
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str] | None = None,
+        *,
+        piped: bool = False,
+    ) -> Child:
+        """Start a command as leader of a new group; with `piped` its stdout can be read.
+
+        Args:
+            name: of its log.
+            command: a program and its arguments.
+            environment: over that of all children.
+            piped: whether somebody reads its stdout.
+        """
+        temporary = {"TMPDIR": str(self.folder)}
         log = self.folder / f"{name}.log"
         with _signals_held(), log.open("w") as output:
             process = subprocess.Popen(
                 command,
-                env={**os.environ, **self._environment, "TMPDIR": str(self.folder)},
+                env={**os.environ, **self._environment, **temporary, **(environment or {})},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if piped else output,
                 stderr=output,

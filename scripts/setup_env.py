@@ -67,8 +67,9 @@ ENVIRONMENTS = [
     ),
     EngineEnvironment(name="sglang", needed_disk_gib=5.0),
     EngineEnvironment(name="megatron", needed_disk_gib=3.0),
+    EngineEnvironment(name="trainers", needed_disk_gib=2.0),
 ]
-"""The two engines, and what `make bench` compares with; each one is set up alike."""
+"""The two engines, and trainers without an engine; each one is set up alike."""
 
 
 class SetupError(Exception):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.dtype_fit import dtype_problems
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy
 from engine_plugins.weights.loader.numbered_names import kind_of, numbers_in, renumbered
 
@@ -80,9 +81,19 @@ def prediction_layers(config: object) -> range:
 
 
 def engine_steps(
-    trace: LoaderTrace, tensors: Sequence[LogicalTensor], rules: LoaderRules
+    trace: LoaderTrace,
+    tensors: Sequence[LogicalTensor],
+    rules: LoaderRules,
+    *,
+    mended: Collection[str] = (),
 ) -> tuple[list[EngineStep], list[str]]:
     """Group tensors by the engine modules that they fill, in the model's order.
+
+    Args:
+        trace: what the loader does with these tensors.
+        tensors: as they are offered.
+        rules: of the loader.
+        mended: tensors that may come in a wrong dtype, since their sender will cast them.
 
     Returns:
         The steps, and the names that reached no parameter of this rank: another rank may need
@@ -93,7 +104,7 @@ def engine_steps(
             would be cast.
     """
     problems = [
-        *_dtype_problems(_filling_copies(trace), rules.model_dtype),
+        *dtype_problems(trace, rules.model_dtype, mended=mended),
         *_coverage_problems(trace),
         *_padding_problems(trace),
     ]
@@ -101,7 +112,8 @@ def engine_steps(
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
         raise WeightMismatchError(
             "the sources do not fit the engine's model: " + "; ".join(problems[:_SHOWN]) + more,
-            remedy="publish every tensor of the model that this engine serves, in its dtype",
+            remedy="publish every tensor of the model that this engine serves, in its dtype "
+            "(WeightSender casts by send_dtype='engine', its default)",
         )
     reached = trace.sources()
     unused = [
@@ -119,31 +131,6 @@ def parameters_by_coverage(trace: LoaderTrace) -> tuple[int, list[str]]:
     """
     idle = [name for name, numel in trace.parameter_numel.items() if not numel]
     return len(trace.parameter_numel) - len(idle), idle
-
-
-def _filling_copies(trace: LoaderTrace) -> list[TracedCopy]:
-    """All but copies into what an engine derives from its parameters, in a dtype of its choice."""
-    return [copy for copy in trace.copies if copy.parameter in trace.parameter_numel]
-
-
-def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> list[str]:
-    """A cast is right only where the engine would cast its own checkpoint as well.
-
-    To or from bytes it never is: such values mean nothing without their scales.
-    """
-
-    def is_right(copy: TracedCopy) -> bool:
-        bytewise = 1 in (copy.source_dtype.itemsize, copy.parameter_dtype.itemsize)
-        return copy.source_dtype == copy.parameter_dtype or (
-            copy.source_dtype == model_dtype and not bytewise
-        )
-
-    return [
-        f"{'+'.join(copy.sources)} is {_say(copy.source_dtype)}, "
-        f"{copy.parameter} wants {_say(copy.parameter_dtype)}"
-        for copy in copies
-        if not is_right(copy)
-    ]
 
 
 def _coverage_problems(trace: LoaderTrace) -> list[str]:
@@ -263,7 +250,3 @@ def _model_order(trace: LoaderTrace, modules: dict[str, list[str]]) -> list[str]
     in_model = dict.fromkeys(parameter.rpartition(".")[0] for parameter in trace.parameter_numel)
     in_model |= dict.fromkeys(modules)  # those that only derive something come last
     return [module for module in in_model if modules.get(module)]
-
-
-def _say(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -10,7 +10,11 @@ import pytest
 from torch import nn
 
 from engine_plugins.errors import SourceError, UnsupportedError
-from engine_plugins.weights.sources.megatron.config import check_options, glu_interleave
+from engine_plugins.weights.sources.megatron.config import (
+    check_norms,
+    check_options,
+    glu_interleave,
+)
 
 
 def chunk_with(config: object, *, inside: bool = False) -> nn.Module:
@@ -26,7 +30,6 @@ def chunk_with(config: object, *, inside: bool = False) -> nn.Module:
     ("option", "value"),
     [
         ("moe_shared_expert_glu_interleave_size", 32),
-        ("layernorm_zero_centered_gamma", True),
         ("rotary_interleaved", True),
         ("gtp_weight_remat_size", 2),
         ("use_grouped_gemm_for_dense_mlp", True),
@@ -79,3 +82,15 @@ def test_the_experts_interleaving_is_told_and_must_be_one() -> None:
     chunk.config = SimpleNamespace(moe_mlp_glu_interleave_size=16)  # type: ignore[assignment]
     with pytest.raises(SourceError, match=r"\['16', '32'\]"):
         glu_interleave(chunk)
+
+
+@pytest.mark.parametrize("said", [True, False])
+def test_norms_must_hold_what_the_families_do(said: bool) -> None:
+    """Gemma's norms hold their weight less one, and so does Megatron with the option."""
+    chunk = chunk_with(SimpleNamespace(layernorm_zero_centered_gamma=said), inside=True)
+    check_options(chunk)
+    check_norms(chunk, zero_centered=said)
+    check_norms(chunk, zero_centered=None)
+    with pytest.raises(UnsupportedError, match=f"layernorm_zero_centered_gamma = {said}") as told:
+        check_norms(chunk, zero_centered=not said)
+    assert f"layernorm_zero_centered_gamma = {not said}" in told.value.remedy

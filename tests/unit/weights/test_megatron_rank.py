@@ -80,14 +80,21 @@ def model_chunks(rank: MegatronRank) -> list[nn.Module]:
     ]
 
 
-def parallel_state(*, initialized: bool = True) -> ModuleType:
+GROUPS = {
+    "tp": "tensor_model_parallel",
+    "pp": "pipeline_model_parallel",
+    "ep": "expert_model_parallel",
+    "etp": "expert_tensor_parallel",
+}
+
+
+def parallel_state(
+    groups: dict[str, tuple[int, int]] | None = None, *, initialized: bool = True
+) -> ModuleType:
     state = ModuleType("megatron.core.parallel_state")
-    places = {
-        "tensor_model_parallel": (1, 2),
-        "pipeline_model_parallel": (0, 1),
-        "expert_model_parallel": (0, 1),
-        "expert_tensor_parallel": (1, 2),
-    }
+    places = dict(zip(GROUPS.values(), [(1, 2), (0, 1), (0, 1), (1, 2)], strict=True)) | (
+        groups or {}
+    )
     state.__dict__["model_parallel_is_initialized"] = lambda: initialized
     for group, (place, size) in places.items():
         state.__dict__[f"get_{group}_rank"] = lambda place=place: place
@@ -149,6 +156,30 @@ def test_uninitialised_megatron_is_an_error(megatron: pytest.MonkeyPatch) -> Non
     megatron.setitem(sys.modules, "megatron.core.parallel_state", state)
     with pytest.raises(NotConfiguredError, match="no groups"):
         MegatronRank.from_model([])
+
+
+@pytest.mark.parametrize("axis", GROUPS)
+def test_each_coordinate_not_given_is_asked_of_megatron(
+    megatron: pytest.MonkeyPatch, axis: str
+) -> None:
+    """Also where the others are given, and where one of a pair is."""
+    groups = dict.fromkeys(GROUPS.values(), (1, 8))
+    megatron.setitem(sys.modules, "megatron.core.parallel_state", parallel_state(groups))
+    given: dict[str, Any] = {}
+    for other in set(GROUPS) - {axis}:
+        given |= {f"{other}_rank": 0, f"{other}_size": 2}
+    rank = MegatronRank.from_model([], **given)
+    assert (getattr(rank, f"{axis}_rank"), getattr(rank, f"{axis}_size")) == (1, 8)
+    for other in set(GROUPS) - {axis}:
+        assert (getattr(rank, f"{other}_rank"), getattr(rank, f"{other}_size")) == (0, 2)
+    half = MegatronRank.from_model([], **{**given, f"{axis}_rank": 5})
+    assert (getattr(half, f"{axis}_rank"), getattr(half, f"{axis}_size")) == (5, 8)
+
+
+def test_half_a_place_is_no_place_without_megatron() -> None:
+    with pytest.raises(NotConfiguredError) as told:
+        MegatronRank.from_model([], tp_rank=0, tp_size=1, ep_size=8)
+    assert told.value.remedy == "pass ep_rank and ep_size"
 
 
 def test_without_megatron_the_coordinates_must_be_given() -> None:

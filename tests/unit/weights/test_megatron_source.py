@@ -208,12 +208,15 @@ def test_an_unknown_parameter_is_an_error_that_names_it(name: str) -> None:
         megatron_boxes(changed(rank, **{name: torch.zeros(16)}), config)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gemma3", None])
+@pytest.mark.parametrize("model_type", ["bloom", "gemma3", None])
 def test_an_unsupported_family_is_named_with_the_supported_ones(model_type: str | None) -> None:
+    """And with every way to have it sent all the same."""
     config = dense_config()
     (rank,) = megatron_ranks(hf_tensors(config), config)
-    with pytest.raises(UnsupportedError, match=f"{model_type}.*llama, qwen2, qwen3"):
+    with pytest.raises(UnsupportedError, match=rf"{model_type}.*llama, .*qwen2, .*qwen3") as told:
         megatron_boxes(rank, config | {"model_type": model_type})
+    for way in (f"register_family('{model_type}'", "rules=", "megatron.bridge", "from_hf"):
+        assert way in told.value.remedy
 
 
 @pytest.mark.parametrize(

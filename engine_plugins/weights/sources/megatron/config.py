@@ -18,13 +18,15 @@ from torch import nn
 
 from engine_plugins.errors import SourceError, UnsupportedError
 
-__all__ = ["check_options", "glu_interleave"]
+__all__ = ["check_norms", "check_options", "glu_interleave"]
 
 _EXPERTS = "moe_mlp_glu_interleave_size"
 """Rows of the blocks in which grouped experts keep gate and up by turns; it is followed."""
 
+_ZERO_CENTERED = "layernorm_zero_centered_gamma"
+"""Norms hold their weight less one."""
+
 _REFUSED = {
-    "layernorm_zero_centered_gamma": "norms hold their weight less one",
     "rotary_interleaved": "query and key rows are in the order of another rotary embedding",
     "moe_shared_expert_glu_interleave_size": "shared experts keep gate and up rows by turns",
     "moe_single_grouped_weight": "all experts of a rank are one parameter",
@@ -48,6 +50,7 @@ _HARMLESS = frozenset(
         "dsa_indexer_rope_interleaved",  # of an attention that none of our families has
         "glu_linear_offset",
         "interleaved_attn_pattern",
+        _ZERO_CENTERED,  # of some families this is HF's own form: `check_norms`
         "mamba_stack_spec",
         "moe_hybridep_num_blocks_permute",
         "moe_hybridep_num_blocks_unpermute",
@@ -82,6 +85,29 @@ def check_options(chunk: nn.Module) -> None:
             )
 
 
+def check_norms(chunk: nn.Module, *, zero_centered: bool | None) -> None:
+    """Refuse norms that do not hold what the HF norms of the family hold.
+
+    Args:
+        chunk: with the configs of all its parts.
+        zero_centered: whether HF's norms hold their weight less one; None: as the trainer's.
+
+    Raises:
+        UnsupportedError: names the option and its value.
+    """
+    for config in _configs(chunk):
+        said = _options(config).get(_ZERO_CENTERED)
+        if zero_centered is None or said is None or bool(said) is zero_centered:
+            continue
+        held = ["their weight", "their weight less one"]
+        raise UnsupportedError(
+            f"the Megatron model's config has {_ZERO_CENTERED} = {said!r}: its norms hold "
+            f"{held[not zero_centered]}, and the HF model's {held[zero_centered]}",
+            remedy=f"train with {_ZERO_CENTERED} = {zero_centered}; for a family of your own say "
+            "zero_centered_norms in register_family",
+        )
+
+
 def glu_interleave(chunk: nn.Module) -> int | None:
     """The rows of a block in which the chunk's grouped experts keep gate and up by turns.
 
@@ -113,7 +139,7 @@ def _configs(chunk: nn.Module) -> Iterator[object]:
 def _options(config: Any) -> dict[str, Any]:
     if isinstance(config, Mapping):
         return dict(config)
-    known = {name: getattr(config, name, None) for name in (*_REFUSED, _EXPERTS)}
+    known = {name: getattr(config, name, None) for name in (*_REFUSED, _EXPERTS, _ZERO_CENTERED)}
     return known | getattr(config, "__dict__", {})
 
 

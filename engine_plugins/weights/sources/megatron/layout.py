@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from itertools import accumulate
 
 import torch
 
@@ -77,6 +78,8 @@ class Rows(Enum):
     """One HF tensor, and padding after its last row."""
     GATED = "gated"
     """Each rank holds its own `[gate; up]`, or blocks of its gate and up by turns."""
+    SEGMENTS = "segments"
+    """One HF tensor of several stretches, of each of which a rank holds its share."""
     QKV = "qkv"
     """`[q x (heads / groups), k, v]` per query group, or `[q.., z.., k, v]` with an output gate.
 
@@ -150,7 +153,12 @@ class _Run:
 
 
 def cut_shard(
-    rows: Rows, cut: Cut, shard: Shard, wholes: Sequence[Shape], heads: Heads | None
+    rows: Rows,
+    cut: Cut,
+    shard: Shard,
+    wholes: Sequence[Shape],
+    heads: Heads | None,
+    segments: Sequence[int] = (),
 ) -> list[Piece]:
     """Say which boxes of the HF tensors a shard holds.
 
@@ -160,6 +168,7 @@ def cut_shard(
         shard: this rank's share.
         wholes: shapes of the parameter's HF tensors, in the order of the fused rows.
         heads: the model's attention heads; needed for `Rows.QKV` alone.
+        segments: rows of each stretch of the HF tensor; for `Rows.SEGMENTS` alone.
 
     Returns:
         Views of the shard; empty where it holds vocabulary padding alone.
@@ -171,6 +180,8 @@ def cut_shard(
         return _cut_columns(shard, wholes)
     if rows is Rows.PADDED:
         return _cut_padded(shard, wholes)
+    if rows is Rows.SEGMENTS:
+        return _cut_runs(shard, wholes[0][1:], _segment_runs(shard, wholes, segments))
     return _cut_runs(shard, wholes[0][1:], _RUNS[rows](shard, wholes, heads))
 
 
@@ -245,6 +256,25 @@ def _gated_runs(shard: Shard, wholes: Sequence[Shape], _heads: Heads | None) -> 
         run
         for turn in range(shard.count * turns)
         for run in (_Run(0, turn * gate, gate), _Run(1, turn * up, up))
+    ]
+
+
+def _segment_runs(shard: Shard, wholes: Sequence[Shape], segments: Sequence[int]) -> list[_Run]:
+    ((rows, *_),) = wholes
+    if sum(segments) != rows:
+        raise SourceError(
+            f"{shard.name}: segments of {list(segments)} rows are not the tensor's {rows} rows",
+            remedy="check the parallel sizes given and that the config is this model's",
+        )
+    starts = accumulate(segments, initial=0)
+    shares = [
+        (start, _blocks(shard, segment, shard.count, "rows"))
+        for start, segment in zip(starts, segments, strict=False)
+    ]
+    return [
+        _Run(0, start + index * share, share)
+        for index in range(shard.count)
+        for start, share in shares
     ]
 
 

@@ -11,11 +11,20 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from engine_plugins.errors import SourceError, UnsupportedError
+from engine_plugins.weights.sources.megatron.bridge import bridge_family
 from engine_plugins.weights.sources.megatron.classes import cut_of
-from engine_plugins.weights.sources.megatron.layout import Cut, Heads, Role, Rows
+from engine_plugins.weights.sources.megatron.families import FAMILIES, Family
+from engine_plugins.weights.sources.megatron.layout import Cut, Heads, Role, Rows, Shard
 from engine_plugins.weights.sources.megatron.rank import MegatronRank
-from engine_plugins.weights.sources.megatron.rules import FAMILIES, IGNORED, MODEL, MTP_LAYER, Rule
+from engine_plugins.weights.sources.megatron.registry import (
+    GivenRules,
+    checked_rules,
+    known_model_types,
+    registered_family,
+)
+from engine_plugins.weights.sources.megatron.rules import IGNORED, Rule
 from engine_plugins.weights.sources.megatron.sizes import Sizes
+from engine_plugins.weights.sources.megatron.wholes import wholes_of
 
 __all__ = ["SUPPORTED_MODEL_TYPES", "HfConfig", "MegatronNames", "classified"]
 
@@ -36,12 +45,17 @@ _LAYER_NAME = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 # The transformer layer of an MTP layer is `mtp_model_layer` in newer releases of Megatron.
 _MTP_NAME = re.compile(r"mtp\.layers\.(\d+)\.(?:(transformer_layer|mtp_model_layer)\.)?(.+)")
 _EXPERT_NAME = re.compile(
-    r"mlp\.experts\.(?:local_experts\.(\d+)\.linear_fc([12])\.weight|linear_fc([12])\.weight(\d+))"
+    r"mlp\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.\w+)|(linear_fc[12]\.[a-z]+)(\d+))"
 )
 _PLAIN_ROLES = {
     Cut.REPLICATED: Role.REPLICATED,
     Cut.COLUMN: Role.COLUMN,
     Cut.ROW: Role.ROW,
+}
+_EXPERT_ROLES = {
+    Cut.REPLICATED: Role.REPLICATED,
+    Cut.COLUMN: Role.EXPERT_COLUMN,
+    Cut.ROW: Role.EXPERT_ROW,
 }
 
 
@@ -50,34 +64,47 @@ class MegatronNames:
 
     Args:
         config: the model's HF config, as plain data or a `transformers` object.
+        rules: rules of its own, which come before all others.
 
     Raises:
         UnsupportedError: a `model_type` without a table.
-        SourceError: the config lacks a size or contradicts itself; also from every method.
+        SourceError: the config lacks a size or contradicts itself, or a rule that cannot be; also
+            from every method.
     """
 
-    def __init__(self, config: HfConfig) -> None:
+    def __init__(self, config: HfConfig, rules: GivenRules | None = None) -> None:
         fields = config if isinstance(config, Mapping) else config.to_dict()
         self.model_type = str(fields.get("model_type"))
-        family = FAMILIES.get(self.model_type)
-        if family is None:
-            raise UnsupportedError(
-                f"no Megatron layout is known for model_type {self.model_type!r}; known: "
-                f"{', '.join(SUPPORTED_MODEL_TYPES)}",
-                remedy="publish HF-named tensors with WeightSender.from_hf",
-            )
+        own = checked_rules(rules or {})
+        family = self._family(fields, alone=bool(own))
         self._sizes = Sizes(fields)
         self._shapes: dict[tuple[tuple[str, ...], ...], list[tuple[int, ...]]] = {}
         self.num_layers = self._sizes.of("num_hidden_layers")
+        self.zero_centered = family.zero_centered
         self._mtp_layers = fields.get("num_nextn_predict_layers")
-        self._mtp_rules = MTP_LAYER if family.mtp else {}
-        optional = [rules for flag, rules in family.when.items() if fields.get(flag)]
-        tables = (*family.always, *optional)
-        self._layer_rules = {name: rule for rules in tables for name, rule in rules.items()}
-        self._model_rules = dict(MODEL)
-        self.tied = bool(fields.get("tie_word_embeddings"))
+        self._rules = {**family.rules(fields), **own}
+        self._refused = family.refused
+        tied = fields.get("tie_word_embeddings")
+        self.tied = family.tied if tied is None else bool(tied)
         if self.tied:  # see `tied_heads`
-            self._model_rules["output_layer.weight"] = IGNORED
+            self._rules["output_layer.weight"] = IGNORED
+
+    def _family(self, fields: Mapping[str, Any], *, alone: bool) -> Family:
+        """The first that knows the model: the tables, Bridge, or the rules given alone."""
+        family = registered_family(self.model_type) or bridge_family(fields)
+        if family is None and alone:
+            family = Family(whole={})
+        if family is None:
+            raise UnsupportedError(
+                f"no Megatron layout is known for model_type {self.model_type!r}; known: "
+                f"{', '.join(known_model_types())}",
+                remedy="say which HF tensors its parameters hold, with "
+                f"engine_plugins.register_family({self.model_type!r}, ...) or "
+                "from_megatron(rules=...), with like= for an alias; or import megatron.bridge, "
+                "whose mapping is then used where it knows the model; or publish HF-named tensors "
+                "with WeightSender.from_hf",
+            )
+        return family
 
     def find(self, native: str, rank: MegatronRank, global_layers: Sequence[int]) -> Rule:
         """The rule of a native parameter, its HF names made whole.
@@ -91,23 +118,61 @@ class MegatronNames:
             SourceError: a parameter that this family's tables do not have, or a layer or expert
                 that the model does not have.
         """
+        numbers: dict[str, int] = {}
+        key = native
         if match := _LAYER_NAME.fullmatch(native):
-            layer = self._global_layer(native, int(match[1]), global_layers)
-            return self._in_layer(native, match[2], layer, rank)
-        if match := _MTP_NAME.fullmatch(native):
-            layer = self._mtp_layer(native, int(match[1]))
-            if match[2]:
-                return self._in_layer(native, match[3], layer, rank)
-            return _prefixed(self._known(native, self._mtp_rules.get(match[3])), layer)
-        return self._known(native, self._model_rules.get(native))
+            numbers["layer"] = self._global_layer(native, int(match[1]), global_layers)
+            key = f"decoder.layers.{{layer}}.{self._within(native, match[2], rank, numbers)}"
+        elif match := _MTP_NAME.fullmatch(native):
+            numbers["mtp"] = int(match[1])
+            numbers["layer"] = self._mtp_layer(native, int(match[1]))
+            inner = "transformer_layer." if match[2] else ""
+            key = f"mtp.layers.{{mtp}}.{inner}{self._within(native, match[3], rank, numbers)}"
+        rule = self._rules.get(key) or self._rules.get(self._with_mtp(key, numbers))
+        if rule is None:
+            raise self._unknown(native, key)
+        if not numbers:
+            return rule
+        return Rule(
+            role=rule.role,
+            hf=tuple([name.format_map(numbers) for name in rule.hf]),
+            sizes=rule.sizes,
+            rows=rule.rows,
+            segments=rule.segments,
+            expert=rule.expert,
+        )
 
-    def shapes(self, rule: Rule) -> list[tuple[int, ...]]:
-        """Shapes of a rule's HF tensors, in elements."""
+    @staticmethod
+    def _with_mtp(key: str, numbers: Mapping[str, int]) -> str:
+        """The key under which Bridge has a multi-token prediction layer: with its number."""
+        return key.replace("{mtp}", str(numbers["mtp"])) if "mtp" in numbers else key
+
+    def _unknown(self, native: str, key: str) -> SourceError | UnsupportedError:
+        said = f"for it, give from_megatron(rules={{{key!r}: ...}})"
+        if key in self._refused:
+            return UnsupportedError(
+                f"{native}: Megatron-Bridge maps it with a {self._refused[key]}, which is more "
+                "than a layout, and is not followed here",
+                remedy=f"{said}; or publish HF-named tensors with WeightSender.from_hf",
+            )
+        return SourceError(
+            f"unknown Megatron parameter {native} for model_type {self.model_type!r}",
+            remedy=f"check the config (its biases, norms and experts) and the model's spec; {said}",
+        )
+
+    def shapes(self, rule: Rule, shard: Shard) -> list[tuple[int, ...]]:
+        """Shapes of a rule's HF tensors, in elements; what nobody said is as the shard says."""
+        if rule.sizes is None:
+            return wholes_of(rule, shard, self._sizes)
         known = self._shapes.get(rule.sizes)
         if known is None:
             known = [tuple(self._sizes[size] for size in sizes) for sizes in rule.sizes]
             self._shapes[rule.sizes] = known
         return known
+
+    def segments(self, rule: Rule) -> list[int]:
+        """Rows of each stretch of a rule with `Rows.SEGMENTS`."""
+        return [self._sizes[size] for size in rule.segments]
 
     @property
     def hidden(self) -> int:
@@ -132,13 +197,12 @@ class MegatronNames:
         count = experts // rank.ep_size
         return range(rank.ep_rank * count, (rank.ep_rank + 1) * count)
 
-    def _in_layer(self, native: str, name: str, layer: int, rank: MegatronRank) -> Rule:
+    def _within(self, native: str, name: str, rank: MegatronRank, numbers: dict[str, int]) -> str:
+        """A name within a layer, an expert's number taken out of it and counted over the model."""
         match = _EXPERT_NAME.fullmatch(name)
         if match is None:
-            return _prefixed(self._known(native, self._layer_rules.get(name)), layer)
-        linear, local = match[2] or match[3], int(match[1] or match[4])
-        key = f"mlp.experts.linear_fc{linear}.weight{{expert}}"
-        rule = self._known(native, self._layer_rules.get(key))
+            return name
+        leaf, local = match[2] or match[3], int(match[1] or match[4])
         own = self.local_experts(rank)
         if local >= len(own):
             raise SourceError(
@@ -146,15 +210,8 @@ class MegatronNames:
                 f"so none numbered {local}",
                 remedy="check ep_size and the number of experts in the config",
             )
-        return _prefixed(rule, layer, expert=own[local])
-
-    def _known(self, native: str, rule: Rule | None) -> Rule:
-        if rule is None:
-            raise SourceError(
-                f"unknown Megatron parameter {native} for model_type {self.model_type!r}",
-                remedy="check the config (its biases, norms and experts) and the model's spec",
-            )
-        return rule
+        numbers["expert"] = own[local]
+        return f"mlp.experts.{leaf}{{expert}}"
 
     def _global_layer(self, native: str, local: int, global_layers: Sequence[int]) -> int:
         if local >= len(global_layers):
@@ -187,20 +244,22 @@ def classified(native: str, rule: Rule, rank: MegatronRank, kind: str | None) ->
         SourceError: an unknown class, or one that cuts what cannot be cut so.
     """
     cut = cut_of(kind, native, rank.class_cuts) if kind else None
+    if rule.role is None:
+        if cut is None:
+            return rule
+        if cut is Cut.ROW and rule.rows is not Rows.PLAIN:
+            raise _contradiction(native, rule, kind, cut)
+        return replace(rule, role=(_EXPERT_ROLES if rule.expert else _PLAIN_ROLES)[cut])
     if cut is None or cut is rule.role.cut:
         return rule
     if cut is not Cut.REPLICATED and (rule.rows is not Rows.PLAIN or rule.role.is_expert):
-        raise SourceError(
-            f"{native}: a {kind} is cut as {cut.value}, but these are {rule.rows.value} rows of "
-            f"role {rule.role.value}",
-            remedy="check the model's spec, or say otherwise with class_cuts",
-        )
+        raise _contradiction(native, rule, kind, cut)
     return replace(rule, role=_PLAIN_ROLES[cut])
 
 
-def _prefixed(rule: Rule, layer: int, *, expert: int | None = None) -> Rule:
-    prefix = f"model.layers.{layer}."
-    names = tuple(prefix + hf for hf in rule.hf)
-    if expert is not None:
-        names = tuple(name.format(expert=expert) for name in names)
-    return Rule(role=rule.role, hf=names, sizes=rule.sizes, rows=rule.rows)
+def _contradiction(native: str, rule: Rule, kind: str | None, cut: Cut) -> SourceError:
+    role = f" of role {rule.role.value}" if rule.role else ""
+    return SourceError(
+        f"{native}: a {kind} is cut as {cut.value}, but these are {rule.rows.value} rows{role}",
+        remedy="check the model's spec, or say otherwise with class_cuts",
+    )

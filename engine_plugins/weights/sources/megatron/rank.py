@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -189,12 +190,14 @@ class MegatronRank:
     ) -> MegatronRank:
         """Read real Megatron model chunks, wrapped in DDP and Float16Module or not.
 
-        Layer numbers are each layer's `layer_number - 1`. Coordinates not given are asked
-        of `megatron.core.parallel_state`.
+        Layer numbers are each layer's `layer_number - 1`. Each coordinate that is not given is
+        asked of `megatron.core.parallel_state`. Where Megatron has no groups, tp_rank and tp_size
+        must be given, and of the others both or none: none for a group of one, and for experts
+        cut as the dense parameters are.
 
         Raises:
-            NotConfiguredError: tp_rank or tp_size is not given, and Megatron is not
-                installed or has not initialised its groups.
+            NotConfiguredError: a coordinate that must be given, and Megatron is not installed or
+                has not initialised its groups.
             SourceError: a chunk that cannot be read, or a place outside its group.
             UnsupportedError: as for `MegatronChunk.from_module`.
         """
@@ -209,10 +212,7 @@ class MegatronRank:
             "etp_rank": etp_rank,
             "etp_size": etp_size,
         }
-        found = {name: value for name, value in given.items() if value is not None}
-        if "tp_rank" not in found or "tp_size" not in found:
-            found = _parallel_state_coordinates() | found
-        return cls(chunks=chunks, class_cuts=class_cuts or {}, **found)
+        return cls(chunks=chunks, class_cuts=class_cuts or {}, **_completed(given))
 
 
 _GROUPS = {
@@ -223,25 +223,41 @@ _GROUPS = {
 }
 
 
-def _parallel_state_coordinates() -> dict[str, int]:
-    state = _parallel_state()
-    if not state.model_parallel_is_initialized():
+def _completed(given: Mapping[str, int | None]) -> dict[str, int]:
+    """The coordinates given, and what Megatron's groups say of the others."""
+    said = {name: value for name, value in given.items() if value is not None}
+    missing = [axis for axis in _GROUPS if len({f"{axis}_rank", f"{axis}_size"} - said.keys())]
+    needed = [
+        axis for axis in missing if axis == "tp" or {f"{axis}_rank", f"{axis}_size"} & said.keys()
+    ]
+    state = _parallel_state(needed)
+    for axis in missing if state else ():
+        group = _GROUPS[axis]
+        said.setdefault(f"{axis}_rank", int(getattr(state, f"get_{group}_rank")()))
+        said.setdefault(f"{axis}_size", int(getattr(state, f"get_{group}_world_size")()))
+    return said
+
+
+def _parallel_state(needed: Sequence[str]) -> ModuleType | None:
+    """Megatron's groups; None where there are none, and no axis is in need of them.
+
+    A model of Megatron's own was built with Megatron imported, so it is not imported in vain.
+    """
+    remedy = f"pass {' and '.join(f'{axis}_rank and {axis}_size' for axis in needed)}"
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is None and needed:
+        try:
+            state = importlib.import_module("megatron.core.parallel_state")
+        except ImportError as error:
+            raise NotConfiguredError(
+                "megatron.core is not installed, so the rank's coordinates are unknown",
+                remedy=remedy,
+            ) from error
+    if state is None or state.model_parallel_is_initialized():
+        return state
+    if needed:
         raise NotConfiguredError(
             "megatron.core.parallel_state has no groups yet",
-            remedy="call initialize_model_parallel first, or pass tp_rank and tp_size",
+            remedy=f"call initialize_model_parallel first, or {remedy}",
         )
-    found: dict[str, int] = {}
-    for axis, group in _GROUPS.items():
-        found[f"{axis}_rank"] = int(getattr(state, f"get_{group}_rank")())
-        found[f"{axis}_size"] = int(getattr(state, f"get_{group}_world_size")())
-    return found
-
-
-def _parallel_state() -> ModuleType:
-    try:
-        return importlib.import_module("megatron.core.parallel_state")
-    except ImportError as error:
-        raise NotConfiguredError(
-            "megatron.core is not installed, so the rank's coordinates are unknown",
-            remedy="pass tp_rank and tp_size",
-        ) from error
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any
 
 from engine_plugins.errors import SourceError
@@ -25,10 +26,20 @@ class Sizes:
         self._fields = fields
         self._known: dict[str, int] = {}
 
-    def __getitem__(self, symbol: str) -> int:
-        if symbol not in self._known:
-            self._known[symbol] = _SYMBOLS[symbol](self)
-        return self._known[symbol]
+    def __getitem__(self, expression: str) -> int:
+        """The value of a symbol, a field of the config, a number, or sums of products of these."""
+        if expression not in self._known:
+            self._known[expression] = sum(
+                prod(self._value(factor) for factor in term.split("*"))
+                for term in expression.split("+")
+            )
+        return self._known[expression]
+
+    def _value(self, word: str) -> int:
+        if word.isdecimal():
+            return int(word)
+        known = _SYMBOLS.get(word)
+        return known(self) if known else self.of(word)
 
     def of(self, *keys: str) -> int:
         """The first of these config fields that is given, a positive integer."""
@@ -62,7 +73,6 @@ class Sizes:
 
 _SYMBOLS: Mapping[str, Callable[[Sizes], int]] = {
     "hidden": lambda sizes: sizes.of("hidden_size"),
-    "two_hidden": lambda sizes: 2 * sizes["hidden"],
     "vocab": lambda sizes: sizes.of("vocab_size"),
     "head_dim": Sizes.head_dim,
     "q_rows": lambda sizes: sizes.heads.heads * sizes["head_dim"],

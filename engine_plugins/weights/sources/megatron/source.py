@@ -16,6 +16,7 @@ import torch
 
 from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.sources.megatron.config import check_norms
 from engine_plugins.weights.sources.megatron.layout import (
     Cut,
     Role,
@@ -32,6 +33,7 @@ from engine_plugins.weights.sources.megatron.names import (
     classified,
 )
 from engine_plugins.weights.sources.megatron.rank import MegatronChunk, MegatronRank, strip_wrappers
+from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.megatron.rules import Rule
 from engine_plugins.weights.sources.megatron.tied_heads import check_megatron_heads
 from engine_plugins.weights.sources.torch_source import plain_view
@@ -61,7 +63,9 @@ class _Parameter:
     glu_interleave: int | None
 
 
-def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
+def megatron_boxes(
+    rank: MegatronRank, config: HfConfig, rules: GivenRules | None = None
+) -> list[SourceBox]:
     """Describe what one Megatron rank holds as boxes of HF tensors.
 
     Replicated parameters (norms) come from every rank that has them, as equal boxes. A
@@ -70,6 +74,7 @@ def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
     Args:
         rank: the rank's chunks and coordinates.
         config: the model's HF config, as plain data or a `transformers` object.
+        rules: rules of its own, before those of the model's family.
 
     Returns:
         Boxes whose `data` are views of the given tensors, outside autograd.
@@ -81,12 +86,15 @@ def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
             for one box, or an output layer of its own in a tied model. The text names the rank
             and the parameter.
     """
-    names = MegatronNames(config)
+    names = MegatronNames(config, rules)
     boxes: list[SourceBox] = []
     owners: dict[tuple[str, tuple[int, ...]], str] = {}
     with _naming(rank):
         if names.tied:
             check_megatron_heads([rank])
+        for chunk in rank.chunks:
+            if chunk.module is not None:
+                check_norms(chunk.module, zero_centered=names.zero_centered)
         for parameter in _parameters(rank, names):
             for box in _parameter_boxes(rank, names, parameter):
                 place = (box.name, box.start)
@@ -100,11 +108,13 @@ def megatron_boxes(rank: MegatronRank, config: HfConfig) -> list[SourceBox]:
     return boxes
 
 
-def megatron_boxes_of(ranks: Sequence[MegatronRank], config: HfConfig) -> list[SourceBox]:
+def megatron_boxes_of(
+    ranks: Sequence[MegatronRank], config: HfConfig, rules: GivenRules | None = None
+) -> list[SourceBox]:
     """The boxes of several ranks that one process plays; see `megatron_boxes`."""
-    if len(ranks) > 1 and MegatronNames(config).tied:
+    if len(ranks) > 1 and MegatronNames(config, rules).tied:
         check_megatron_heads(ranks)
-    return [box for rank in ranks for box in megatron_boxes(rank, config)]
+    return [box for rank in ranks for box in megatron_boxes(rank, config, rules)]
 
 
 def megatron_roles(rank: MegatronRank, config: HfConfig) -> Counter[Role]:
@@ -116,7 +126,7 @@ def megatron_roles(rank: MegatronRank, config: HfConfig) -> Counter[Role]:
     """
     names = MegatronNames(config)
     with _naming(rank):
-        return Counter(parameter.rule.role for parameter in _parameters(rank, names))
+        return Counter(_role(parameter) for parameter in _parameters(rank, names))
 
 
 @contextmanager
@@ -152,7 +162,8 @@ def _parameter_boxes(
     if not rule.hf:
         return
     view = plain_view(parameter.native, parameter.tensor)
-    index, count = _place(rank, rule.role)
+    role = _role(parameter)
+    index, count = _place(rank, role)
     shard = Shard(
         name=parameter.native,
         data=view,
@@ -160,16 +171,26 @@ def _parameter_boxes(
         count=count,
         glu_interleave=parameter.glu_interleave,
     )
-    shapes = names.shapes(rule)
+    shapes = names.shapes(rule, shard)
     if rule.rows is Rows.QKV:
         shapes = with_output_gate(shard, shapes)
-    for piece in cut_shard(rule.rows, rule.role.cut, shard, shapes, names.heads(rule)):
+    pieces = cut_shard(rule.rows, role.cut, shard, shapes, names.heads(rule), names.segments(rule))
+    for piece in pieces:
         yield SourceBox(
             name=rule.hf[piece.part],
             global_shape=shapes[piece.part],
             start=piece.start,
             data=piece.data,
         )
+
+
+def _role(parameter: _Parameter) -> Role:
+    if parameter.rule.role is None:
+        raise SourceError(
+            f"{parameter.native}: nothing says how it is cut: not its rule, and no module's class",
+            remedy="give its MegatronRule a cut, or the chunk its classes",
+        )
+    return parameter.rule.role
 
 
 def _place(rank: MegatronRank, role: Role) -> tuple[int, int]:

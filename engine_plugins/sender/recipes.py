@@ -1,0 +1,93 @@
+"""What a sender sends, by the kind of model that it is made from.
+
+A recipe is worked out once the trainer's ranks have met, so that what fails in it on one rank is
+told to all: each function here may raise anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from engine_plugins.errors import SourceError
+from engine_plugins.sender.megatron_job import MegatronRanks, Place, gathers_of, ranks_of
+from engine_plugins.sender.options import SenderOptions
+from engine_plugins.weights.boxes.model_facts import model_facts
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
+from engine_plugins.weights.sources.megatron.registry import GivenRules
+from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
+from engine_plugins.weights.sources.torch_source import HfWeights
+
+__all__ = ["Boxes", "Gathers", "Recipe", "of_boxes", "of_fsdp", "of_hf", "of_megatron"]
+
+Boxes = Callable[[], Sequence[SourceBox]]
+Gathers = Callable[[Collection[int]], Sequence[Callable[[], None]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One process's part of what a sender sends.
+
+    Attributes:
+        boxes: gives this process's boxes anew for every update.
+        model: facts that engines compare with their own config; see `model_facts`.
+        places: gives the place of every rank of a larger job that this process plays; see
+            `check_topology`.
+        gathers: gives, from the global ranks of all trainer processes, what to call before every
+            update so that this process's tensors are those of the last step.
+        form: of what is offered, where it is not what the trainer holds.
+    """
+
+    boxes: Boxes
+    model: Mapping[str, str | int | bool]
+    places: Callable[[], Sequence[Place]] = tuple
+    gathers: Gathers | None = None
+    form: BlockFp8 | None = None
+
+
+def of_boxes(
+    boxes: Boxes, model: Mapping[str, str | int | bool] | None, options: SenderOptions
+) -> Recipe:
+    """Any source of boxes."""
+    return Recipe(boxes=boxes, model=dict(model or {}), form=_form(options, None))
+
+
+def of_hf(weights: HfWeights, config: object, options: SenderOptions) -> Recipe:
+    """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
+    offer = HfOffer(weights, config)
+    return Recipe(boxes=offer.boxes, model=offer.facts, form=_form(options, offer.config))
+
+
+def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
+    """What this process holds of an FSDP2 model; see `WeightSender.from_fsdp`."""
+    if not isinstance(model, nn.Module):
+        raise SourceError(
+            f"a {type(model).__name__} is no model",
+            remedy="give the module that fully_shard was called on; named tensors go to from_hf",
+        )
+    return of_hf(model, config, options)
+
+
+def of_megatron(
+    ranks: MegatronRanks, config: Any, rules: GivenRules | None, options: SenderOptions
+) -> Recipe:
+    """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
+    config = read_config(config)
+    return Recipe(
+        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules),
+        model=model_facts(config),
+        places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
+        gathers=lambda members: gathers_of(ranks, members),
+        form=_form(options, config),
+    )
+
+
+def _form(options: SenderOptions, config: object) -> BlockFp8 | None:
+    """The form that the options name, or that the model's config speaks of."""
+    form = options.get("quantization")
+    return BlockFp8.of_config(config) if form == "fp8" else form
