@@ -7,7 +7,6 @@ becomes an error that names the engine.
 from __future__ import annotations
 
 import copy
-import gzip
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Literal, Self, Unpack
@@ -23,18 +22,21 @@ from engine_plugins.admin_answers import (
     Weights,
 )
 from engine_plugins.admin_calls import AdminCalls
+from engine_plugins.errors import AdminAnswerError, BodyTooLargeError
 from engine_plugins.prefill_gate.gate_report import GateChanges, GateReport
 from engine_plugins.sleep.memory_backend import MemoryTag
 from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.tls import CaFile, ClientCert
 from engine_plugins.weights.contract.manifest import MSGPACK
+from engine_plugins.weights.contract.manifest_batch import encode_batch, pack_manifest
 from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
 __all__ = ["AdminClient"]
 
-GZIP_ABOVE_BYTES = 64 * 1024
 UPDATE_GRACE_S = 4.2
 """After an update's deadline: the trainer is to be told within 5 s of it, whatever is stopped."""
+MANIFEST_S = 1.0
+"""For an engine to check and keep one manifest of a batch."""
 RELEASE_S = 300.0
 """For weights that go to host memory or disk, or come back, and for memory to come to rest."""
 
@@ -181,12 +183,36 @@ class AdminClient:
     def put_source(self, manifest: bytes) -> str:
         """Offer one trainer process's manifest (msgpack); returns the engine's source_id."""
         headers = {"content-type": MSGPACK}
-        if len(manifest) > GZIP_ABOVE_BYTES:
-            manifest = gzip.compress(manifest, compresslevel=1)
+        packed = pack_manifest(manifest)
+        if packed is not manifest:
             headers["content-encoding"] = "gzip"
         return self._calls.call(
-            "POST", "/weights/sources", _Source, content=manifest, headers=headers, scope="weights"
+            "POST", "/weights/sources", _Source, content=packed, headers=headers, scope="weights"
         ).source_id
+
+    def put_sources(self, packed: Sequence[bytes | bytearray | memoryview]) -> list[str]:
+        """Offer many trainer processes' manifests; the engine's source_ids, in their order.
+
+        What is over the engine's limit of a body goes in several calls.
+
+        Args:
+            packed: each as `pack_manifest` gives it, at most `MAX_BATCH`.
+        """
+        try:
+            return self._calls.call(
+                "POST",
+                "/weights/sources/batch",
+                _Sources,
+                content=encode_batch(packed),
+                headers={"content-type": MSGPACK},
+                scope="weights",
+                patience_s=len(packed) * MANIFEST_S,
+            ).source_ids
+        except AdminAnswerError as error:
+            if error.code != BodyTooLargeError.code or len(packed) == 1:
+                raise
+        half = len(packed) // 2
+        return [*self.put_sources(packed[:half]), *self.put_sources(packed[half:])]
 
     def connect(
         self,
@@ -194,14 +220,24 @@ class AdminClient:
         *,
         direction: Direction = "pull",
         model: Mapping[str, str | int | bool] | None = None,
+        tell_dtypes: bool = False,
     ) -> PlanSummary:
-        """Have the engine plan from the sources: a pull, or a push to its `destinations`."""
+        """Have the engine plan from the sources: a pull, or a push to its `destinations`.
+
+        Args:
+            source_ids: as `put_source` gave them.
+            direction: who moves the bytes.
+            model: facts of the trainer's HF config.
+            tell_dtypes: where tensors must come in another dtype, have no plan and their names in
+                `wanted`, instead of an error.
+        """
         facts = dict(model or {})
+        asked = {"tell_dtypes": True} if tell_dtypes else {}
         return self._calls.call(
             "POST",
             "/weights/connect",
             PlanSummary,
-            json={"source_ids": list(source_ids), "direction": direction, "model": facts},
+            json={"source_ids": list(source_ids), "direction": direction, "model": facts, **asked},
             scope="weights",
             patience_s=self._connect_timeout_s,
         )
@@ -255,6 +291,10 @@ class AdminClient:
 
 class _Source(msgspec.Struct):
     source_id: str
+
+
+class _Sources(msgspec.Struct):
+    source_ids: list[str]
 
 
 class _Asleep(msgspec.Struct):

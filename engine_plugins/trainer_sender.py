@@ -23,7 +23,7 @@ from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.engines import EngineLink, links_to
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, check_topology
 from engine_plugins.sender.offer import TrainerOffer
-from engine_plugins.sender.options import SenderOptions, Ways
+from engine_plugins.sender.options import MEET_TIMEOUT_S, SenderOptions, Ways
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
@@ -37,10 +37,10 @@ from engine_plugins.sender.recipes import (
 )
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Round, checked_version
+from engine_plugins.sender.send_dtype import EngineDtypes
+from engine_plugins.sender.sent_forms import SentForms
 from engine_plugins.sender.update_rounds import UpdateRounds
 from engine_plugins.weights.contract.version_word import new_word
-from engine_plugins.weights.sources.forms.block_fp8_source import BlockFp8Source, quantized_source
-from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
 from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.torch_source import HfWeights
 
@@ -67,7 +67,8 @@ class WeightSender:
 
     Raises:
         SettingsError: an engine url that is none, or given twice; files for TLS that cannot be
-            used; a fan_out below 1, or together with two phases; a push in one phase.
+            used; a fan_out below 1, or together with two phases; a push in one phase; a dtype or
+            quantization that weights cannot be sent in.
         NotConfiguredError: NIXL is not installed.
         SourceError: tensors that cannot be offered.
         TransportError: memory that cannot be registered.
@@ -97,18 +98,21 @@ class WeightSender:
         self._progress = options.get("progress")
         self._ways = Ways.of(options)
         self._rounds: UpdateRounds | None = None
-        self._quantizer: BlockFp8Source | None = None
         self._links: dict[str, EngineLink] = {}
-        self._ranks = TrainerRanks(options.get("process_group"))
+        timeout_s = options.get("meet_timeout_s", MEET_TIMEOUT_S)
+        usable = isinstance(timeout_s, int | float) and timeout_s > 0  # else refused later
+        self._ranks = TrainerRanks(
+            options.get("process_group"), meet_timeout_s=timeout_s if usable else MEET_TIMEOUT_S
+        )
         self._closing = ExitStack()
         """Each is closed, last first, whatever the others raise."""
         self._closing.callback(self._ranks.close)
         self._closing.callback(self._close_links)
         try:
-            read = partial(self._read, recipe, options)
-            told = self._ranks.agree("reading the model", read, list[Place])
-            check_topology([place for told_by_one in told for place in told_by_one])
-            self._ranks.agree("registering the weights", partial(self._open, engines), None)
+            with self._ranks.together("making the sender"):
+                read = partial(self._read, recipe, options)
+                self._ranks.agree("reading the model", read, list[Place], judge=_one_topology)
+                self._ranks.agree("registering the weights", partial(self._open, engines), None)
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
             raise
@@ -122,17 +126,27 @@ class WeightSender:
         config: object = None,
         **options: Unpack[SenderOptions],
     ) -> Self:
-        """Send HF-named tensors: whole ones, and of DTensors each rank's share.
+        """Send an HF model, or HF-named tensors: whole ones, and of DTensors each rank's share.
+
+        A transformers model is offered as `save_pretrained` would write it: its parameters and
+        saved buffers, renamed, split and joined by transformers' own tables, as views.
 
         Args:
-            weights: best the HF model itself, or a function that gives its named tensors: either
-                is looked at anew for every update, so parameters that were replaced
-                (`load_state_dict(assign=True)`, a merged adapter) are followed. Of named tensors
-                given once these very objects are sent: of `named_parameters()` a replaced
-                `.data` is followed, and of a `state_dict()` nothing.
+            weights: best the HF model itself, compiled or wrapped (DDP) or not; or a function
+                that gives its named tensors: either is looked at anew for every update, so
+                parameters that were replaced (`load_state_dict(assign=True)`) are followed. Of
+                named tensors given once these very objects are sent: of `named_parameters()` a
+                replaced `.data` is followed, and of a `state_dict()` nothing.
             engines: base urls, `http://host:8000`.
-            config: the HF config, object or dict.
+            config: the HF config, object, dict or path. A model has its own; of named tensors it
+                says how transformers' names and fused experts become the checkpoint's.
             **options: see `SenderOptions`.
+
+        Raises:
+            SourceError: nothing given, no model and no named tensors, tensors without values
+                (offloaded), names of adapters, or tensors beside the model's (a value head).
+            UnsupportedError: a model wrapped by FSDP1, or tensors that are no views of what a
+                checkpoint holds; otherwise as for the class.
         """
         return cls._made(partial(of_hf, weights, config, options), engines, options)
 
@@ -154,11 +168,11 @@ class WeightSender:
             model: the HF model that `fully_shard` was called on; compiled or with activation
                 checkpointing or not.
             engines: base urls, `http://host:8000`.
-            config: the HF config, object or dict.
+            config: the HF config, object, dict or path; by default the model's own.
             **options: see `SenderOptions`.
 
         Raises:
-            UnsupportedError: a model wrapped by FSDP1; otherwise as for the class.
+            UnsupportedError: a model wrapped by FSDP1; otherwise as for `from_hf`.
         """
         return cls._made(partial(of_fsdp, model, config, options), engines, options)
 
@@ -298,8 +312,7 @@ class WeightSender:
             raise SettingsError(f"the trainer's ranks ask for different versions: {asked}")
         started = time.perf_counter()
         self._gather()
-        self._quantize()
-        self._ranks.agree("refreshing the weights", lambda: self._open_rounds().refresh(word), None)
+        self._refresh(word)
         result = self._run(msgspec.structs.replace(request, source_word=word))
         if result.failures:
             raise EnginesFailedError(
@@ -317,6 +330,7 @@ class WeightSender:
             seconds,
             fed_by=result.fed_by,
             push=None if self._offer.push is None else PushReport.of(self._offer.push.costs),
+            slot_bytes=self._forms.slot_bytes,
         )
 
     def _run(self, request: UpdateRequest) -> Round:
@@ -369,26 +383,26 @@ class WeightSender:
         self._ranks.agree("looking at the parameters", lambda: found.extend(look()), None)
         self._ranks.agree("gathering the parameters", lambda: _call_all(found), None)
 
-    def _quantize(self) -> None:
-        """Agree on blocks that several ranks share; the refresh that follows fills the slots."""
-        if self._quantizer is not None:
-            measure = self._quantizer.measure
-            told = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
-            self._quantizer.settle(blocks for each in told for blocks in each)
+    def _refresh(self, word: int) -> None:
+        """Offer the weights as they are now; once more if the engines want other dtypes."""
+        self._forms.refresh(lambda: self._open_rounds().refresh(word))
 
     def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
         """Work out what is sent."""
         self._recipe = recipe()
-        boxes = self._recipe.boxes
-        if self._recipe.form is not None:
-            self._quantizer = quantized_source(boxes, self._recipe.form)
+        self._forms = SentForms(
+            self._recipe.boxes,
+            self._ranks,
+            quantization=self._recipe.form,
+            send_dtype=options.get("send_dtype", "engine"),
+        )
         self._offer = TrainerOffer(
-            boxes if self._quantizer is None else self._quantizer.boxes,
+            self._forms.boxes,
             self._ranks,
             model=self._recipe.model,
             transport=options.get("transport"),
             pushes=self._ways.direction == "push",
-            let_go=(lambda: None) if self._quantizer is None else self._quantizer.release,
+            let_go=self._forms.release,
         )
         self._closing.callback(self._offer.close)
         return list(self._recipe.places())
@@ -405,6 +419,8 @@ class WeightSender:
             self._ways,
             self._offer,
             model=self._recipe.model,
+            dtypes=EngineDtypes(self._ranks, self._forms.dtypes),
+            again=self._refresh,
             shown=partial(progress_of, access=self._access, shown=self._progress),
         )
 
@@ -417,6 +433,10 @@ class WeightSender:
         if self._rounds is None:
             raise SourceError("this sender is closed", remedy="make a new one")
         return self._rounds
+
+
+def _one_topology(told: Sequence[Sequence[Place]]) -> None:
+    check_topology([place for told_by_one in told for place in told_by_one])
 
 
 def _call_all(steps: Sequence[Callable[[], None]]) -> None:

@@ -37,7 +37,7 @@ def main() -> None:
 
     # Registers the parameters' own memory, once. No copy is made, now or later: engines read
     # from it while update() runs. The admin token comes from ENGINE_PLUGINS_ADMIN_TOKEN.
-    with WeightSender.from_hf(model, engines=options.engine, config=model.config) as sender:
+    with WeightSender.from_hf(model, engines=options.engine) as sender:
         say(ready=True)
         for step in range(1, options.steps + 1):
             before = greedy(options.engine, PROMPT)["text"]

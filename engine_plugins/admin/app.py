@@ -18,7 +18,13 @@ from engine_plugins.admin.http_manners import HttpManners
 from engine_plugins.admin.last_resort import LastResort, internal_problem
 from engine_plugins.admin.mount import PREFIX
 from engine_plugins.admin.route_table import RouteTable
-from engine_plugins.admin.routes import CONNECT_PATH, SCOPES, SOURCES_PATH, admin_router
+from engine_plugins.admin.routes import (
+    BATCH_PATH,
+    CONNECT_PATH,
+    SCOPES,
+    SOURCES_PATH,
+    admin_router,
+)
 from engine_plugins.admin.service import AdminService
 from engine_plugins.admin.sources import CONNECT_BYTES
 from engine_plugins.admin.token_book import TokenBook
@@ -45,7 +51,7 @@ def create_admin_app(service: AdminService, settings: Settings) -> ASGIApp:
         route = routes.find(scope)
         if route == ("POST", CONNECT_PATH):
             return max(settings.max_body_bytes, CONNECT_BYTES)
-        sources = route == ("POST", SOURCES_PATH)
+        sources = route in (("POST", SOURCES_PATH), ("POST", BATCH_PATH))
         return settings.max_manifest_bytes if sources else settings.max_body_bytes
 
     guarded = BearerAuth(

@@ -100,6 +100,11 @@ class ConnectBody(_Body):
     model: dict[str, str | int | bool] = Field(
         default_factory=dict, description="facts of the trainer's HF config, compared with ours"
     )
+    tell_dtypes: bool = Field(
+        default=False,
+        description="answer in `wanted` which tensors must come in another dtype, and make no "
+        "plan then; false: refuse such tensors",
+    )
 
 
 class UpdateBody(_Body):

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Literal
 
+import msgspec
+
 from engine_plugins.admin.bounded_control import BoundedControl
 from engine_plugins.admin.plans import Plans
 from engine_plugins.admin.schemas import ConnectBody
@@ -48,6 +50,9 @@ class Connecting:
         Args:
             body: the call.
             reached_at: this server's address, as the caller sees it.
+
+        Returns:
+            The plan; or none, where the body asks for dtypes and tensors want others.
         """
         # An engine that lacks our methods says so here, not in the update that needs them.
         await self._control.request_counts()
@@ -57,13 +62,22 @@ class Connecting:
         plan_id = "plan-" + secrets.token_hex(8)
         try:
             answers = await self._workers.connect(
-                plan_id, manifests, direction=body.direction, reached_at=reached_at
+                plan_id,
+                manifests,
+                direction=body.direction,
+                reached_at=reached_at,
+                tell_dtypes=body.tell_dtypes,
             )
             _refuse_unused(answers)
         except EnginePluginError:
             with suppress(EnginePluginError):
                 await WorkerCalls(self._control.closing()).drop(plan_id)
             raise
+        wanted = _wanted(answers)
+        if wanted:
+            await self._workers.drop(plan_id)  # ranks that want nothing else have made it
+            none = _summary("", body.direction, [])
+            return msgspec.structs.replace(none, wanted=wanted)
         plan = _summary(plan_id, body.direction, answers)
         dropped = self._plans.add(plan)
         for old in dropped:
@@ -116,11 +130,20 @@ def _summary(
         direct_bytes=total(lambda rank: rank.direct_bytes),
         staged_bytes=total(lambda rank: rank.staged_bytes),
         loader_bytes=total(lambda rank: rank.loader_bytes),
-        connect_s=max(answer.connect_s for answer in answers),
-        plan_s=max(answer.plan_s for answer in answers),
+        connect_s=max((answer.connect_s for answer in answers), default=0.0),
+        plan_s=max((answer.plan_s for answer in answers), default=0.0),
         ranks=ranks,
         destinations=[each.destination for each in answers if each.destination is not None],
     )
+
+
+def _wanted(answers: list[ConnectAnswer]) -> dict[str, list[str]]:
+    """By dtype, the tensors that any rank wants in it."""
+    wanted: dict[str, dict[str, None]] = {}
+    for answer in answers:
+        for dtype, names in answer.wanted.items():
+            wanted.setdefault(dtype, {}).update(dict.fromkeys(names))
+    return {dtype: list(names) for dtype, names in wanted.items()}
 
 
 def _refuse_unused(answers: list[ConnectAnswer]) -> None:

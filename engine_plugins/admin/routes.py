@@ -27,6 +27,7 @@ from engine_plugins.admin.schemas import (
     MemoryReport,
     SleepAnswer,
     SourceAccepted,
+    SourcesAccepted,
     StateView,
     WeightsView,
 )
@@ -35,11 +36,19 @@ from engine_plugins.admin.strict_json import StrictRoute
 from engine_plugins.admin.token_book import TokenScope
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.weights.contract.manifest import JSON, MSGPACK, SourceManifest
+from engine_plugins.weights.contract.manifest_batch import (
+    MAX_BATCH,
+    decode_batch,
+    is_gzip,
+    naming,
+    refuse_other_than_msgpack,
+)
 from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
-__all__ = ["CONNECT_PATH", "SCOPES", "SOURCES_PATH", "admin_router"]
+__all__ = ["BATCH_PATH", "CONNECT_PATH", "SCOPES", "SOURCES_PATH", "admin_router"]
 
 SOURCES_PATH = "/weights/sources"
+BATCH_PATH = "/weights/sources/batch"
 CONNECT_PATH = "/weights/connect"
 
 SCOPES: dict[tuple[str, str], TokenScope] = {
@@ -54,6 +63,7 @@ SCOPES: dict[tuple[str, str], TokenScope] = {
     ("PATCH", "/prefill-gate"): "control",
     ("POST", "/prefill-gate/reset"): "control",
     ("POST", SOURCES_PATH): "weights",
+    ("POST", BATCH_PATH): "weights",
     ("POST", CONNECT_PATH): "weights",
     ("GET", "/weights/manifest"): "weights",
     ("POST", "/weights/update"): "weights",
@@ -82,6 +92,15 @@ _MANIFEST_BODY = {
             MSGPACK: {"schema": {"type": "string", "format": "binary"}},
             JSON: {"schema": {STRUCT: SourceManifest.__name__}},
         },
+    },
+}
+
+_BATCH_BODY = {
+    "requestBody": {
+        "required": True,
+        "description": f"A msgpack array of 1 to {MAX_BATCH} byte strings, each a manifest as "
+        "msgpack, or its gzip stream.",
+        "content": {MSGPACK: {"schema": {"type": "string", "format": "binary"}}},
     },
 }
 
@@ -160,6 +179,18 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         kind = request.headers.get("content-type", "")
         return SourceAccepted(source_id=await service.add_source(body, kind))
 
+    @router.post(BATCH_PATH, openapi_extra=_BATCH_BODY, **_told("addSources", "weights"))
+    async def sources_batch(request: Request) -> SourcesAccepted:
+        """Offer many trainer processes' weights in one call; with an error some may be held."""
+        refuse_other_than_msgpack(request.headers.get("content-type", ""))
+        elements = await asyncio.to_thread(decode_batch, await request.body())
+        source_ids = []
+        for at, element in enumerate(elements, start=1):
+            with naming(f"manifest {at} of {len(elements)}"):
+                manifest = await asyncio.to_thread(_plain, element, max_manifest_bytes)
+                source_ids.append(await service.add_source(manifest, MSGPACK))
+        return SourcesAccepted(source_ids=source_ids)
+
     @router.post(CONNECT_PATH, **_told("connectSources", "weights", answer=PlanSummary))
     async def connect(body: ConnectBody, request: Request) -> Response:
         """Plan an update from sources, and meet them or say where they are to write."""
@@ -198,6 +229,10 @@ def admin_router(service: AdminService, *, max_manifest_bytes: int) -> APIRouter
         return await asyncio.to_thread(service.weights)
 
     return router
+
+
+def _plain(element: bytes, limit_bytes: int) -> bytes:
+    return unpacked(element, limit_bytes) if is_gzip(element) else element
 
 
 def _reached_at(request: Request) -> str | None:

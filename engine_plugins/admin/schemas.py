@@ -46,6 +46,7 @@ __all__ = [
     "SleepAnswer",
     "SleepBody",
     "SourceAccepted",
+    "SourcesAccepted",
     "StateView",
     "UpdateBody",
     "WakeBody",
@@ -83,6 +84,13 @@ class SourceAccepted(_Answer):
 
     source_id: str
     """Of the manifest's content: the same manifest has the same."""
+
+
+class SourcesAccepted(_Answer):
+    """Manifests that this server now holds."""
+
+    source_ids: list[str]
+    """Of the manifests, in the order in which they came."""
 
 
 class Flushed(_Answer):

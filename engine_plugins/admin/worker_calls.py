@@ -57,6 +57,7 @@ class WorkerCalls:
         *,
         direction: Literal["pull", "push"],
         reached_at: str | None = None,
+        tell_dtypes: bool = False,
     ) -> list[ConnectAnswer]:
         """Plan on every rank. Ranks of this host read the manifests themselves.
 
@@ -66,6 +67,7 @@ class WorkerCalls:
             direction: who moves the bytes.
             reached_at: this server's address, as the caller sees it; ranks listen there. Of
                 another host's ranks loopback says nothing.
+            tell_dtypes: say which dtypes tensors should have, instead of refusing them.
         """
         hosts = {worker.host for worker in await self.describe()}
         here = hosts == {socket.gethostname()}
@@ -77,6 +79,7 @@ class WorkerCalls:
             manifests=offers,
             direction=direction,
             reached_at=reached_at if here or not _is_loopback(reached_at) else None,
+            **({"tell_dtypes": True} if tell_dtypes else {}),
         )
 
     async def manifests(

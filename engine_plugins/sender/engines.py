@@ -49,6 +49,7 @@ class EngineLink:
         self._planned: tuple[str, ...] = ()
         self._peers: dict[bytes, str] = {}
         self._planned_again = False
+        self._waited_s = 0.0
         self._until = 0.0
         """When the engine gives up what it prepared, on the monotonic clock."""
 
@@ -82,6 +83,31 @@ class EngineLink:
         self._peers = {}
         self._planned_again = False
 
+    def wanted(
+        self,
+        source_ids: Sequence[str],
+        model: Mapping[str, str | int | bool],
+        request: UpdateRequest,
+        direction: Direction,
+    ) -> Mapping[str, Sequence[str]]:
+        """Connect if the sources are new to the engine; what it wants in other dtypes, by dtype.
+
+        If it wants none, the update that follows goes by the plan that was made.
+
+        Raises:
+            EnginePluginError: the engine refused, failed or cannot be reached.
+        """
+
+        def connected(now: UpdateRequest) -> Mapping[str, Sequence[str]]:
+            self._connect(source_ids, model, direction, tell_dtypes=True)
+            self._waited_s = request.timeout_s - now.timeout_s
+            return {} if self.plan is None else self.plan.wanted
+
+        wanted = once_it_is_free(request, connected)
+        if wanted:
+            self.plan = None
+        return wanted
+
     def update(
         self,
         source_ids: Sequence[str],
@@ -99,7 +125,7 @@ class EngineLink:
             self._connect(source_ids, model, "pull")
             return self._carried(request, self.client.update)
 
-        return once_it_is_free(request, connected)
+        return once_it_is_free(self._shortened(request), connected)
 
     def prepare(
         self,
@@ -119,7 +145,7 @@ class EngineLink:
             self._until = time.monotonic() + request.timeout_s
             return self._carried(request, self.client.prepare)
 
-        return once_it_is_free(request, connected)
+        return once_it_is_free(self._shortened(request), connected)
 
     def commit(self, request: UpdateRequest) -> UpdateReport:
         """Have the engine install what it prepared.
@@ -137,11 +163,23 @@ class EngineLink:
             self.plan, self._planned_again = None, True
         return report
 
+    def _shortened(self, request: UpdateRequest) -> UpdateRequest:
+        """The request, with the time that it has left after its engine was busy."""
+        waited_s, self._waited_s = self._waited_s, 0.0
+        return msgspec.structs.replace(request, timeout_s=request.timeout_s - waited_s)
+
     def _connect(
-        self, source_ids: Sequence[str], model: Mapping[str, str | int | bool], direction: Direction
+        self,
+        source_ids: Sequence[str],
+        model: Mapping[str, str | int | bool],
+        direction: Direction,
+        *,
+        tell_dtypes: bool = False,
     ) -> None:
         if self.plan is None or self._planned != tuple(source_ids):
-            self.plan = self.client.connect(source_ids, direction=direction, model=model)
+            self.plan = self.client.connect(
+                source_ids, direction=direction, model=model, tell_dtypes=tell_dtypes
+            )
             self._planned = tuple(source_ids)
 
     def _carried(

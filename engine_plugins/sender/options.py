@@ -10,9 +10,13 @@ from engine_plugins.admin_answers import Direction
 from engine_plugins.errors import SettingsError
 from engine_plugins.tls import CaFile, ClientCert
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.cast import SendDtype
 from engine_plugins.weights.transport.base import Transport
 
-__all__ = ["SenderOptions", "Ways"]
+__all__ = ["MEET_TIMEOUT_S", "SenderOptions", "Ways"]
+
+MEET_TIMEOUT_S = 60.0
+"""For all ranks to make the sender."""
 
 
 class SenderOptions(TypedDict, total=False):
@@ -30,6 +34,9 @@ class SenderOptions(TypedDict, total=False):
     """An open transport, which stays the caller's to close; by default NIXL."""
     process_group: dist.ProcessGroup | None
     """The ranks that take part; by default all."""
+    meet_timeout_s: float
+    """Seconds for all ranks to make the sender, 60 by default: then those that did not are named.
+    Later, ranks wait 30 minutes for each other to come to an update, and warn after this time."""
     progress: bool | None
     """Draw progress bars on stderr of the leading rank; None when it is a terminal."""
     fan_out: int | None
@@ -47,6 +54,11 @@ class SenderOptions(TypedDict, total=False):
     """Send matrices as an engine of the model's block-FP8 checkpoint holds them, quantized anew for
     every update into slots of this process's: `fp8` as the config's `quantization_config` says (the
     usual form where it has none), or a `BlockFp8`. The same on every rank."""
+    send_dtype: SendDtype
+    """`engine` (the default) sends each tensor in the dtype of the engines' parameters, where that
+    is not the trainer's: cast anew for every update, into slots of this process's. A torch dtype
+    casts all floating tensors to it, but for routers' correction biases. `as_is` (or None) casts
+    nothing, and engines refuse what they would not cast themselves. The same on every rank."""
     two_phase: bool | None
     """Have no engine install a version before all are ready to; if one is not, all keep their old
     weights. It costs the memory of mode staged. None: only for a push."""
@@ -59,6 +71,7 @@ class Ways(NamedTuple):
     two_phase: bool
     fan_out: int | None
     register: Literal["once", "every_update"]
+    meet_timeout_s: float
 
     @classmethod
     def of(cls, options: SenderOptions) -> Self:
@@ -70,6 +83,7 @@ class Ways(NamedTuple):
             two_phase=direction == "push" if two_phase is None else two_phase,
             fan_out=options.get("fan_out"),
             register=options.get("register", "once"),
+            meet_timeout_s=options.get("meet_timeout_s", MEET_TIMEOUT_S),
         )
 
     def check(self) -> None:
@@ -77,8 +91,13 @@ class Ways(NamedTuple):
 
         Raises:
             SettingsError: a fan_out below 1, or together with two phases; a push in one phase; a
-                `register` that is none.
+                `register` that is none; a meet_timeout_s that is not above 0.
         """
+        if not isinstance(self.meet_timeout_s, int | float) or not self.meet_timeout_s > 0:
+            raise SettingsError(
+                f"meet_timeout_s is {self.meet_timeout_s!r}",
+                remedy="give seconds above 0 for all ranks to make the sender",
+            )
         if self.register not in ("once", "every_update"):
             raise SettingsError(
                 f"register is {self.register!r}, and must be 'once' or 'every_update'"

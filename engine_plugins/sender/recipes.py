@@ -12,17 +12,17 @@ from typing import Any
 
 from torch import nn
 
+from engine_plugins.errors import SourceError
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, gathers_of, ranks_of
 from engine_plugins.sender.options import SenderOptions
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
-from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
 from engine_plugins.weights.sources.megatron.made import MadeTensors
 from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
-from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
-from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
+from engine_plugins.weights.sources.torch_source import HfWeights
 
 __all__ = ["Boxes", "Gathers", "Recipe", "of_boxes", "of_fsdp", "of_hf", "of_megatron"]
 
@@ -59,31 +59,26 @@ def of_boxes(
 
 
 def of_hf(weights: HfWeights, config: object, options: SenderOptions) -> Recipe:
-    """HF-named tensors; see `WeightSender.from_hf`."""
-    look, family = looked_at_anew(weights), _model_type(config)
-    tied = is_tied(config, weights)
-    return Recipe(
-        boxes=lambda: checked_boxes(hf_boxes(look(), model_type=family), tied=tied),
-        model=model_facts(config),
-        form=_form(options, config),
-    )
+    """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
+    offer = HfOffer(weights, config)
+    return Recipe(boxes=offer.boxes, model=offer.facts, form=_form(options, offer.config))
 
 
 def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
     """What this process holds of an FSDP2 model; see `WeightSender.from_fsdp`."""
-    family, tied = _model_type(config), is_tied(config, model)
-    return Recipe(
-        boxes=lambda: checked_boxes(hf_boxes(fsdp_tensors(model), model_type=family), tied=tied),
-        model=model_facts(config),
-        form=_form(options, config),
-    )
+    if not isinstance(model, nn.Module):
+        raise SourceError(
+            f"a {type(model).__name__} is no model",
+            remedy="give the module that fully_shard was called on; named tensors go to from_hf",
+        )
+    return of_hf(model, config, options)
 
 
 def of_megatron(
     ranks: MegatronRanks, config: Any, rules: GivenRules | None, options: SenderOptions
 ) -> Recipe:
     """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
-    made = MadeTensors()
+    config, made = read_config(config), MadeTensors()
     return Recipe(
         boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules, made),
         model=model_facts(config),
@@ -97,8 +92,3 @@ def _form(options: SenderOptions, config: object) -> BlockFp8 | None:
     """The form that the options name, or that the model's config speaks of."""
     form = options.get("quantization")
     return BlockFp8.of_config(config) if form == "fp8" else form
-
-
-def _model_type(config: object) -> str | None:
-    family = model_facts(config).get("model_type")
-    return str(family) if family else None

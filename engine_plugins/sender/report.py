@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -47,6 +47,8 @@ class SenderReport:
             have the rate on the wire.
         fed_by: whose memory each engine read, by its url: another engine's url, or `trainer`.
         push: of a push, what its writes took; None for a pull.
+        slot_bytes: of each trainer rank, bytes that it holds for what is offered in another form
+            than the trainer's (cast, quantized or merged), until `release`.
     """
 
     version: int
@@ -57,6 +59,7 @@ class SenderReport:
     gbps: float
     fed_by: dict[str, str]
     push: PushReport | None = None
+    slot_bytes: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -68,6 +71,7 @@ class SenderReport:
         *,
         fed_by: Mapping[str, str],
         push: PushReport | None = None,
+        slot_bytes: Sequence[int] = (),
     ) -> Self:
         """Sum up the engines' own reports; who is not in `fed_by` was fed by the trainer."""
         moved = sum(report.bytes_moved for report in engines.values())
@@ -80,6 +84,7 @@ class SenderReport:
             gbps=moved / max(seconds, 1e-9) / 1e9,
             fed_by=_fed_by(engines, fed_by),
             push=push,
+            slot_bytes=tuple(slot_bytes),
         )
 
     @property
@@ -112,6 +117,8 @@ class SenderReport:
         ]
         if self.push is not None:
             head = f"{head}; {self.push}"
+        if any(self.slot_bytes):
+            head = f"{head}; slots of {_slots(self.slot_bytes)}"
         return "; ".join([head, *lines]) if len(lines) == 1 else "\n  ".join([head, *lines])
 
     def _wire(self, report: UpdateReport) -> str:
@@ -155,6 +162,11 @@ class EnginesFailedError(UpdateFailedError):
         self.failures = dict(failures)
         self.reports = dict(reports)
         self.fed_by = _fed_by(reports, fed_by)
+
+
+def _slots(sizes: Sequence[int]) -> str:
+    most = f"{max(sizes) / 1e6:.1f} MB"
+    return most if len(sizes) == 1 else f"up to {most} on each of {len(sizes)} trainer ranks"
 
 
 def _mode(report: UpdateReport) -> str:

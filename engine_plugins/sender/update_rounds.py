@@ -17,6 +17,7 @@ from engine_plugins.sender.offer import TrainerOffer
 from engine_plugins.sender.options import Ways
 from engine_plugins.sender.ranks import TrainerRanks
 from engine_plugins.sender.rounds import Offer, Round, drive, offer_to
+from engine_plugins.sender.send_dtype import EngineDtypes
 from engine_plugins.sender.tree_update import TreeUpdate
 from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
 from engine_plugins.weights.contract.report import UpdateReport
@@ -33,6 +34,9 @@ class UpdateRounds:
         ways: how the engines come by a version.
         offer: what this rank offers.
         model: facts of the trainer's HF config.
+        dtypes: those that engines have asked for.
+        again: collectively refreshes what is offered, under the same word, in the middle of an
+            update.
         shown: a block that shows how far engines are, by their urls and a version.
     """
 
@@ -44,10 +48,14 @@ class UpdateRounds:
         offer: TrainerOffer,
         *,
         model: Mapping[str, str | int | bool],
+        dtypes: EngineDtypes,
+        again: Callable[[int], None],
         shown: Callable[[Sequence[str], int], AbstractContextManager[None]],
     ) -> None:
         self._ranks, self._links, self._ways = ranks, links, ways
         self._mine, self._model, self._shown = offer, model, shown
+        self._dtypes, self._again = dtypes, again
+        self._word = 0
         self._told_apart: set[str] = set()
 
     def refresh(self, word: int) -> None:
@@ -59,6 +67,7 @@ class UpdateRounds:
         Raises:
             SourceError: a tensor that can no longer be offered; see also `TrainerOffer.reach`.
         """
+        self._word = word
         self._mine.reach([link.host for link in self._links.values()])
         if self._mine.refresh(word):
             for link in self._links.values():
@@ -97,7 +106,7 @@ class UpdateRounds:
         result = Round()
         for _ in range(2):
             links = [self._links[url] for url in urls]
-            offers = self._offers(links)
+            offers = self._offers(links, request)
             step = partial(self._drive, links, offers, request)
             result = self._ranks.lead("updating the engines", step, Round).after(result)
             urls = result.forgotten
@@ -138,15 +147,27 @@ class UpdateRounds:
         update = TreeUpdate(self._links, arity, self._model, request)
         result = Round(roots=list(self._links)[:1])
         while roots := result.roots:
-            offers = self._offers([self._links[url] for url in roots])
+            offers = self._offers([self._links[url] for url in roots], request)
             step = partial(self._drive_tree, update, roots, offers, request.version)
             result = self._ranks.lead("updating the engines", step, Round).after(result)
             for url in result.forgotten:
                 self._links[url].forget()
         return result
 
-    def _offers(self, links: Sequence[EngineLink]) -> list[Offer]:
-        """Of all ranks."""
+    def _offers(self, links: Sequence[EngineLink], request: UpdateRequest) -> list[Offer]:
+        """Of all ranks, in the dtypes that the engines want."""
+
+        def ask(link: EngineLink, source_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
+            with self._mine.withdrawn_on_error():
+                return link.wanted(source_ids, self._model, request, self._ways.direction)
+
+        offers = self._published(links)
+        while self._dtypes.connect(links, offers, ask):
+            self._again(self._word)
+            offers = self._published(links)
+        return offers
+
+    def _published(self, links: Sequence[EngineLink]) -> list[Offer]:
         return self._ranks.agree("offering the weights", partial(self._offer, links), Offer)
 
     def _offer(self, links: Sequence[EngineLink]) -> Offer:

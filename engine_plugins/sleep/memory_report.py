@@ -161,6 +161,8 @@ class RankMemoryRow(msgspec.Struct, frozen=True, kw_only=True):
     cannot release. They are taken off before a threshold is applied."""
     components: dict[str, int] = {}
     """Parts of the figure that the engine side knows, by name; they need not add up to it."""
+    quarantined_bytes: int = 0
+    """Host memory that broken updates have lost until nothing can come into it any more."""
 
 
 class DeviceResidual(msgspec.Struct, frozen=True, kw_only=True):

@@ -101,6 +101,7 @@ class RankMemory:
         *,
         kept_bytes: int = 0,
         components: Mapping[str, int] | None = None,
+        quarantined_bytes: int = 0,
     ) -> RankMemoryRow:
         """What the rank reports: see `RankMemoryRow`."""
         if isinstance(measured, MemorySample):
@@ -115,6 +116,7 @@ class RankMemory:
             baseline=self._baseline,
             kept_bytes=kept_bytes,
             components=dict(components or {}),
+            quarantined_bytes=quarantined_bytes,
         )
 
     def _rungs(self) -> Iterator[Rung]:

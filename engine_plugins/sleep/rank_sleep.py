@@ -25,6 +25,11 @@ class WeightHolder(Protocol):
         """Hold on to nothing: the weights' memory goes, and `lost` says their values too."""
         ...
 
+    @property
+    def quarantined_bytes(self) -> int:
+        """Host memory that broken updates have lost for now."""
+        ...
+
 
 class LedgerView(msgspec.Struct, frozen=True, kw_only=True):
     """What is released of a rank."""
@@ -136,6 +141,7 @@ class RankSleep:
             memory.settled() if settle else memory.sample(),
             kept_bytes=sum(kept.values()),
             components={name: size for name, size in {**mapped, **stays}.items() if size},
+            quarantined_bytes=self._weights.quarantined_bytes,
         )
 
     @property

@@ -1,5 +1,7 @@
 """One model of one engine, in a process of its own: three updates, each held against a fresh load.
 
+The trainer is a transformers model, offered as `from_hf(model)` offers it.
+
 `python -m tests.families.judge ENGINE FAMILY WAY FILE` writes what it found as JSON.
 """
 
@@ -13,16 +15,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.receiving.receiver import WeightReceiver
-from engine_plugins.weights.sources.torch_source import hf_boxes
+from engine_plugins.weights.sources.hf_offer import HfOffer
 from tests.families.catalogue import family_named
 from tests.families.engines import LOADED_RANKS, LoadedSglang, LoadedVllm
 from tests.families.family import AFTER_ZEROS, Case
-from tests.families.maker import checkpoint, random_model, save
+from tests.families.maker import become, random_model, save
 from tests.families.tensors import differences, tensors_of
 from tests.support.loader_maps import PlayedEngine, played_engine, receiving
 from tests.support.source_ranks import SourceRank, offered_boxes
@@ -74,7 +77,8 @@ def judge(engine: PlayedEngine, case: Case, folder: Path) -> Verdict:
     """Update one model three times, and compare it each time with a fresh load."""
     verdict = Verdict(result=EQUAL)
     try:
-        folders = _checkpoints(case, folder)
+        trained, states = _models(case)
+        folders = [_saved(trained, state, case, folder / f"v{n}") for n, state in enumerate(states)]
         fresh = _fresh_loads(engine, case, folders)
     except Exception as error:
         return Verdict(result=NOT_HERE, why=_words(error), trace=traceback.format_exc())
@@ -83,17 +87,27 @@ def judge(engine: PlayedEngine, case: Case, folder: Path) -> Verdict:
     wanted = [{k: v for k, v in each.items() if k not in undetermined} for each in fresh]
     verdict.tensors = len(wanted[0])
     try:
-        _update_thrice(engine, case, folders, wanted, verdict)
+        _update_thrice(engine, case, folders[0], trained, states, wanted, verdict)
     except _Ended as ended:
         verdict.result, verdict.why = ended.result, ended.why
         verdict.trace = traceback.format_exc()
     return verdict
 
 
-def _checkpoints(case: Case, folder: Path) -> list[Path]:
+def _models(case: Case) -> tuple[Any, list[Tensors]]:
+    """A model, and the values of each version that it will hold.
+
+    All before an engine is loaded: vLLM's backend of transformers' code changes its classes.
+    """
     dtype = getattr(torch, case.dtype)
-    models = (random_model(case.family, seed=seed, dtype=dtype) for seed in range(len(VERSIONS)))
-    return [save(model, case.family, folder / f"v{seed}") for seed, model in enumerate(models)]
+    models = [random_model(case.family, seed=seed, dtype=dtype) for seed in range(len(VERSIONS))]
+    states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+    return models[0], states
+
+
+def _saved(model: Any, state: Tensors, case: Case, folder: Path) -> Path:
+    become(model, state)
+    return save(model, case.family, folder)
 
 
 @contextmanager
@@ -119,24 +133,24 @@ def _fresh_loads(engine: PlayedEngine, case: Case, folders: Sequence[Path]) -> l
 def _update_thrice(
     engine: PlayedEngine,
     case: Case,
-    folders: Sequence[Path],
+    folder: Path,
+    trained: Any,
+    states: Sequence[Tensors],
     wanted: Sequence[Tensors],
     verdict: Verdict,
 ) -> None:
-    memory = checkpoint(folders[0])
     with (
-        _loaded(engine, case, folders[0]) as loaded,
-        offered_boxes(hf_boxes(memory)) as trainers,
+        _loaded(engine, case, folder) as loaded,
+        offered_boxes(HfOffer(trained).boxes()) as trainers,
         receiving(loaded.installer()) as receiver,
     ):
         if case.way == AFTER_ZEROS:
-            for tensor in memory.values():
+            for tensor in trained.state_dict().values():
                 tensor.zero_()
             _connect(receiver, trainers)
             _install(receiver, verdict, 0)
         for number, version in enumerate(VERSIONS, 1):
-            for name, tensor in checkpoint(folders[version]).items():
-                memory[name].copy_(tensor)
+            become(trained, states[version])
             _connect(receiver, trainers)
             _install(receiver, verdict, number)
             wrong = differences(_all_of(loaded), wanted[version])

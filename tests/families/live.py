@@ -10,7 +10,7 @@ import torch
 from engine_plugins.trainer_sender import WeightSender
 from tests.families.family import Family
 from tests.families.judge import EQUAL, FAILED, NOT_HERE, REFUSED, VERSIONS, WRONG, Verdict
-from tests.families.maker import random_model, save
+from tests.families.maker import become, random_model, save
 from tests.support.engine_server import TOKEN, EngineServer
 from tests.support.engines import SGLANG, VLLM
 from tests.support.hf_reference import greedy
@@ -42,14 +42,12 @@ def judged_live(kind: str, family: Family, folder: Path) -> Verdict:
 
 def _updated(server: EngineServer, family: Family, trained: Any) -> Verdict:
     try:
-        sender = WeightSender.from_hf(
-            trained, engines=server.url, token=TOKEN, config=trained.config, progress=False
-        )
+        sender = WeightSender.from_hf(trained, engines=server.url, token=TOKEN, progress=False)
     except Exception as error:
         return Verdict(result=FAILED, why=f"{type(error).__name__}: {error}")
     with sender:
         for number, version in enumerate(VERSIONS, 1):
-            _become(trained, random_model(family, seed=version, dtype=torch.float32))
+            become(trained, random_model(family, seed=version, dtype=torch.float32).state_dict())
             try:
                 sender.update(version=number)
             except Exception as error:
@@ -59,14 +57,6 @@ def _updated(server: EngineServer, family: Family, trained: Any) -> Verdict:
             if wrong := _wrong_answers(server, trained):
                 return Verdict(result=WRONG, why=f"update {number}: {wrong}")
     return Verdict(result=EQUAL)
-
-
-@torch.no_grad()
-def _become(trained: Any, other: Any) -> None:
-    """Have a model hold another one's values, in the memory that it has."""
-    values = other.state_dict()
-    for name, tensor in trained.state_dict().items():
-        tensor.copy_(values[name])
 
 
 def _wrong_answers(server: EngineServer, model: Any) -> str:

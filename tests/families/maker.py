@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.families.family import BASE, Family
 
-__all__ = ["checkpoint", "random_model", "save"]
+__all__ = ["become", "checkpoint", "random_model", "save"]
 
 
 def random_model(family: Family, *, seed: int, dtype: torch.dtype) -> Any:
@@ -34,6 +35,13 @@ def random_model(family: Family, *, seed: int, dtype: torch.dtype) -> Any:
                 tensor.copy_(torch.randn(tensor.shape) * 0.2 + centre)
     model.config.architectures = [type(model).__name__]
     return model.to(dtype)
+
+
+@torch.no_grad()
+def become(trained: Any, values: Mapping[str, torch.Tensor]) -> None:
+    """Have a model hold another one's values, its state dict, in the memory that it has."""
+    for name, tensor in trained.state_dict().items():
+        tensor.copy_(values[name])
 
 
 def save(model: Any, family: Family, folder: Path) -> Path:

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 import torch
 
 from engine_plugins.weights.sources.forms.block_fp8 import BLOCK, SCALE_SUFFIX, BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8_form import BlockFp8Form
+from engine_plugins.weights.sources.forms.cast import Cast, SentDtypes
+from engine_plugins.weights.sources.forms.form_source import Form
+from engine_plugins.weights.sources.forms.quantize_jobs import Quantize
 
-__all__ = ["quantized_whole", "reference"]
+__all__ = ["forms_of", "quantized_whole", "reference"]
 
 
 def reference(
@@ -43,9 +47,10 @@ def reference(
 def quantized_whole(tensors: Mapping[str, torch.Tensor], form: BlockFp8) -> dict[str, torch.Tensor]:
     """A checkpoint in block-FP8 form, each tensor quantized as a whole."""
     made: dict[str, torch.Tensor] = {}
+    dtypes = SentDtypes(form.others, learns=False)
     for name, tensor in tensors.items():
         if not form.quantizes(name, tensor.shape):
-            made[name] = tensor.to(form.dtype_of(name, tensor.dtype))
+            made[name] = tensor.to(dtypes.of(name, tensor.dtype))
             continue
         made[name] = torch.empty(tensor.shape, dtype=torch.float8_e4m3fn)
         grid = [-(-extent // BLOCK) for extent in tensor.shape]
@@ -53,3 +58,8 @@ def quantized_whole(tensors: Mapping[str, torch.Tensor], form: BlockFp8) -> dict
         slots = made[name], made[name + SCALE_SUFFIX]
         reference(tensor.contiguous(), *slots, powers_of_two=form.ue8m0)
     return made
+
+
+def forms_of(form: BlockFp8, quantize: Quantize = reference) -> list[Form]:
+    """As a sender puts them together."""
+    return [BlockFp8Form(form, quantize), Cast(SentDtypes(form.others, learns=False))]

@@ -161,8 +161,8 @@ def experts(mesh: tuple[int, ...], *placements: Placement, ffn: int = 5) -> str 
     fused[f"{prefix}.down_proj"] = torch.randn(3, 8, ffn)
     places = mesh_of(*mesh)
     cut = {name: distribute_tensor(whole, places, placements) for name, whole in fused.items()}
-    boxes = hf_boxes(cut, model_type="qwen3_moe")
-    expected = assemble(hf_boxes(fused, model_type="qwen3_moe"))
+    boxes = hf_boxes(cut)
+    expected = assemble(hf_boxes(fused))
     return difference(together(boxes), expected)
 
 

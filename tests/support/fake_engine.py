@@ -24,7 +24,13 @@ from fastapi.responses import JSONResponse
 
 from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import EnginePluginError
-from engine_plugins.weights.contract.manifest import SourceManifest, decode_manifest, numbers
+from engine_plugins.weights.contract.manifest import (
+    MSGPACK,
+    SourceManifest,
+    decode_manifest,
+    numbers,
+)
+from engine_plugins.weights.contract.manifest_batch import decode_batch, is_gzip
 from engine_plugins.weights.contract.report import Outcome, Phases, PlanSummary, UpdateReport
 from engine_plugins.weights.contract.version_word import new_word
 from engine_plugins.weights.sources.source import WeightSource
@@ -66,12 +72,14 @@ class FakeEngine:
         self.plans: dict[str, list[str]] = {}
         self.models: list[dict[str, Any]] = []
         self.updates: list[dict[str, Any]] = []
+        self.batches: list[int] = []
         self.encodings: list[str | None] = []
         self.answered: dict[str, UpdateReport] = {}
         self.prepared: dict[str, dict[str, Any]] = {}
         self.aborts: list[dict[str, Any]] = []
         self.pushed: dict[str, PushTarget] = {}
         self.refuse: dict[str, Refused] = {}
+        self.wants: dict[str, str] = {}
         self.restart_after: set[int] = set()
         self.update_s = 0.0
         self.prepare_s = 0.0
@@ -104,15 +112,25 @@ class FakeEngine:
         self.sources[source_id] = manifest
         return {"source_id": source_id}
 
+    def put_sources(self, elements: list[bytes]) -> dict[str, Any]:
+        self.batches.append(len(elements))
+        plain = [gzip.decompress(each) if is_gzip(each) else each for each in elements]
+        return {"source_ids": [self.put_source(each, MSGPACK)["source_id"] for each in plain]}
+
     def connect(self, body: dict[str, Any]) -> dict[str, Any]:
         unknown = [name for name in body["source_ids"] if name not in self.sources]
         if unknown:
             raise Refused(404, "unknown_id", f"no source {unknown}")
-        plan_id = f"plan-{uuid.uuid4().hex[:8]}"
-        self.plans[plan_id] = body["source_ids"]
         self.models.append(body["model"])
+        wanted = self._wanted(body["source_ids"])
+        if wanted and not body.get("tell_dtypes"):
+            raise Refused(422, "weight_mismatch", f"other dtypes are wanted: {wanted}")
+        plan_id = "" if wanted else f"plan-{uuid.uuid4().hex[:8]}"
+        self.plans[plan_id] = body["source_ids"]
         nbytes = self._nbytes(plan_id)
-        if body["direction"] == "push":
+        if wanted:
+            del self.plans[plan_id]
+        if body["direction"] == "push" and not wanted:
             manifests = [self.sources[name] for name in body["source_ids"]]
             self.pushed[plan_id] = PushTarget(manifests)
         summary = PlanSummary(
@@ -128,9 +146,20 @@ class FakeEngine:
             plan_s=0.0,
             ranks=[],
             destinations=self.pushed[plan_id].destinations() if plan_id in self.pushed else [],
+            wanted=wanted,
         )
         plain: dict[str, Any] = msgspec.to_builtins(summary)
         return {**plain, "a_field_of_a_later_release": 1}
+
+    def _wanted(self, source_ids: list[str]) -> dict[str, list[str]]:
+        wanted: dict[str, list[str]] = {}
+        for source_id in source_ids:
+            tensors = self.sources[source_id].tensors
+            for name, dtype in zip(tensors.names, tensors.dtypes, strict=True):
+                want = self.wants.get(name, dtype)
+                if want != dtype and name not in wanted.get(want, ()):
+                    wanted.setdefault(want, []).append(name)
+        return wanted
 
     def update(self, body: dict[str, Any]) -> dict[str, Any]:
         known = self.answered.get(body["request_id"])
@@ -296,6 +325,8 @@ def application(engine: FakeEngine) -> FastAPI:
             if engine.encodings[-1] == "gzip":
                 body = gzip.decompress(body)
             return engine.put_source(body, request.headers["content-type"])
+        if path == "/weights/sources/batch":
+            return engine.put_sources(decode_batch(body))
         if path == "/weights/connect":
             return engine.connect(msgspec.json.decode(body))
         if path in calls:
@@ -317,6 +348,7 @@ def application(engine: FakeEngine) -> FastAPI:
         app.add_api_route("/admin/v1" + path, guarded, methods=["GET"])
     for path in ("/pause", "/resume", "/flush", "/weights/sources", "/weights/connect"):
         app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])
+    app.add_api_route("/admin/v1/weights/sources/batch", guarded, methods=["POST"])
     for path in calls:
         app.add_api_route("/admin/v1" + path, guarded, methods=["POST"])
     return app

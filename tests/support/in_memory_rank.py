@@ -44,9 +44,10 @@ class _BreakableReceiver(WeightReceiver):
         manifests: Sequence[SourceManifest],
         *,
         direction: Direction = "pull",
+        tell_dtypes: bool = False,
     ) -> ConnectResult:
         self._maybe_fail("connect")
-        return super().connect(plan_id, manifests, direction=direction)
+        return super().connect(plan_id, manifests, direction=direction, tell_dtypes=tell_dtypes)
 
     def start(
         self,

@@ -80,6 +80,9 @@ class PlanSummary(msgspec.Struct, frozen=True, kw_only=True):
     ranks: list[RankPlan]
     destinations: list[Destination] = []
     """For a push, where each engine rank is written to; not kept by the server."""
+    wanted: dict[str, list[str]] = {}
+    """To a caller that asked for them: the tensors that must come in another dtype, by its name
+    (`bfloat16`). Then there is no plan, and `plan_id` is empty."""
 
 
 class RankReport(msgspec.Struct, frozen=True, kw_only=True):

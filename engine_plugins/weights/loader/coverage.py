@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
@@ -11,7 +11,9 @@ import torch
 
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.dtype_fit import dtype_problems
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy
+from engine_plugins.weights.loader.numbered_names import kind_of, numbers_in, renumbered
 
 __all__ = [
     "EngineStep",
@@ -27,7 +29,6 @@ EngineStep = tuple[list[str], list[LogicalTensor]]
 """Engine modules, and the HF tensors that fill them."""
 
 _SHOWN = 8
-_NUMBER = re.compile(r"\d+")
 _NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _KV_SCALE = re.compile(r"\.attn\.(q|k|v|prob)_(scale|zero_point)$")
 """What an FP8 KV cache is scaled with; where no layer's is given, the engine goes by its own."""
@@ -76,9 +77,19 @@ def prediction_layers(config: object) -> range:
 
 
 def engine_steps(
-    trace: LoaderTrace, tensors: Sequence[LogicalTensor], rules: LoaderRules
+    trace: LoaderTrace,
+    tensors: Sequence[LogicalTensor],
+    rules: LoaderRules,
+    *,
+    mended: Collection[str] = (),
 ) -> tuple[list[EngineStep], list[str]]:
     """Group tensors by the engine modules that they fill, in the model's order.
+
+    Args:
+        trace: what the loader does with these tensors.
+        tensors: as they are offered.
+        rules: of the loader.
+        mended: tensors that may come in a wrong dtype, since their sender will cast them.
 
     Returns:
         The steps, and the names that reached no parameter of this rank: another rank may need
@@ -89,7 +100,7 @@ def engine_steps(
             would be cast.
     """
     problems = [
-        *_dtype_problems(_filling_copies(trace), rules.model_dtype),
+        *dtype_problems(trace, rules.model_dtype, mended=mended),
         *_coverage_problems(trace),
         *_padding_problems(trace),
     ]
@@ -97,7 +108,8 @@ def engine_steps(
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
         raise WeightMismatchError(
             "the sources do not fit the engine's model: " + "; ".join(problems[:_SHOWN]) + more,
-            remedy="publish every tensor of the model that this engine serves, in its dtype",
+            remedy="publish every tensor of the model that this engine serves, in its dtype "
+            "(WeightSender casts by send_dtype='engine', its default)",
         )
     reached = trace.sources()
     unused = [
@@ -117,46 +129,32 @@ def parameters_by_coverage(trace: LoaderTrace) -> tuple[int, list[str]]:
     return len(trace.parameter_numel) - len(idle), idle
 
 
-def _filling_copies(trace: LoaderTrace) -> list[TracedCopy]:
-    """All but copies into what an engine derives from its parameters, in a dtype of its choice."""
-    return [copy for copy in trace.copies if copy.parameter in trace.parameter_numel]
-
-
-def _dtype_problems(copies: Sequence[TracedCopy], model_dtype: torch.dtype) -> list[str]:
-    """A cast is right only where the engine would cast its own checkpoint as well.
-
-    To or from bytes it never is: such values mean nothing without their scales.
-    """
-
-    def is_right(copy: TracedCopy) -> bool:
-        bytewise = 1 in (copy.source_dtype.itemsize, copy.parameter_dtype.itemsize)
-        return copy.source_dtype == copy.parameter_dtype or (
-            copy.source_dtype == model_dtype and not bytewise
-        )
-
-    return [
-        f"{'+'.join(copy.sources)} is {_say(copy.source_dtype)}, "
-        f"{copy.parameter} wants {_say(copy.parameter_dtype)}"
-        for copy in copies
-        if not is_right(copy)
-    ]
-
-
 def _coverage_problems(trace: LoaderTrace) -> list[str]:
     problems: list[str] = []
     givers = _givers(trace.copies)
+    fullest = _fullest(givers)
     for parameter, (filled, copied) in trace.filling().items():
         wanted = trace.parameter_numel[parameter]
         if filled == copied == wanted:
             continue
-        missing = _missing_names(parameter, givers)
+        missing = _missing_names(parameter, givers, fullest)
         if missing:
             problems.append(f"{', '.join(missing)} missing (needed by {parameter})")
         elif filled or not is_kv_scale(parameter):
-            given = ", ".join(givers.get(parameter, ())) or "no tensor"
-            twice = f", {copied - filled} of them by two copies" if copied > filled else ""
-            problems.append(f"{parameter} has {wanted} elements, {given} fill {filled}{twice}")
+            problems.append(
+                _partly_filled(parameter, wanted, filled, copied, [*givers.get(parameter, ())])
+            )
     return problems
+
+
+def _partly_filled(
+    parameter: str, wanted: int, filled: int, copied: int, givers: Sequence[str]
+) -> str:
+    if not givers:
+        return f"{parameter} has {wanted} elements, and no tensor fills it"
+    verb = "fill" if len(givers) > 1 else "fills"
+    twice = f", {copied - filled} of them by two copies" if copied > filled else ""
+    return f"{parameter} has {wanted} elements, {', '.join(givers)} {verb} {filled}{twice}"
 
 
 def _padding_problems(trace: LoaderTrace) -> list[str]:
@@ -169,13 +167,13 @@ def _padding_problems(trace: LoaderTrace) -> list[str]:
     padded = _constant_numel(trace.copies)
     alike: dict[str, list[str]] = {}
     for parameter in trace.parameter_numel:
-        alike.setdefault(_NUMBER.sub("#", parameter), []).append(parameter)
+        alike.setdefault(kind_of(parameter), []).append(parameter)
     problems: list[str] = []
     for parameters in alike.values():
         least = min(padded.get(parameter, 0) for parameter in parameters)
         problems += [
-            f"{', '.join(givers[parameter])} fill all of {parameter} but {padded[parameter]} "
-            "elements, which the loader makes up"
+            f"{parameter} is filled but for {padded[parameter]} elements, which the loader makes "
+            f"up, by {', '.join(givers[parameter]) or 'no tensor'}"
             for parameter in parameters
             if padded.get(parameter, 0) > least
         ]
@@ -198,30 +196,25 @@ def _givers(copies: Sequence[TracedCopy]) -> dict[str, dict[str, None]]:
     return givers
 
 
-def _missing_names(parameter: str, givers: dict[str, dict[str, None]]) -> list[str]:
+def _missing_names(
+    parameter: str, givers: Mapping[str, Mapping[str, None]], fullest: Mapping[str, str]
+) -> list[str]:
     """Names that the same parameter of another layer was given, and this one was not."""
-    own = givers.get(parameter, {})
-    numbers = _NUMBER.findall(parameter)
-    pattern = _NUMBER.sub("#", parameter)
-    alike = [other for other in givers if _NUMBER.sub("#", other) == pattern]
-    fullest = max(alike, key=lambda other: len(givers[other]), default=parameter)
-    there = _NUMBER.findall(fullest)
-    here = [_renumbered(name, there, numbers) for name in givers.get(fullest, ())]
+    own, numbers = givers.get(parameter, {}), numbers_in(parameter)
+    other = fullest.get(kind_of(parameter), parameter)
+    there = numbers_in(other)
+    here = [renumbered(name, there, numbers) for name in givers.get(other, ())]
     return [name for name in here if name not in own][:_SHOWN] if numbers else []
 
 
-def _renumbered(name: str, there: Sequence[str], here: Sequence[str]) -> str:
-    """The name of another layer's tensor in this layer.
-
-    The engine's numbers (the layer, the expert) come in the HF name too, in their order, perhaps
-    among others.
-    """
-    swaps = list(zip(there, here, strict=True))
-
-    def swap(found: re.Match[str]) -> str:
-        return swaps.pop(0)[1] if swaps and found.group() == swaps[0][0] else found.group()
-
-    return _NUMBER.sub(swap, name)
+def _fullest(givers: Mapping[str, Mapping[str, None]]) -> dict[str, str]:
+    """Of parameters that differ by their numbers alone, the first that most tensors fill."""
+    found: dict[str, str] = {}
+    for parameter, names in givers.items():
+        kind = kind_of(parameter)
+        if kind not in found or len(names) > len(givers[found[kind]]):
+            found[kind] = parameter
+    return found
 
 
 def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[EngineStep]:
@@ -252,7 +245,3 @@ def _model_order(trace: LoaderTrace, modules: dict[str, list[str]]) -> list[str]
     in_model = dict.fromkeys(parameter.rpartition(".")[0] for parameter in trace.parameter_numel)
     in_model |= dict.fromkeys(modules)  # those that only derive something come last
     return [module for module in in_model if modules.get(module)]
-
-
-def _say(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -37,6 +37,7 @@ from engine_plugins.weights.loader.loader_watch import (
 from engine_plugins.weights.loader.loading_in_parts import refuse_unless_in_parts
 from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
 from engine_plugins.weights.loader.missing_buffers import missing_buffers
+from engine_plugins.weights.loader.short_reasons import short_reason
 from engine_plugins.weights.loader.strided_cover import Place, distinct_numel
 
 __all__ = [
@@ -285,7 +286,7 @@ def _loadable_numel(parameter: torch.Tensor) -> int:
 
 
 def _refused(current: LogicalTensor | None, error: Exception) -> WeightMismatchError:
-    reason = f"{type(error).__name__}: {error}".rstrip(": ")
+    reason = short_reason(error)
     if current is None:
         return WeightMismatchError(f"the engine's loader failed before the first tensor: {reason}")
     return WeightMismatchError(

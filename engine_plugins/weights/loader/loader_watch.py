@@ -21,6 +21,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from engine_plugins.weights.loader.loader_mode import COPY, FILLS, LoaderMode, storage_id
+from engine_plugins.weights.loader.watched_memory import WatchedMemory
 
 __all__ = ["SourceView", "TracedCopy", "WatchedCopies", "following", "intercepting"]
 
@@ -89,11 +90,14 @@ class WatchedCopies:
         self._look_again = look_again
         self._alive: list[torch.Tensor] = [*parameters.values(), *self._beside.values()]
         self._placeholders: list[torch.Tensor] = []
-        self._parameters = {storage_id(p): name for name, p in parameters.items()}
-        self._targets = {storage_id(t): name for name, t in self._beside.items()}
-        self._targets |= self._parameters
+        self._parameters = set(parameters)
+        self._targets = WatchedMemory()
+        for name, tensor in self._beside.items():
+            self._targets.add(name, tensor, is_parameter=False)
+        for name, tensor in parameters.items():
+            self._targets.add(name, tensor, is_parameter=True)
         self._sources: dict[int, tuple[str, ...]] = {}
-        self._filled: dict[int, dict[str, None]] = {}
+        self._filled: dict[str, dict[str, None]] = {}
         self._derived: set[int] = set()
         self._stand_ins: dict[int, torch.Tensor] = {}
 
@@ -111,11 +115,11 @@ class WatchedCopies:
 
     def record(self, target: torch.Tensor, source: torch.Tensor | None) -> bool:
         """Note a copy, or a constant if there is no source; False where it is none of ours."""
-        storage = storage_id(target)
-        if storage not in self._targets and source is not None and self._names_of(source):
+        known = self._targets.knows_storage_of(target)
+        if not known and source is not None and self._names_of(source):
             self._watch_new()
-        parameter = self._targets.get(storage)
-        is_parameter = storage in self._parameters
+        parameter = self._targets.name_of(target)
+        is_parameter = parameter in self._parameters
         if parameter is None or (source is None and not is_parameter):
             return False
         names = () if source is None else self._names_of(source)
@@ -125,11 +129,11 @@ class WatchedCopies:
             return False
         derived = source is not None and self._is_derived(source)
         if derived:  # what reads a filled tensor computes, even if it only copies
-            self._derived.add(storage)
+            self._derived.add(storage_id(target))
         source_dtype = target.dtype if source is None else source.dtype
         broadcast = source is not None and source.shape != target.shape
         as_handed_out = source is not None and len(names) == 1 and not derived
-        self._filled.setdefault(storage, {}).update(dict.fromkeys(names))
+        self._filled.setdefault(parameter, {}).update(dict.fromkeys(names))
         self.copies.append(
             TracedCopy(
                 sources=names,
@@ -190,17 +194,17 @@ class WatchedCopies:
 
     def _watch_new(self) -> None:
         for name, tensor in self._look_again().items():
-            if storage_id(tensor) not in self._targets:
+            if not self._targets.knows_storage_of(tensor):
                 self._alive.append(tensor)
-                self._parameters[storage_id(tensor)] = name
-                self._targets[storage_id(tensor)] = name
+                self._parameters.add(name)
+                self._targets.add(name, tensor, is_parameter=True)
 
     def _names_of(self, tensor: torch.Tensor) -> tuple[str, ...] | None:
         """Placeholders behind a tensor; None if there are none."""
-        storage = storage_id(tensor)
-        known = self._sources.get(storage)
-        if known is None and storage in self._filled:
-            return tuple(self._filled[storage])
+        known = self._sources.get(storage_id(tensor))
+        filled = self._filled and known is None and self._targets.name_of(tensor)
+        if filled and filled in self._filled:
+            return tuple(self._filled[filled])
         return known
 
     def _is_derived(self, tensor: torch.Tensor) -> bool:
@@ -209,12 +213,11 @@ class WatchedCopies:
 
     def _note_change(self, target: torch.Tensor, names: tuple[str, ...]) -> None:
         """A parameter that is changed in place no longer holds what was copied into it."""
-        storage = storage_id(target)
-        name = self._targets.get(storage)
-        sources = tuple(dict.fromkeys((*self._filled.get(storage, ()), *names)))
+        name = self._targets.name_of(target)
         if name is None:
             return
-        if storage in self._parameters:
+        sources = tuple(dict.fromkeys((*self._filled.get(name, ()), *names)))
+        if name in self._parameters:
             self.changed.add(name)
         if sources:
             self._add_change(name, target, sources)
@@ -262,6 +265,7 @@ def intercepting(copies: WatchedCopies) -> Iterator[None]:
         return fill
 
     plain_copy = torch.Tensor.copy_
+    here_before = dict(vars(torch.Tensor))
     changed = {
         "copy_": copy,
         "fill_": noting(torch.Tensor.fill_),
@@ -273,7 +277,10 @@ def intercepting(copies: WatchedCopies) -> Iterator[None]:
         yield
     finally:
         for name in changed:
-            delattr(torch.Tensor, name)  # the base class's is seen again
+            if name in here_before:  # another library's
+                setattr(torch.Tensor, name, here_before[name])
+            else:
+                delattr(torch.Tensor, name)  # the base class's is seen again
 
 
 class _Follower(LoaderMode):

@@ -7,15 +7,13 @@ the weights are new.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.loader.loader_watch import TracedCopy, WatchedCopies
+from engine_plugins.weights.loader.numbered_names import kind_of
 
 __all__ = ["refuse_unless_in_parts"]
-
-_NUMBER = re.compile(r"\d+")
 
 
 def refuse_unless_in_parts(
@@ -62,7 +60,7 @@ def _one_of_each_kind(
             modules_of.setdefault(name, set()).add(module)
     kinds: set[str] = set()
     for module in names_of:
-        kind = _NUMBER.sub("#", module)
+        kind = kind_of(module)
         if kind in kinds or not names_of[module]:
             continue
         kinds.add(kind)

@@ -7,16 +7,14 @@ buffer that it fills is one that a checkpoint has to bring.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from engine_plugins.weights.loader.loader_watch import TracedCopy
+from engine_plugins.weights.loader.numbered_names import kind_of
 
 __all__ = ["missing_buffers"]
-
-_NUMBER = re.compile(r"\d+")
 
 
 def missing_buffers(
@@ -33,7 +31,7 @@ def missing_buffers(
     """
     alike: dict[str, list[str]] = {}
     for name in buffers:
-        alike.setdefault(_NUMBER.sub("#", name), []).append(name)
+        alike.setdefault(kind_of(name), []).append(name)
     missing: set[str] = set()
     for names in alike.values():
         first = names[0]

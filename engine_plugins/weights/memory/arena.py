@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -13,19 +13,13 @@ import torch
 from engine_plugins.errors import TransportError, UnsupportedError
 from engine_plugins.weights.hardware.cuda_pool import PlainCudaPool
 from engine_plugins.weights.hardware.expandable_segments import WHY_NOT, asked_for
+from engine_plugins.weights.transport import quarantine
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.regions import HOST
 
-__all__ = ["Arena", "quarantined_bytes"]
+__all__ = ["Arena"]
 
 logger = logging.getLogger(__name__)
-
-_quarantined: list[tuple[torch.Tensor, PlainCudaPool | None]] = []
-
-
-def quarantined_bytes() -> int:
-    """Bytes that timed-out reads have made unusable until this process ends."""
-    return sum(buffer.nbytes for buffer, _ in _quarantined)
 
 
 class Arena:
@@ -118,26 +112,50 @@ class Arena:
         """
         if self._state != "open":
             return
-        self._state, self._buffer = "closed", None
-        self._transport.deregister(self._address)
-        if self._pool is not None:
-            self._pool.close()
+        self._state = "closed"
+        try:
+            self._transport.deregister(self._address)  # before its memory can be another's
+        finally:
+            self._buffer = None
+            if self._pool is not None:
+                self._pool.close()
 
-    def quarantine(self) -> None:
-        """Give the arena up after a read that timed out: late bytes may still land in it.
+    def quarantine(
+        self, ended: Callable[[], bool] = lambda: False, *, ends_with_agent: bool = True
+    ) -> None:
+        """Give the arena up after a transfer that timed out: late bytes may still land in it.
 
-        The memory stays allocated and registered until the process ends, and is never used again.
+        The memory stays allocated and registered until none can, see `transport.quarantine`.
+
+        Args:
+            ended: whether it is known that no more bytes will come.
+            ends_with_agent: whether none can come once the agent is closed.
         """
         if self._state != "open" or self._buffer is None:
             return
-        _quarantined.append((self._buffer, self._pool))
-        self._state, self._buffer = "quarantined", None
+        self._state, held = "quarantined", [self._buffer]
+        self._buffer = None
+        pool = self._pool
+
+        def free() -> None:
+            held.clear()
+            if pool is not None:
+                pool.close()
+
+        quarantine.keep(
+            self._transport,
+            self._address,
+            self._nbytes,
+            free=free,
+            ended=ended,
+            ends_with_agent=ends_with_agent,
+        )
         logger.warning(
-            "quarantined a receive buffer of %.3f GiB at %#x: a read into it may still be under "
-            "way; %.3f GiB are lost until this process ends",
+            "quarantined a receive buffer of %.3f GiB at %#x: bytes may still come into it; "
+            "%.3f GiB of this process cannot be used now",
             self._nbytes / 2**30,
             self._address,
-            quarantined_bytes() / 2**30,
+            quarantine.quarantined_bytes() / 2**30,
         )
 
     def _usable(self) -> torch.Tensor:

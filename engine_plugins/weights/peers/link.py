@@ -118,15 +118,15 @@ def measure_link(transport: Transport, manifest: SourceManifest) -> LinkReport:
             )
             size *= 2
         fastest = _fastest(reads)
-    except BaseException as error:
-        if isinstance(error, TransferTimeoutError) and error.stuck:
+    except TransferTimeoutError as error:
+        if error.stuck:
+            reads = []  # released they would say no more of themselves
             arena.quarantine()
-        else:
-            arena.close()
         raise
-    for read in reads:
-        read.release()
-    arena.close()
+    finally:
+        for read in reads:
+            read.release()
+        arena.close()
     return LinkReport(source=manifest.source, nbytes=fastest[0], seconds=fastest[1])
 
 

@@ -123,15 +123,15 @@ def meet_agent(
 def _answers(transport: Transport, agent: str, greeting: Greeting, patience_s: float) -> bool:
     """Read the start of the peer's memory into a buffer that may be lost."""
     buffer = Arena(GREETING_BYTES, transport)
+    read: PreparedTransfer | None = None
     try:
         read = greeting.prepared(transport, agent, buffer.address)
         run_transfers([read], deadline_s=patience_s, drain_s=0.0)
     except TransferTimeoutError:
         buffer.quarantine()
         return False
-    except BaseException:
+    finally:
+        if read is not None:
+            read.release()
         buffer.close()
-        raise
-    read.release()
-    buffer.close()
     return True

@@ -24,16 +24,15 @@ from engine_plugins.weights.loader.coverage import EngineStep
 from engine_plugins.weights.planning.box_table import (
     Column,
     LiveBox,
-    SourceTable,
     TensorTable,
     contiguous_strides,
-    source_table,
     target_table,
     volumes,
 )
 from engine_plugins.weights.planning.intersection import Parts, intersect, runs
 from engine_plugins.weights.planning.logical_tensors import logical_tensors
 from engine_plugins.weights.planning.source_choice import Reader, SourceChoice
+from engine_plugins.weights.planning.source_table import source_table
 from engine_plugins.weights.transport.base import Descriptors
 
 __all__ = [
@@ -253,13 +252,13 @@ def build_plan(
     live = live or {}
     direct = [bool(tensors) and tensors[0].name in live for _, tensors in steps]
     layout = _Layout(table, [len(tensors) for _, tensors in steps], direct)
-    choice = None if reader is None else SourceChoice(reader=reader, manifests=manifests)
+    choice = SourceChoice(reader=reader or Reader(), manifests=manifests)
     targets = target_table(table, needed or {}, live, layout.offset)
     parts = intersect(targets, sources, table, choice)
     scratch = _scratch_bytes(layout, parts)
-    packed = _packed_rows(parts, sources, table, scratch)
-    reads = _reads(parts, sources, table, layout, np.flatnonzero(~packed))
-    pieces = _pieces(parts, sources, table, layout, np.flatnonzero(packed), scratch)
+    packed = _packed_rows(parts, table, scratch)
+    reads = _reads(parts, table, layout, np.flatnonzero(~packed))
+    pieces = _pieces(parts, table, layout, np.flatnonzero(packed), scratch)
     wanted = np.bincount(layout.step[parts.boxes.tensor], parts.nbytes, minlength=len(steps))
     planned = [
         Step(
@@ -322,14 +321,13 @@ class _Layout:
 
 def _reads(
     parts: Parts,
-    sources: SourceTable,
     tensors: TensorTable,
     layout: _Layout,
     rows: Column,
 ) -> dict[int, list[StepRead]]:
     """Parts that go straight into place, by step: one read for each source and device."""
-    number, offer = parts.boxes.tensor[rows], parts.offer[rows]
-    step, source, device = layout.step[number], sources.source[offer], sources.device[offer]
+    step = layout.step[parts.boxes.tensor[rows]]
+    source, device = parts.source[rows], parts.device[rows]
     order = np.lexsort((device, source, step))
     keys = np.stack([step, source, device], axis=1)[order]
     table, of_part = _descriptors(parts, tensors, rows[order])
@@ -368,9 +366,7 @@ def _descriptors(parts: Parts, tensors: TensorTable, rows: Column) -> tuple[Desc
     return table, of_part
 
 
-def _packed_rows(
-    parts: Parts, sources: SourceTable, tensors: TensorTable, scratch: int
-) -> npt.NDArray[np.bool_]:
+def _packed_rows(parts: Parts, tensors: TensorTable, scratch: int) -> npt.NDArray[np.bool_]:
     """[n] parts whose short runs would cost more than the whole rows that they lie in.
 
     A run costs its descriptor. Its row costs the bytes that are not wanted: the rule is that both
@@ -378,7 +374,7 @@ def _packed_rows(
     """
     run, outer = runs(parts, tensors)
     itemsize = tensors.itemsize[parts.boxes.tensor]
-    offered = sources.boxes.shape[parts.offer]
+    offered = parts.offered.shape
     contiguous = contiguous_strides(offered, itemsize)
     dense = ((parts.strides_bytes == contiguous) | (offered == 1)).all(axis=1)
     every = np.arange(len(run))
@@ -398,15 +394,13 @@ def _row_elements(shape: Column, tensors: TensorTable, parts: Parts, rows: Colum
 
 def _pieces(
     parts: Parts,
-    sources: SourceTable,
     tensors: TensorTable,
     layout: _Layout,
     rows: Column,
     scratch: int,
 ) -> dict[int, list[list[PackedPiece]]]:
     """Packed parts by step, in batches of pieces that fit the scratch area."""
-    boxes, offer = parts.boxes[rows], parts.offer[rows]
-    offered = sources.boxes[offer]
+    boxes, offered = parts.boxes[rows], parts.offered[rows]
     each = np.arange(len(rows))
     axis = tensors.axes - np.maximum(tensors.ndim[boxes.tensor], 1)
     row_bytes = _row_elements(offered.shape, tensors, parts, rows) * tensors.itemsize[boxes.tensor]
@@ -424,9 +418,9 @@ def _pieces(
     steps = layout.step[boxes.tensor[of]].tolist()
     begins, offsets = _batches(steps, nbytes.tolist(), scratch)
     columns = (
-        sources.source[offer][of].tolist(),
-        sources.device[offer][of].tolist(),
-        (sources.address[offer][of] + (skipped * row_bytes[of]).astype(np.uint64)).tolist(),
+        parts.source[rows][of].tolist(),
+        parts.device[rows][of].tolist(),
+        (parts.offered_address[rows][of] + (skipped * row_bytes[of]).astype(np.uint64)).tolist(),
         nbytes.tolist(),
         offsets,
         (parts.target[rows][of] + row * strides[each, axis][of]).tolist(),

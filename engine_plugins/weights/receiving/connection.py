@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine_plugins.weights.boxes.dtypes import dtype_name
+from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval
 from engine_plugins.weights.contract.destinations import Destination
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.report import RankPlan
-from engine_plugins.weights.loader.coverage import EngineStep, parameters_by_coverage
+from engine_plugins.weights.loader.coverage import (
+    EngineStep,
+    LoaderRules,
+    engine_steps,
+    parameters_by_coverage,
+)
+from engine_plugins.weights.loader.dtype_fit import wanted_dtypes
 from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.planning.plan import FetchPlan, build_plan, coalesced, laid_apart
 from engine_plugins.weights.planning.plan_cache import PlanCache
 from engine_plugins.weights.planning.source_choice import Reader
 from engine_plugins.weights.receiving.landing import Landing
 
-__all__ = ["ConnectResult", "Connection", "Direction", "rank_plan"]
+__all__ = ["ConnectResult", "Connection", "Direction", "other_dtypes", "rank_plan"]
 
 Direction = Literal["pull", "push"]
 
@@ -63,6 +72,60 @@ class ConnectResult:
     connect_s: float
     destination: Destination | None
     """Of a push, where the trainers write."""
+    wanted: dict[str, list[str]] = field(default_factory=dict)
+    """Tensors that must come in another dtype, by its name; then the plan is empty."""
+
+
+def other_dtypes(
+    trace: LoaderTrace,
+    tensors: Sequence[LogicalTensor],
+    rules: LoaderRules,
+    *,
+    tp_rank: int,
+    since: float,
+) -> ConnectResult | None:
+    """What a rank answers where tensors must come in other dtypes; None where none must.
+
+    Args:
+        trace: what the loader does with these tensors.
+        tensors: as they are offered.
+        rules: of the loader.
+        tp_rank: of this rank.
+        since: when planning began, on the performance counter.
+
+    Raises:
+        WeightMismatchError: something else does not fit.
+    """
+    wanted = wanted_dtypes(trace, tensors, rules.model_dtype)
+    if not wanted:
+        return None
+    _, unused = engine_steps(trace, tensors, rules, mended=wanted.keys())
+    by_dtype: dict[str, list[str]] = {}
+    for name, dtype in wanted.items():
+        by_dtype.setdefault(dtype_name(dtype), []).append(name)
+    return ConnectResult(
+        plan=_empty_plan(tp_rank),
+        unused=unused,
+        plan_s=time.perf_counter() - since,
+        connect_s=0.0,
+        destination=None,
+        wanted=by_dtype,
+    )
+
+
+def _empty_plan(tp_rank: int) -> RankPlan:
+    return RankPlan(
+        tp_rank=tp_rank,
+        bytes_needed=0,
+        bytes_to_move=0,
+        operations=0,
+        direct_bytes=0,
+        staged_bytes=0,
+        loader_bytes=0,
+        steps=0,
+        largest_step_bytes=0,
+        arena_bytes=0,
+    )
 
 
 def rank_plan(

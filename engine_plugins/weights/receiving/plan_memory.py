@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from engine_plugins.weights.memory.live_memory import LiveMemory
+from engine_plugins.weights.peers.acquaintances import Acquaintances
 from engine_plugins.weights.peers.meeting import require_same_wire
 from engine_plugins.weights.planning.plan import FetchPlan
 from engine_plugins.weights.receiving.connection import Connection
@@ -13,6 +14,7 @@ from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.receiving.prepared_push import PreparedPush
 from engine_plugins.weights.receiving.update_run import PreparedPlan
 from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.transport.quarantine import reclaim
 
 __all__ = ["PlanMemory"]
 
@@ -27,6 +29,7 @@ class PlanMemory:
     def __init__(self, make_transport: Callable[[], Transport]) -> None:
         self._make_transport = make_transport
         self._transport: Transport | None = None
+        self._peers: Acquaintances | None = None
         self._prepared: tuple[str, PreparedPlan] | None = None
         self._live: tuple[frozenset[str], LiveMemory] | None = None
 
@@ -36,6 +39,13 @@ class PlanMemory:
         if self._transport is None:
             self._transport = self._make_transport()
         return self._transport
+
+    @property
+    def peers(self) -> Acquaintances:
+        """The agent's."""
+        if self._peers is None:
+            self._peers = Acquaintances(self.transport)
+        return self._peers
 
     @property
     def held_bytes(self) -> int:
@@ -71,15 +81,18 @@ class PlanMemory:
         kept = self.keep(plan_id, plan, staged=staged)
         if kept is not None:
             return kept
+        self.reclaim()
         for manifest in connected.manifests:
             require_same_wire(self.transport, manifest)
         live = self._live_memory(landing) if plan.direct_bytes else None
         sources, wire = connected.manifests, self.transport
         made: PreparedPlan
         if connected.direction == "push":
-            made = PreparedPush(plan, sources, wire, live=live)
+            made = PreparedPush(plan, sources, wire, live=live, peers=self.peers)
         else:
-            made = PreparedFetch(plan, sources, wire, staged=staged, live=live, met=met)
+            made = PreparedFetch(
+                plan, sources, wire, staged=staged, live=live, peers=self.peers, met=met
+            )
         self._prepared = (plan_id, made)
         return made
 
@@ -103,11 +116,27 @@ class PlanMemory:
         if known is not None:
             known[1].close()
 
-    def quarantine(self) -> None:
-        """Give up the receive buffer without freeing it: bytes may still come in."""
+    def quarantine(self, pulling: Callable[[], bool]) -> None:
+        """Give up the receive buffer without freeing it: bytes may still come in.
+
+        Args:
+            pulling: whether the thread of the pull that was given up is still at its reads.
+        """
         known, self._prepared = self._prepared, None
         if known is not None:
-            known[1].quarantine()
+            known[1].quarantine(pulling)
+        if self._peers is not None:
+            self._peers.doubt()
+
+    def reclaim(self) -> None:
+        """Have back what earlier updates lost, as far as nothing can come into it any more."""
+        if self._transport is not None:
+            reclaim(self._transport)
+
+    def forget_peers(self, but: Container[str] = ()) -> None:
+        """Forget all peers but the named agents."""
+        if self._peers is not None:
+            self._peers.forget_others(but)
 
     def deregister_live(self) -> None:
         """Hold on to no live parameter."""
@@ -118,6 +147,7 @@ class PlanMemory:
     def close(self) -> None:
         """End the agent, if there is one."""
         transport, self._transport = self._transport, None
+        self._peers = None
         if transport is not None:
             transport.close()
 

@@ -12,14 +12,15 @@ from engine_plugins.errors import TransferTimeoutError, TransportError
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.version_word import WordReader
 from engine_plugins.weights.memory.live_memory import LiveMemory
-from engine_plugins.weights.peers.meeting import meet
+from engine_plugins.weights.peers.acquaintances import Acquaintances
 from engine_plugins.weights.planning.plan import FetchPlan, PackedPiece, Step, Window
+from engine_plugins.weights.receiving.late_bytes import LateReads
 from engine_plugins.weights.receiving.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer, Transport
 from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers, transfers_of
 
-__all__ = ["PreparedFetch"]
+__all__ = ["PreparedFetch", "sources_of"]
 
 BATCH_BYTES = 256 << 20
 """The most that is fetched in one go; a step that is larger goes alone."""
@@ -38,8 +39,10 @@ class PreparedFetch:
         transport: does the reads.
         staged: whether the arena holds every step at once.
         live: the parameters that direct steps land in; it stays the caller's to close.
-        met: whether each source has been read from since its manifest came. It is not again then:
-            a source that is stopped would hold the caller, who holds the engine; the pull finds it.
+        peers: of the transport; of its own if there are none yet.
+        met: whether the sources have been read from since their manifests came. They are not again
+            then: a source that is stopped would hold the caller, who holds the engine; the pull
+            finds it.
 
     Raises:
         UnsupportedError: the machine has not the memory to stage.
@@ -54,6 +57,7 @@ class PreparedFetch:
         *,
         staged: bool,
         live: LiveMemory | None = None,
+        peers: Acquaintances | None = None,
         met: bool = False,
     ) -> None:
         self.plan = plan
@@ -71,17 +75,14 @@ class PreparedFetch:
         """Straight into place, by the first of the steps that they are for."""
         self._packed: list[list[list[PreparedTransfer]]] = []
         """By way of the scratch area: of every step, batch by batch."""
-        transport.vet_peers([(each.agent, each.agent_metadata) for each in manifests])
-        for manifest in manifests:
-            if met:
-                transport.add_peer(manifest.agent, manifest.agent_metadata)
-            else:
-                meet(transport, manifest)
+        read = [manifests[each] for each in sources_of(plan)]
+        self._peers = peers or Acquaintances(transport)
+        self._peers.meet(read, anew=not met)
         self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
         self._words: WordReader | None = None
         self._lookout: WordReader | None = None
         try:
-            self._words = WordReader([manifests[each] for each in _sources_of(plan)], transport)
+            self._words = WordReader(read, transport)
             for steps in self._always_together():
                 self._reads[steps.start] = self._joined(steps)
             for step in plan.steps:
@@ -169,7 +170,7 @@ class PreparedFetch:
             SourceRevokedError: one took its offer back.
         """
         if self._lookout is None:
-            sources = [self._sources[each] for each in _sources_of(self.plan)]
+            sources = [self._sources[each] for each in sources_of(self.plan)]
             self._lookout = WordReader(sources, self._transport)
         self._lookout.look(self._word_reader.expected)
 
@@ -230,10 +231,18 @@ class PreparedFetch:
             if reader is not None:
                 reader.close()
 
-    def quarantine(self) -> None:
-        """Give up the arena without freeing it: a read that timed out may still write to it."""
+    def quarantine(self, pulling: Callable[[], bool] = lambda: False) -> None:
+        """Give up the arena without freeing it: a read that timed out may still write to it.
+
+        Args:
+            pulling: whether the pull's thread is still at these reads.
+        """
         self._fit = False
-        self._buffer.quarantine()
+        sources = [self._sources[each] for each in sources_of(self.plan)]
+        late = LateReads(self._take_reads(), sources, self._peers, self._transport)
+        self._buffer.quarantine(
+            lambda: not pulling() and late.ended(), ends_with_agent=not pulling()
+        )
         self._word_reader.quarantine()
 
     @property
@@ -333,11 +342,14 @@ class PreparedFetch:
         )
 
     def _release_reads(self) -> None:
+        for read in self._take_reads():
+            read.release()
+
+    def _take_reads(self) -> list[PreparedTransfer]:
         batches = (reads for step in self._packed for reads in step)
-        for reads in (*self._reads.values(), *batches):
-            for read in reads:
-                read.release()
+        taken = [read for reads in (*self._reads.values(), *batches) for read in reads]
         self._reads, self._packed = {}, []
+        return taken
 
 
 def _room(step: Step) -> int:
@@ -345,8 +357,8 @@ def _room(step: Step) -> int:
     return step.bytes_needed if step.direct else step.nbytes
 
 
-def _sources_of(plan: FetchPlan) -> list[int]:
-    """The sources that a plan reads from, by their numbers in it."""
+def sources_of(plan: FetchPlan) -> list[int]:
+    """The sources that a plan takes bytes from, by their numbers in it."""
     straight = {read.source for step in plan.steps for read in step.reads}
     packed = {p.source for step in plan.steps for batch in step.packed for p in batch}
     return sorted(straight | packed)

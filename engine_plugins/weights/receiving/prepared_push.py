@@ -17,7 +17,10 @@ from engine_plugins.weights.contract.destinations import Destination, Writes
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.version_word import WordReader
 from engine_plugins.weights.memory.live_memory import LiveMemory
+from engine_plugins.weights.peers.acquaintances import Acquaintances
 from engine_plugins.weights.planning.plan import FetchPlan, Window
+from engine_plugins.weights.receiving.late_bytes import LateWrites
+from engine_plugins.weights.receiving.prepared_fetch import sources_of
 from engine_plugins.weights.receiving.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, Transport
 from engine_plugins.weights.transport.regions import HOST
@@ -33,6 +36,7 @@ class PreparedPush:
         manifests: the sources, as the plan numbers them.
         transport: registers the memory.
         live: the parameters that direct steps land in; it stays the caller's to close.
+        peers: of the transport; of its own if there are none yet.
 
     Raises:
         UnsupportedError: the machine has not the memory.
@@ -48,6 +52,7 @@ class PreparedPush:
         transport: Transport,
         *,
         live: LiveMemory | None = None,
+        peers: Acquaintances | None = None,
     ) -> None:
         self.plan = plan
         self.usable = True
@@ -57,6 +62,7 @@ class PreparedPush:
         self.reset_counters()
         self._sources = manifests
         self._transport = transport
+        self._peers = peers or Acquaintances(transport)
         self._buffer = ReceiveBuffer(plan, transport, staged=True, live=live)
         self._lookout: WordReader | None = None
 
@@ -116,11 +122,9 @@ class PreparedPush:
             PeerLostError: one is gone.
         """
         if self._lookout is None:
-            peers = [(each.agent, each.agent_metadata) for each in self._sources]
-            self._transport.vet_peers(peers)
-            for manifest in self._sources:
-                self._transport.add_peer(manifest.agent, manifest.agent_metadata)
-            self._lookout = WordReader(self._sources, self._transport)
+            writers = self._writers()
+            self._peers.expect(writers)
+            self._lookout = WordReader(writers, self._transport)
         self._lookout.look(None)
 
     def tensors(self, index: int) -> list[tuple[str, torch.Tensor]]:
@@ -153,10 +157,20 @@ class PreparedPush:
             self._lookout.close()
         self._buffer.close()
 
-    def quarantine(self) -> None:
-        """Give up the arena without freeing it: a trainer may still write to it."""
+    def quarantine(self, pulling: Callable[[], bool] = lambda: False) -> None:
+        """Give up the arena without freeing it: a trainer may still write to it.
+
+        One of this host writes past our agent, so it is free once every writer is gone.
+
+        Args:
+            pulling: whether a thread is still at this memory.
+        """
         self.usable = False
-        self._buffer.quarantine()
+        late = LateWrites(self._writers(), self._peers, self._transport)
+        self._buffer.quarantine(lambda: not pulling() and late.ended(), ends_with_agent=False)
+
+    def _writers(self) -> list[SourceManifest]:
+        return [self._sources[each] for each in sources_of(self.plan)]
 
     def _rows(self) -> list[list[tuple[Descriptors, int, int]]]:
         """By source: [n, 3] descriptors as (its address, ours, bytes), its device and ours."""

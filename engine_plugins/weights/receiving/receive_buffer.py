@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -83,10 +83,15 @@ class ReceiveBuffer:
         if self._arena is not None:
             self._arena.close()
 
-    def quarantine(self) -> None:
-        """Give up the arena without freeing it: late bytes may still land in it."""
+    def quarantine(self, ended: Callable[[], bool], *, ends_with_agent: bool = True) -> None:
+        """Give up the arena without freeing it: late bytes may still land in it.
+
+        Args:
+            ended: whether it is known that no more will.
+            ends_with_agent: whether none can once the agent is closed.
+        """
         if self._arena is not None:
-            self._arena.quarantine()
+            self._arena.quarantine(ended, ends_with_agent=ends_with_agent)
 
     @property
     def _memory(self) -> Arena:

@@ -26,7 +26,6 @@ from engine_plugins.weights.hardware.peak_memory import PeakMemory
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.needed import needed_boxes
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
-from engine_plugins.weights.peers.link import measure_links
 from engine_plugins.weights.planning.plan import FetchPlan, Step, logical_tensors
 from engine_plugins.weights.planning.plan_cache import PlanCache
 from engine_plugins.weights.planning.source_choice import Reader
@@ -35,16 +34,19 @@ from engine_plugins.weights.receiving.connection import (
     Connection,
     ConnectResult,
     Direction,
+    other_dtypes,
     rank_plan,
 )
 from engine_plugins.weights.receiving.engine_model import EngineModel
 from engine_plugins.weights.receiving.peer_source import PeerSource
 from engine_plugins.weights.receiving.plan_memory import PlanMemory
+from engine_plugins.weights.receiving.prepared_fetch import sources_of
 from engine_plugins.weights.receiving.prepared_push import PreparedPush
 from engine_plugins.weights.receiving.staging import StagingRoom
 from engine_plugins.weights.receiving.step_install import install_step
 from engine_plugins.weights.receiving.update_run import PreparedPlan, PullStatus, UpdateRun
 from engine_plugins.weights.transport.base import Transport
+from engine_plugins.weights.transport.quarantine import quarantined_bytes
 
 __all__ = ["Aborted", "WeightReceiver"]
 
@@ -76,7 +78,6 @@ class WeightReceiver:
         self._installer = installer
         self._reader = reader or Reader(tp_rank=tp_rank)
         self._expected_link_gbps = expected_link_gbps
-        self._measured: set[str] = set()
         self._cache = PlanCache()
         self._make_transport = transport
         self._memory = PlanMemory(transport)
@@ -95,8 +96,15 @@ class WeightReceiver:
         manifests: Sequence[SourceManifest],
         *,
         direction: Direction = "pull",
+        tell_dtypes: bool = False,
     ) -> ConnectResult:
         """Plan what this rank gets from the sources, and meet them or say where they write.
+
+        Args:
+            plan_id: names the plan.
+            manifests: of the sources.
+            direction: who moves the bytes.
+            tell_dtypes: make no plan of tensors in wrong dtypes, but say which they should have.
 
         Raises:
             WeightMismatchError: names, shapes or dtypes do not fit the engine's model.
@@ -111,6 +119,12 @@ class WeightReceiver:
             tensors = found("tensors", lambda: logical_tensors(manifests))
             trace = self._model.trace(tensors)
             self._look_again()
+            if tell_dtypes:
+                told = other_dtypes(
+                    trace, tensors, self._installer, tp_rank=self._tp_rank, since=planning
+                )
+                if told is not None:
+                    return told
             steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
             connected = Connection(
                 direction=direction,
@@ -123,7 +137,8 @@ class WeightReceiver:
         prepared = self._prepare(plan_id, connected, plan, staged=False)
         self._connected[plan_id] = connected
         if direction == "pull":
-            self._measure_links(manifests)
+            read = [manifests[each] for each in sources_of(plan)]
+            self._memory.peers.measure(read, expected_gbps=self._expected_link_gbps)
         return ConnectResult(
             plan=rank_plan(plan, trace, self._model.landing, self._tp_rank, prepared.arena_bytes),
             unused=unused,
@@ -151,22 +166,31 @@ class WeightReceiver:
         return self._peers.manifest_bytes(word)
 
     def drop(self, plan_id: str) -> None:
-        """Forget a plan and its receive buffer."""
+        """Forget a plan, its receive buffer, and sources that no other plan knows."""
         self._refuse_while_running()
         self._connected.pop(plan_id, None)
         if self._memory.of(plan_id) is not None:
             self._memory.release()
+        known = {each.agent for held in self._connected.values() for each in held.manifests}
+        self._memory.forget_peers(known)
 
     def staging_room(self, plan_id: str) -> StagingRoom:
         """What it would take to stage this plan's next update."""
         self._refuse_while_running()
         plan = self._pull_plan(self._connection(plan_id), staged=True)
+        self._memory.reclaim()
         return StagingRoom(
             tp_rank=self._tp_rank,
             wanted_bytes=plan.total_bytes + plan.scratch_bytes,
             held_bytes=self._memory.held_bytes,
             free_bytes=surely_free_bytes(),
+            quarantined_bytes=quarantined_bytes(),
         )
+
+    @property
+    def quarantined_bytes(self) -> int:
+        """Memory of this process that broken updates have lost, until nothing can come into it."""
+        return quarantined_bytes()
 
     def start(
         self,
@@ -311,7 +335,7 @@ class WeightReceiver:
             still_landing = still_landing or not writes_ended
         # First of all: whatever becomes of the engine, this memory must not be used again.
         if still_landing or run.lost_track_of_buffer:
-            self._memory.quarantine()
+            self._memory.quarantine(run.pulling)
         written_to = run.wrote and run.prepared.plan.direct_bytes > 0
         if run.lost_track_of_live or (still_landing and written_to):
             self._lost = True
@@ -322,7 +346,7 @@ class WeightReceiver:
     def let_go(self, *, lost: bool) -> None:
         """Give back the receive buffer, and hold on to no live parameter: its memory may go.
 
-        Plans stay, but for pushes, whose trainers were told of memory.
+        Plans stay, but for pushes, whose trainers were told of memory. Peers are met again.
 
         Args:
             lost: the parameters' values will not come back.
@@ -332,6 +356,8 @@ class WeightReceiver:
         """
         self._refuse_while_running()
         self._deregister()
+        self._memory.reclaim()
+        self._memory.forget_peers()
         if lost:
             self._model.forget_values()
             self._forget_plans()
@@ -411,13 +437,6 @@ class WeightReceiver:
                 remedy="connect again",
             )
         return prepared
-
-    def _measure_links(self, manifests: Sequence[SourceManifest]) -> None:
-        """See what the links to sources give that were not met before, and say so in the log."""
-        new = [manifest for manifest in manifests if manifest.agent not in self._measured]
-        if new:
-            measure_links(self._memory.transport, new, expected_gbps=self._expected_link_gbps)
-        self._measured.update(manifest.agent for manifest in new)
 
     def _refuse_while_running(self) -> None:
         if self._lost:

@@ -33,6 +33,8 @@ class StagingRoom(msgspec.Struct, frozen=True, kw_only=True):
     """Of it, what an earlier update left resident, which is used again or freed."""
     free_bytes: int
     """Surely free beside that, to all ranks of the host together."""
+    quarantined_bytes: int = 0
+    """Lost to earlier pulls, until nothing can come into it any more."""
 
 
 class ModeChoice(NamedTuple):
@@ -59,11 +61,23 @@ def choose_mode(
         others_bytes: what other servers of the host are about to take, which still shows as free.
 
     Raises:
-        UnsupportedError: `staged` was asked and the ranks together do not fit.
+        UnsupportedError: `staged` was asked and the ranks together do not fit, or as much as they
+            would take is lost already.
     """
     if mode == "in_place":
         return ModeChoice(False, "as asked")
     wanted = sum(room.wanted_bytes for room in rooms)
+    lost = sum(room.quarantined_bytes for room in rooms)
+    if wanted and lost >= wanted:
+        # Each staged pull that breaks may lose as much again.
+        said = f"{_size(lost)} are lost to earlier pulls whose bytes may still come in"
+        if mode == "staged":
+            raise UnsupportedError(
+                f"{said}, and staging takes {_size(wanted)} more; nothing was fetched",
+                remedy="update in place; end the processes that these pulls read from or that "
+                "wrote, or restart the engine, to have the memory back",
+            )
+        return ModeChoice(False, said)
     free = min(room.free_bytes for room in rooms) + sum(room.held_bytes for room in rooms)
     if mode == "staged":
         if wanted > free:

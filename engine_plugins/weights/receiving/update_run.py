@@ -75,7 +75,7 @@ class PreparedPlan(Protocol):
         cancelled: Callable[[], bool],
     ) -> None: ...
     def close(self) -> None: ...
-    def quarantine(self) -> None: ...
+    def quarantine(self, pulling: Callable[[], bool]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +219,11 @@ class UpdateRun:
             self._news.notify_all()
         if self._thread.ident is not None:
             self._thread.join(STOP_S)
-        return not self._thread.is_alive()
+        return not self.pulling()
+
+    def pulling(self) -> bool:
+        """Whether the pull's thread has not ended."""
+        return self._thread.is_alive()
 
     def _pull(self) -> None:
         try:

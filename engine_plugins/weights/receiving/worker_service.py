@@ -96,6 +96,8 @@ class ConnectAnswer(msgspec.Struct, frozen=True, kw_only=True):
     plan_s: float
     connect_s: float
     destination: Destination | None = None
+    wanted: dict[str, list[str]] = {}
+    """Tensors that must come in another dtype, by its name; then the plan is empty."""
 
 
 class PullNote(msgspec.Struct, frozen=True, kw_only=True):
@@ -302,19 +304,23 @@ class WorkerService:
         manifests: Sequence[bytes | str],
         direction: Direction = "pull",
         reached_at: str | None = None,
+        tell_dtypes: bool = False,
     ) -> ConnectAnswer:
         """Manifests come as they are, or as paths of files on this host."""
         self._be_reachable(reached_at)
         decoder = msgspec.msgpack.Decoder(SourceManifest)
         bodies = (Path(each).read_bytes() if isinstance(each, str) else each for each in manifests)
         offers = [decoder.decode(body) for body in bodies]
-        result = self._receiver.connect(plan_id, offers, direction=direction)
+        result = self._receiver.connect(
+            plan_id, offers, direction=direction, tell_dtypes=tell_dtypes
+        )
         return ConnectAnswer(
             plan=result.plan,
             unused=result.unused,
             plan_s=result.plan_s,
             connect_s=result.connect_s,
             destination=result.destination,
+            wanted=result.wanted,
         )
 
     def _manifest(

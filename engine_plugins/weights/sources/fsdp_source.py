@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from engine_plugins.errors import UnsupportedError
+from engine_plugins.weights.sources.wrapper_names import plain_name, unwrapped
 
-__all__ = ["fsdp_tensors"]
+__all__ = ["fsdp_tensors", "refuse_fsdp1_names"]
 
-_WRAPPERS = frozenset({"_checkpoint_wrapped_module", "_orig_mod"})
-"""What activation checkpointing and torch.compile put into the path of a parameter."""
+_FSDP1_PARTS = ("_fsdp_wrapped_module", "_flat_param")
 
 
 def fsdp_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the sharded parameters and the saved buffers, as they are now.
+    """Give the parameters, of FSDP2 the sharded ones, and the saved buffers, as they are now.
 
     Modules that are unsharded are resharded first: it is the sharded parameters that the
     optimizer steps. A tied parameter is given once.
 
     Args:
-        model: the module that `fully_shard` was called on; on every rank.
+        model: any module; where `fully_shard` was called on it, on every rank.
 
     Raises:
         UnsupportedError: a model wrapped by FSDP1.
     """
     _refuse_fsdp1(model)
     _reshard(model)
-    for path, tensor in (*model.named_parameters(), *_saved_buffers(model)):
-        yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), tensor
+    inner = unwrapped(model)
+    for path, tensor in (*inner.named_parameters(), *_saved_buffers(inner)):
+        yield plain_name(path), tensor
 
 
 def _refuse_fsdp1(model: nn.Module) -> None:
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise UnsupportedError(
-            "the model is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters do "
-            "not say what lies where",
-            remedy="shard it with torch.distributed.fsdp.fully_shard (FSDP2); or gather into "
-            "plain tensors that you keep and refill before every update, and use from_hf",
-        )
+        raise _fsdp1()
+
+
+def refuse_fsdp1_names(names: Iterable[str]) -> None:
+    """Refuse tensors whose names say that they are shares of FSDP1's.
+
+    Raises:
+        UnsupportedError: a name has a part that FSDP1 has put into it.
+    """
+    if any(part in _FSDP1_PARTS for name in names for part in name.split(".")):
+        raise _fsdp1()
+
+
+def _fsdp1() -> UnsupportedError:
+    return UnsupportedError(
+        "the model is wrapped by FullyShardedDataParallel (FSDP1), whose flat parameters do not "
+        "say what lies where",
+        remedy="shard it with torch.distributed.fsdp.fully_shard (FSDP2); or gather into plain "
+        "tensors that you keep and refill before every update, and give those to from_hf",
+    )
 
 
 def _reshard(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -11,8 +12,10 @@ from torch import nn
 from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.dtensor_source import is_dtensor, shard_boxes
-from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.fsdp_source import fsdp_tensors, refuse_fsdp1_names
 from engine_plugins.weights.sources.fused_experts import split_fused_experts
+from engine_plugins.weights.sources.hf_model import CheckpointNames
+from engine_plugins.weights.sources.wrapper_names import named_alike, refuse_adapters
 
 __all__ = ["HfWeights", "hf_boxes", "looked_at_anew", "plain_view"]
 
@@ -26,41 +29,65 @@ def looked_at_anew(weights: HfWeights) -> Callable[[], NamedTensors]:
     Args:
         weights: a model, or a function, either of which is asked each time; or the tensors
             themselves, which stay these objects.
+
+    Raises:
+        SourceError: what is neither; or a generator that has nothing (any more).
     """
     if isinstance(weights, nn.Module):
         return partial(fsdp_tensors, weights)  # of any module: those of FSDP2 are resharded
     if callable(weights):
         return weights
-    kept = dict(weights) if isinstance(weights, Mapping) else list(weights)
+    given: object = weights
+    if isinstance(weights, Mapping):
+        kept: NamedTensors = dict(weights)
+    elif isinstance(given, Iterable) and not isinstance(given, str | bytes | torch.Tensor):
+        kept = list(given)
+        if not kept and isinstance(weights, Iterator):
+            raise SourceError(
+                "no tensors given: the generator had none (was it used up before?)",
+                remedy="give the model itself, or a new model.named_parameters()",
+            )
+    else:
+        raise SourceError(
+            f"a {type(weights).__name__} is no model and no named tensors",
+            remedy="give the HF model itself, or a function or dict that gives its named tensors",
+        )
     return lambda: kept
 
 
-def hf_boxes(named_tensors: NamedTensors, *, model_type: str | None = None) -> list[SourceBox]:
+def hf_boxes(
+    named_tensors: NamedTensors, *, names: CheckpointNames | None = None
+) -> list[SourceBox]:
     """Describe HF-named tensors as a source, without copying any.
 
     Two names over the same memory (a tied head in a state dict) are both published: which
-    of them the engine has is the engine's to say.
+    of them the engine has is the engine's to say. What trainers wrap around a model is taken out
+    of the names.
 
     Args:
         named_tensors: `model.state_dict()` or `model.named_parameters()`. Any strides. Of a
             DTensor this rank's share is described.
-        model_type: of the HF config; says how fused experts are split. See
-            `split_fused_experts`.
+        names: what the checkpoint's names are. None: the tensors have them, but for fused
+            experts, which are known by their shapes (see `split_fused_experts`).
 
     Raises:
-        SourceError: a name twice, or a tensor whose memory is not its values.
+        SourceError: a name twice, a model's with adapters, or a tensor whose memory is not its
+            values.
         UnsupportedError: a tensor that is no plain strided memory (sparse, quantized, a DTensor
-            of partial sums).
+            of partial sums); a model wrapped by FSDP1.
     """
     given: dict[str, list[SourceBox]] = {}
-    for name, tensor in _pairs(named_tensors):
+    pairs = list(_pairs(named_tensors))
+    refuse_fsdp1_names([name for name, _ in pairs])
+    refuse_adapters([name for name, _ in pairs])
+    for name, tensor in named_alike(pairs):
         if name in given:
             raise SourceError(
                 f"{name}: given twice", remedy="give each HF tensor once, under one name"
             )
         given[name] = _boxes_of(name, tensor)
     boxes = [box for group in given.values() for box in group]
-    return list(split_fused_experts(boxes, model_type=model_type))
+    return list(split_fused_experts(boxes)) if names is None else names.boxes(boxes)
 
 
 def _boxes_of(name: str, tensor: torch.Tensor) -> list[SourceBox]:
@@ -69,6 +96,12 @@ def _boxes_of(name: str, tensor: torch.Tensor) -> list[SourceBox]:
             local = tensor.to_local()
         return shard_boxes(name, tensor, plain_view(name, local))
     view = plain_view(name, tensor)
+    if not view.numel():
+        raise SourceError(
+            f"{name} has no values now, its shape is {tuple(view.shape)}: was it "
+            "offloaded or freed?",
+            remedy="bring its values back before an update",
+        )
     shape = tuple(view.shape)
     return [SourceBox(name=name, global_shape=shape, start=(0,) * len(shape), data=view)]
 
@@ -87,7 +120,8 @@ def plain_view(name: str, tensor: torch.Tensor) -> torch.Tensor:
     _refuse_wrapped(name, tensor)
     if tensor.device.type == "meta":
         raise SourceError(
-            f"{name}: a meta tensor has no values", remedy="materialise the model first"
+            f"{name}: a meta tensor has no values (was it offloaded?)",
+            remedy="materialise the model first; of one offloaded by accelerate remove the hooks",
         )
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex():
         raise UnsupportedError(
@@ -136,7 +170,13 @@ def _refuse_shared(name: str, tensor: torch.Tensor) -> None:
 
 def _pairs(named_tensors: NamedTensors) -> Iterator[tuple[str, torch.Tensor]]:
     pairs = named_tensors.items() if isinstance(named_tensors, Mapping) else named_tensors
-    for name, tensor in pairs:
+    for pair in cast(Iterable[object], pairs):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise SourceError(
+                f"a {type(pair).__name__} is given without a name",
+                remedy="give the model itself, or its named_parameters() instead of parameters()",
+            )
+        name, tensor = pair
         if not isinstance(name, str) or not name:
             raise SourceError(f"a tensor's name is {name!r}", remedy="give (name, tensor) pairs")
         yield name, tensor

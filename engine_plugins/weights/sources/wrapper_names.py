@@ -1,6 +1,6 @@
 """What trainers wrap around a model leaves its mark in names; here they become the model's again.
 
-torch.compile, activation checkpointing, FSDP and DDP each put a part into the path of a parameter
+torch.compile, activation checkpointing and DDP each put a part into the path of a parameter
 and change nothing else, so the part is taken out. LoRA (peft) does change what a tensor means: its
 names are told apart and never taken for a plain model's.
 """
@@ -16,7 +16,7 @@ from engine_plugins.errors import SourceError
 
 __all__ = ["named_alike", "plain_name", "refuse_adapters", "unwrapped", "without_peft"]
 
-_PARTS = frozenset({"_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"})
+_PARTS = frozenset({"_checkpoint_wrapped_module", "_orig_mod"})
 _DATA_PARALLEL = "module"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_PARTS = ("base_layer", "modules_to_save", "original_module")
@@ -27,7 +27,7 @@ Held = TypeVar("Held")
 
 
 def plain_name(name: str) -> str:
-    """A path without what torch.compile, checkpointing and FSDP have put into it."""
+    """A path without what torch.compile and activation checkpointing have put into it."""
     return ".".join(part for part in name.split(".") if part not in _PARTS)
 
 

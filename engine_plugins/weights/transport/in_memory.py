@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine_plugins.errors import PeerError, PeerLostError, TransportError
+from engine_plugins.weights.transport import quarantine
 from engine_plugins.weights.transport.base import Descriptors, Direction
 from engine_plugins.weights.transport.regions import HOST, RegionTable, check_descriptors
 
@@ -107,6 +108,7 @@ class InMemoryTransport:
     def close(self) -> None:
         _living.pop(self._incarnation, None)
         self._peers.clear()
+        quarantine.agent_closed(self)
 
     def _prepare(
         self,

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from engine_plugins.errors import NotConfiguredError, PeerError, PeerLostError, TransportError
+from engine_plugins.weights.transport import quarantine
 from engine_plugins.weights.transport.agent_start import home_is_readable, net_devices_are
 from engine_plugins.weights.transport.base import Descriptors, Direction
 from engine_plugins.weights.transport.regions import HOST, RegionTable, check_descriptors
@@ -77,7 +78,8 @@ class _NixlTransfer:
     """A prepared request of NIXL's and its two prepared lists.
 
     NIXL flushes the endpoint at the end of every request, so a write that it calls done is in
-    the peer's memory and needs no notification.
+    the peer's memory and needs no notification. What is dropped without a word, on the way of an
+    error say, is given back to NIXL with this object.
     """
 
     def __init__(
@@ -94,7 +96,8 @@ class _NixlTransfer:
         self._peer = peer
         self._nbytes = nbytes
         self._request: int | None = request
-        self._lists = lists
+        self._give_back = weakref.finalize(self, owner._release, request, lists)
+        self._give_back.atexit = False
         self._state = "prepared"
 
     @property
@@ -142,10 +145,8 @@ class _NixlTransfer:
         return self._state == "done"
 
     def release(self) -> None:
-        if self._request is None:
-            return
-        request, self._request = self._request, None
-        self._owner._release(request, self._lists)
+        self._request = None
+        self._give_back()
 
     def _usable(self) -> int:
         if self._request is None:
@@ -281,6 +282,7 @@ class NixlTransport:
             self.deregister(address)
         self._peers.clear()
         self._open = None
+        quarantine.agent_closed(self)
 
     @property
     def _nixl(self) -> Any:

@@ -438,6 +438,35 @@ async def test_an_offer_that_does_not_fit_is_422_and_changes_nothing(
         assert server.engine.serves(seed=0)
 
 
+async def test_the_dtypes_that_tensors_should_have_are_told_where_asked(
+    make_server: MakeServer,
+) -> None:
+    """In place of a plan, once everything else fits; in those dtypes there is one."""
+    server = make_server(tp_size=2)
+    good = hf_tensors(seed=1)
+    held = {name: each.half() if "norm" in name else each for name, each in good.items()}
+    held["model.embed.weight"] = held["model.embed.weight"].bfloat16()
+    async with server.running():
+        with offered_tensors(held) as trainer:
+            answer = await server.connect([trainer.manifest], tell_dtypes=True)
+            told = answer.json()
+        assert (answer.status_code, told["plan_id"], told["ranks"]) == (200, "", [])
+        assert told["wanted"] == {"float32": ["model.embed.weight", "model.norm.weight"]}
+        assert (await server.get("/weights")).json()["plans"] == []
+        update = {"plan_id": "", "version": 1, "request_id": "r1"}
+        assert (await server.post("/weights/update", **update)).is_client_error
+        held["model.norm.weight"] = held["model.norm.weight"][:-1]
+        with offered_tensors(held) as trainer:
+            answer = await server.connect([trainer.manifest], tell_dtypes=True)
+        assert (answer.status_code, answer.json()["code"]) == (422, "weight_mismatch")
+        assert "model.norm.weight" in answer.json()["detail"]
+        with offered_tensors(good) as trainer:
+            answer = await server.connect([trainer.manifest], tell_dtypes=True)
+            told = answer.json()
+        assert (told["wanted"], len(told["ranks"])) == ({}, 2)
+        assert told["plan_id"]
+
+
 def _renamed(manifest: SourceManifest) -> SourceManifest:
     return msgspec.structs.replace(manifest, source="another rank")
 

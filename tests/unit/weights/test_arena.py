@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import mmap
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine_plugins.errors import TransportError, UnsupportedError
-from engine_plugins.weights.memory import arena as arena_module
-from engine_plugins.weights.memory.arena import Arena, quarantined_bytes
+from engine_plugins.weights.memory.arena import Arena
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from engine_plugins.weights.transport.quarantine import quarantined_bytes, reclaim
 
 MIB = 1 << 20
 
@@ -87,10 +88,9 @@ def test_closing_deregisters_once_and_spares_views_still_held(
 
 
 def test_a_quarantined_arena_is_kept_and_never_used_again(
-    transport: InMemoryTransport, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    transport: InMemoryTransport, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Late bytes must land in memory that is nobody else's: allocated, registered, unused."""
-    monkeypatch.setattr(arena_module, "_quarantined", [])
     arena = Arena(8 * MIB, transport)
     address = arena.address
     with caplog.at_level(logging.WARNING):
@@ -99,12 +99,54 @@ def test_a_quarantined_arena_is_kept_and_never_used_again(
     arena.close()
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "0.008 GiB" in caplog.text
-    assert quarantined_bytes() == 8 * MIB
+    assert quarantined_bytes(transport) == 8 * MIB
     with pytest.raises(TransportError, match="quarantined"):
         arena.tensor(0, (1,), torch.uint8)
     with pytest.raises(TransportError, match="quarantined"):
         _ = arena.address
+    assert reclaim(transport) == 0
     transport.deregister(address)
+    transport.close()
+
+
+def test_a_quarantined_arena_is_freed_once_nothing_can_come_into_it(
+    transport: InMemoryTransport,
+) -> None:
+    """When its transfers have ended, or with the agent that would bring the bytes."""
+    before = resident_bytes()
+    ended = [False]
+    arenas = [Arena(64 * MIB, transport) for _ in range(3)]
+    for arena in arenas:
+        arena.tensor(0, (64 * MIB,), torch.uint8).fill_(1)
+    address = arenas[0].address
+    arenas[0].quarantine(lambda: ended[0])
+    arenas[1].quarantine()
+    arenas[2].quarantine(ends_with_agent=False)
+    assert (reclaim(transport), quarantined_bytes(transport)) == (0, 192 * MIB)
+    ended[0] = True
+    assert (reclaim(transport), quarantined_bytes(transport)) == (64 * MIB, 128 * MIB)
+    with pytest.raises(TransportError, match="no registered region"):
+        transport.deregister(address)
+    assert resident_bytes() - before < 160 * MIB
+    transport.close()
+    assert quarantined_bytes(transport) == 64 * MIB, "a peer may write past the agent"
+    assert resident_bytes() - before < 96 * MIB
+
+
+def test_registrations_go_before_their_memory(transport: InMemoryTransport) -> None:
+    """Freed first, the range could be another's while peers still reach it."""
+    arena = Arena(4096, transport)
+    held = weakref.ref(arena._usable())
+    seen: list[bool] = []
+    taken_back = transport.deregister
+
+    def deregister(address: int) -> None:
+        seen.append(held() is not None)
+        taken_back(address)
+
+    transport.deregister = deregister  # type: ignore[method-assign]
+    arena.close()
+    assert (seen, held()) == ([True], None)
 
 
 def test_an_arena_of_no_bytes_is_refused(transport: InMemoryTransport) -> None:

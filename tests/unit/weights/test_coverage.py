@@ -17,6 +17,7 @@ from engine_plugins.weights.loader.coverage import (
     prediction_layers,
 )
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy
+from engine_plugins.weights.loader.short_reasons import short_reason
 from tests.support.in_memory_model import InMemoryModel, hf_tensors, traced
 
 BF16 = torch.bfloat16
@@ -118,7 +119,9 @@ def test_experts_that_are_modules_of_their_own_are_named_by_layer_and_expert() -
 
 def test_a_missing_tensor_without_a_likeness_is_named_by_the_engines_parameter() -> None:
     """There is one final norm: nothing to compare it with."""
-    with pytest.raises(WeightMismatchError, match=r"norm\.weight has 16 elements, no tensor fill"):
+    with pytest.raises(
+        WeightMismatchError, match=r"norm\.weight has 16 elements, and no tensor fills it"
+    ):
         steps_of(offer(model__norm__weight=None))
 
 
@@ -145,8 +148,48 @@ def test_a_short_tensor_that_the_loader_fills_up_is_named() -> None:
     one_short = LoaderTrace(copies=(*copies, *rest, pads[1]), parameter_numel=numel)
     with pytest.raises(WeightMismatchError) as error:
         engine_steps(one_short, [], Rules())
-    assert "model.layers.1.k fill all of layers.1.w but 1 elements" in error.value.message
+    assert (
+        "layers.1.w is filled but for 1 elements, which the loader makes up, by model.layers.1.k"
+        in error.value.message
+    )
     assert "layers.0" not in error.value.message
+
+
+def test_padding_is_compared_among_layers_and_not_among_names_with_numbers_in_them() -> None:
+    """Phi has `fc1`, whose size SGLang pads, and `fc2`, whose size it does not."""
+    copies = [
+        _copy(f"layers.{n}.fc{k}.bias", f"h.{n}.fc{k}.bias", 0) for n in (0, 1) for k in (1, 2)
+    ]
+    pads = [_copy(f"layers.{n}.fc1.bias", "", 1)._replace(sources=()) for n in (0, 1)]
+    numel = {f"layers.{n}.fc{k}.bias": 3 - k for n in (0, 1) for k in (1, 2)}
+    trace = LoaderTrace(copies=(*copies, *pads), parameter_numel=numel)
+    offered = [*_tensors("h.{}.fc1.bias", 2), *_tensors("h.{}.fc2.bias", 2)]
+    assert engine_steps(trace, offered, Rules())[1] == []
+
+
+def test_padding_without_any_tensor_is_told_so() -> None:
+    """The last rank's share may be nothing but padding."""
+    pads = [_copy(f"layers.{n}.w", "", 0)._replace(sources=()) for n in (0, 1)]
+    short = pads[0]._replace(parameter="layers.2.w", shape=(0,), strides=(1,))
+    filled = [_copy("layers.2.w", "h.2.w", 0)]
+    numel = dict.fromkeys([f"layers.{n}.w" for n in range(3)], 1)
+    trace = LoaderTrace(copies=(*pads, short, *filled), parameter_numel=numel)
+    with pytest.raises(WeightMismatchError, match="which the loader makes up, by no tensor"):
+        engine_steps(trace, [], Rules())
+
+
+def test_what_a_loader_says_is_cut_to_some_names_in_their_order() -> None:
+    """Engines put all that they have into it, in an order that changes from run to run."""
+    names = {f"layers.0.{letter}.weight" for letter in "zyxwvutsrq"}
+    said = short_reason(KeyError(f"no h. The available parameters are: {names}"))
+    assert said == (
+        'KeyError: "no h. The available parameters are: '
+        "{'layers.0.q.weight', 'layers.0.r.weight', "
+        "'layers.0.s.weight', 'layers.0.t.weight' and 6 more}\""
+    )
+    assert short_reason(ValueError("no ['b', 'a']")) == "ValueError: no ['b', 'a']"
+    assert short_reason(AssertionError()) == "AssertionError"
+    assert len(short_reason(ValueError("x" * 10_000))) < 600
 
 
 def _tensors(name: str, layers: int) -> list[LogicalTensor]:

@@ -16,13 +16,13 @@ from engine_plugins.sender.peer_writes import PeerWrites
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.destinations import Destination
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
-from engine_plugins.weights.sources.forms.block_fp8_source import BlockFp8Source
+from engine_plugins.weights.sources.forms.form_source import FormSource
 from engine_plugins.weights.sources.megatron.source import megatron_boxes
 from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.transport.transfers import run_transfers
-from tests.support.block_fp8 import quantized_whole, reference
+from tests.support.block_fp8 import forms_of, quantized_whole
 from tests.support.in_memory_model import InMemoryModel
 from tests.support.in_memory_rank import InMemoryRank
 from tests.support.megatron_hf import dense_config, hf_tensors
@@ -46,11 +46,11 @@ class Trainer:
         self.boxes = ranks
         self.transports: list[InMemoryTransport] = []
         self.sources: list[WeightSource] = []
-        self._quantizers: list[BlockFp8Source] = []
+        self._quantizers: list[FormSource] = []
         for boxes in ranks:
             transport = InMemoryTransport(f"fp8-trainer-{next(_serial)}")
             stack.callback(transport.close)
-            quantizer = BlockFp8Source(partial(list, boxes), form, reference)
+            quantizer = FormSource(partial(list, boxes), forms_of(form))
             self._quantizers.append(quantizer)
             self.transports.append(transport)
             self.sources.append(stack.enter_context(WeightSource(quantizer.boxes, transport)))

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine_plugins.errors import WeightMismatchError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
+from engine_plugins.weights.loader.engine_tensors import ModelParameters
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, TracedCopy, trace_loader
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -319,6 +320,57 @@ def test_torch_is_as_before_after_a_trace_and_after_a_refusal() -> None:
     with pytest.raises(WeightMismatchError, match="w: the engine's loader refuses"):
         traced({"m.w": (4, 4)}, refuse, tensor("w", 4, 4))
     assert not {"copy_", "fill_", "zero_"} & set(vars(torch.Tensor))
+
+
+def test_another_librarys_copies_are_its_own_again_after_a_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Some patch torch's class for good; what they put there is put back."""
+
+    def theirs(target: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return torch._C.TensorBase.copy_(target, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.Tensor, "copy_", theirs)
+    into_layers(lambda _, w: w)
+    assert vars(torch.Tensor)["copy_"] is theirs
+
+
+def test_parameters_that_share_a_storage_are_told_apart_by_their_places() -> None:
+    """Experts packed into one piece of memory, which the model keeps as a tensor of its own too."""
+    packed = torch.empty(3, 4, 2, device="meta")
+    parameters = {f"e.{n}.w": nn.Parameter(packed[n], requires_grad=False) for n in range(3)}
+
+    def load(weights: Weights) -> None:
+        for name, weight in weights:
+            parameters[name].copy_(weight)
+
+    trace = trace_loader(parameters, load, [tensor(f"e.{n}.w", 4, 2) for n in (0, 2)])
+    assert trace.covered_numel() == {"e.0.w": 8, "e.1.w": 0, "e.2.w": 8}
+    assert [(copy.sources, copy.offset) for copy in trace.copies] == [
+        (("e.0.w",), 0),
+        (("e.2.w",), 16),
+    ]
+
+
+def test_a_parameter_is_known_before_what_is_a_view_of_it() -> None:
+    """A model may keep a part of a parameter, or all parts together, under a name of its own."""
+    model = nn.Module()
+    packed = torch.empty(2, 4, 2, device="meta")
+    model.first = nn.Parameter(packed[0], requires_grad=False)
+    model.second = nn.Parameter(packed[1], requires_grad=False)
+    model.both, model.row = packed, packed[0][:1]
+
+    def load(weights: Weights) -> None:
+        for name, weight in weights:
+            if name == "rows":
+                for row, each in zip(packed[0], weight, strict=True):
+                    row.copy_(each)
+            else:
+                model.get_parameter(name).copy_(weight)
+
+    offered = [tensor("rows", 4, 2), tensor("second", 4, 2)]
+    trace = trace_loader(ModelParameters(model), load, offered)
+    assert trace.covered_numel() == {"first": 8, "second": 8}
 
 
 def test_a_parameter_that_is_changed_after_its_copy_is_told_from_a_copy() -> None:

@@ -92,7 +92,7 @@ def test_any_layout_rebuilds_the_hf_tensors(
 def test_names_and_shapes_are_those_of_transformers(config: Any) -> None:
     """What is published fits the model class, and a `transformers` config is taken as it is."""
     state = AutoModelForCausalLM.from_config(config).state_dict()
-    hf = assemble(hf_boxes(state, model_type=config.model_type))
+    hf = assemble(hf_boxes(state))
     fields = config.to_dict() | {"num_nextn_predict_layers": 0}  # model classes have none
     shards = megatron_ranks(hf, fields, tp_size=2, ep_size=2, etp_size=1)
     assert_same(rebuild(shards, config), hf)

@@ -25,7 +25,6 @@ BASE = "model.layers.0.self_attn.q_proj.weight"
         f"_orig_mod.{BASE}",
         BASE.replace("layers.0", "layers.0._checkpoint_wrapped_module"),
         BASE.replace("layers.0", "layers.0._orig_mod._checkpoint_wrapped_module"),
-        f"_fsdp_wrapped_module.{BASE}",
     ],
 )
 def test_a_wrapper_leaves_no_trace(name: str) -> None:

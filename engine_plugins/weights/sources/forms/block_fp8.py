@@ -23,7 +23,6 @@ _KEPT_LEAVES = frozenset(
     {"eh_proj", "embed_tokens", "gate", "head", "lm_head", "shared_expert_gate"}
 )
 """Modules of matrices that no such checkpoint quantizes: embeddings, heads, routers."""
-_ROUTING_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +34,8 @@ class BlockFp8:
             the end of it (`model.layers.0.mlp.down_proj`, `visual`).
         also: modules that are quantized although their kind usually is not (`lm_head`).
         ue8m0: whether scales are powers of two.
-        others: dtype of floating tensors beside the quantized ones, for a trainer that holds
-            another than the engine; None sends them as they are. A router's correction bias always
-            goes as it is.
+        others: dtype of floating tensors beside the quantized ones, but for routers' correction
+            biases; None sends them as `send_dtype` says.
     """
 
     kept: tuple[str, ...] = ()
@@ -85,11 +83,6 @@ class BlockFp8:
         if leaf != "weight" or len(shape) != 2 or _among(module, self.kept):
             return False
         return module.rpartition(".")[2] not in _KEPT_LEAVES or _among(module, self.also)
-
-    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a tensor that is not quantized is sent."""
-        stays = self.others is None or not dtype.is_floating_point or name.endswith(_ROUTING_BIAS)
-        return dtype if stays or self.others is None else self.others
 
 
 def _among(module: str, named: Sequence[str]) -> bool:

@@ -10,7 +10,6 @@ import torch
 
 from engine_plugins.errors import PeerLostError, TransferTimeoutError
 from engine_plugins.weights.contract.manifest import SourceManifest
-from engine_plugins.weights.memory import arena
 from engine_plugins.weights.peers import link
 from engine_plugins.weights.peers.link import measure_link, measure_links
 from engine_plugins.weights.peers.meeting import meet
@@ -19,6 +18,7 @@ from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.base import PreparedTransfer
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.transport.nixl import NixlTransport
+from engine_plugins.weights.transport.quarantine import quarantined_bytes
 from engine_plugins.weights.transport.transfers import run_transfers
 from tests.support.source_ranks import SourceRank, offered_tensors
 
@@ -140,10 +140,10 @@ def test_a_source_that_stops_loses_us_a_buffer_and_is_named(
     """As everywhere, memory that late bytes may reach is never used again."""
     monkeypatch.setattr(link, "PATIENCE_S", 0.05)
     trainer.transport.bytes_per_s = 0
-    before = arena.quarantined_bytes()
+    before = quarantined_bytes()
     with pytest.raises(TransferTimeoutError, match=trainer.manifest.agent):
         measure_link(engine, trainer.manifest)
-    assert arena.quarantined_bytes() == before + link.LARGEST_READ_BYTES
+    assert quarantined_bytes() == before + link.LARGEST_READ_BYTES
 
 
 def test_a_source_that_died_is_named(engine: InMemoryTransport, trainer: SourceRank) -> None:

@@ -13,12 +13,12 @@ import torch
 from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.weights.boxes.placement import SourceBox, assemble
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
-from engine_plugins.weights.sources.forms.block_fp8_source import BlockFp8Source
+from engine_plugins.weights.sources.forms.form_source import FormSource
 from engine_plugins.weights.sources.megatron.source import megatron_boxes
 from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
-from tests.support.block_fp8 import quantized_whole, reference
+from tests.support.block_fp8 import forms_of, quantized_whole, reference
 from tests.support.fetched import fetched
 from tests.support.megatron_fixtures import MegatronCase, fixture_folders, megatron_cases
 from tests.support.megatron_hf import dense_config, hf_tensors, moe_config
@@ -33,7 +33,7 @@ def quantized(
     ranks: Sequence[Sequence[SourceBox]], form: BlockFp8 = FORM
 ) -> list[Sequence[SourceBox]]:
     """What each rank offers once all have heard each other."""
-    sources = [BlockFp8Source(partial(list, boxes), form, reference) for boxes in ranks]
+    sources = [FormSource(partial(list, boxes), forms_of(form)) for boxes in ranks]
     told = [source.measure() for source in sources]
     for source in sources:
         source.settle(blocks for each in told for blocks in each)
@@ -138,7 +138,7 @@ def test_megatron_shards_of_several_blocks(experts: str, head_dim: int) -> None:
 def test_later_updates_fill_the_same_slots() -> None:
     """Addresses, manifest and registrations stay; values are those of the moment."""
     tensors = {NAME: matrix(300, 200), "model.norm.weight": torch.ones(8)}
-    source = BlockFp8Source(lambda: hf_boxes(tensors), FORM, reference)
+    source = FormSource(lambda: hf_boxes(tensors), forms_of(FORM))
     transport = InMemoryTransport("trainer")
     try:
         with WeightSource(source.boxes, transport) as offered:
@@ -171,19 +171,19 @@ def test_experts_of_one_tensor_are_quantized_in_one_call() -> None:
         shapes.append(tuple(weights.shape))
         reference(weights, values, scales)
 
-    source = BlockFp8Source(lambda: hf_boxes(tensors, model_type="qwen3_moe"), FORM, counted)
+    source = FormSource(lambda: hf_boxes(tensors), forms_of(FORM, counted))
     source.settle(source.measure())
     held = {box.name: box.data for box in source.boxes()}
     assert len(shapes) <= 4, shapes
     assert sum(shape[0] if len(shape) == 3 else 1 for shape in shapes) == 19
-    whole = {box.name: box.data for box in hf_boxes(tensors, model_type="qwen3_moe")}
+    whole = {box.name: box.data for box in hf_boxes(tensors)}
     same_bits(held, quantized_whole(whole, FORM))
 
 
 def test_before_the_first_word_slots_are_offered_empty() -> None:
     """What is registered when a sender is made is where every update goes."""
     tensors = {NAME: matrix(300, 200)}
-    source = BlockFp8Source(lambda: hf_boxes(tensors), FORM, reference)
+    source = FormSource(lambda: hf_boxes(tensors), forms_of(FORM))
     empty = source.boxes()
     source.settle(source.measure())
     filled = source.boxes()
@@ -229,7 +229,7 @@ def test_others_are_cast_where_the_engine_has_another_dtype() -> None:
 
 
 def test_a_matrix_of_another_dtype_is_refused() -> None:
-    source = BlockFp8Source(lambda: hf_boxes({NAME: torch.ones(4, 4).half()}), FORM, reference)
+    source = FormSource(lambda: hf_boxes({NAME: torch.ones(4, 4).half()}), forms_of(FORM))
     with pytest.raises(SourceError, match=f"{NAME} is torch.float16"):
         source.measure()
 

@@ -1,0 +1,76 @@
+"""What a sender offers in another form than the trainer holds it, on all of its ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from engine_plugins.sender.ranks import TrainerRanks
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.block_fp8_form import quantized_form
+from engine_plugins.weights.sources.forms.cast import Cast, SendDtype, sent_dtypes
+from engine_plugins.weights.sources.forms.form_source import FormSource
+from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
+
+__all__ = ["SentForms"]
+
+
+class SentForms:
+    """The forms that a sender's options name.
+
+    Args:
+        boxes: gives this process's boxes anew for every update.
+        ranks: of the trainer.
+        quantization: how matrices are quantized; None leaves them as they are.
+        send_dtype: see `SenderOptions`.
+
+    Attributes:
+        dtypes: those that tensors are sent in.
+        slot_bytes: of each rank, bytes of its slots after the last refresh.
+
+    Raises:
+        SettingsError: a form that does not exist.
+        NotConfiguredError: the kernels for it are not installed.
+    """
+
+    def __init__(
+        self,
+        boxes: Callable[[], Sequence[SourceBox]],
+        ranks: TrainerRanks,
+        *,
+        quantization: BlockFp8 | None,
+        send_dtype: SendDtype,
+    ) -> None:
+        others = quantization.others if isinstance(quantization, BlockFp8) else None
+        self.dtypes = sent_dtypes(send_dtype, others)
+        quantized = [] if quantization is None else [quantized_form(quantization)]
+        self._source = FormSource(boxes, [*quantized, Cast(self.dtypes)])
+        self._ranks = ranks
+        self._measures = quantization is not None
+        self.slot_bytes: list[int] = []
+
+    def boxes(self) -> Sequence[SourceBox]:
+        """This process's boxes as they are offered."""
+        return self._source.boxes()
+
+    def release(self) -> None:
+        """Let go of the slots; the next refresh lays them out anew."""
+        self._source.release()
+
+    def refresh(self, offer: Callable[[], None]) -> None:
+        """Have the slots hold the weights as they are now; collective.
+
+        Args:
+            offer: offers the boxes anew.
+        """
+        measured: list[list[SharedBlocks]] = []
+        if self._measures:
+            measure = self._source.measure
+            measured = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
+
+        def refresh() -> int:
+            self._source.settle(blocks for each in measured for blocks in each)
+            offer()
+            return self._source.slot_bytes
+
+        self.slot_bytes = self._ranks.agree("refreshing the weights", refresh, int)

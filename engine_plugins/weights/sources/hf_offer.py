@@ -1,0 +1,88 @@
+"""What `from_hf` and `from_fsdp` are given, as a source: named once, looked at anew.
+
+Everything that can be known to be wrong without an engine is refused here, before one is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from engine_plugins.errors import SourceError
+from engine_plugins.weights.boxes.model_facts import model_facts
+from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.sources.hf_model import CheckpointNames, names_of_config, names_of_model
+from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
+
+__all__ = ["HfOffer", "read_config"]
+
+
+class HfOffer:
+    """A model or named tensors, and what a config says of them.
+
+    Args:
+        weights: see `WeightSender.from_hf`.
+        config: the HF config, object or dict, or the path of its file or folder. None: the
+            model's own, where a model is given.
+
+    Raises:
+        SourceError: neither a model nor named tensors; a path without a config.
+    """
+
+    def __init__(self, weights: HfWeights, config: object = None) -> None:
+        self._look = looked_at_anew(weights)
+        self._names, own = _names(weights)
+        self.config = read_config(config)
+        if self.config is None:
+            self.config = own
+        elif self._names is None:
+            self._names = names_of_config(self.config)
+        self._tied = is_tied(self.config, None)
+
+    @property
+    def facts(self) -> dict[str, str | int | bool]:
+        """What engines compare with their own config."""
+        return model_facts(self.config)
+
+    def boxes(self) -> list[SourceBox]:
+        """This process's boxes under checkpoint names, as they are now.
+
+        Raises:
+            SourceError, UnsupportedError: see `hf_boxes` and `CheckpointNames.boxes`.
+        """
+        return list(checked_boxes(hf_boxes(self._look(), names=self._names), tied=self._tied))
+
+    def own_names(self) -> Mapping[str, str]:
+        """Checkpoint name -> the trainer's own, of all that differ."""
+        return {} if self._names is None else self._names.own_names()
+
+
+def _names(weights: HfWeights) -> tuple[CheckpointNames | None, Any]:
+    return names_of_model(weights) if isinstance(weights, nn.Module) else (None, None)
+
+
+def read_config(config: object) -> object:
+    """A config as an object or dict; of a path, what its file says.
+
+    Raises:
+        SourceError: a path at which there is no config.
+    """
+    if not isinstance(config, str | os.PathLike):
+        return config
+    path = Path(config)
+    try:
+        found = json.loads((path / "config.json" if path.is_dir() else path).read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"config is {str(config)!r}, and no config can be read there: {error}",
+            remedy="give model.config, its dict, or the path of a checkpoint's folder",
+        ) from error
+    if not isinstance(found, dict):
+        raise SourceError(f"{path} holds no config", remedy="give a checkpoint's config.json")
+    return found
