@@ -385,7 +385,12 @@ class WeightSender:
 
     def _refresh(self, word: int) -> None:
         """Offer the weights as they are now; once more if the engines want other dtypes."""
-        self._forms.refresh(lambda: self._open_rounds().refresh(word))
+
+        def offer() -> int:
+            self._open_rounds().refresh(word)
+            return self._offer.source.copied_bytes
+
+        self._forms.refresh(offer)
 
     def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
         """Work out what is sent."""

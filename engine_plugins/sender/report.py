@@ -48,7 +48,8 @@ class SenderReport:
         fed_by: whose memory each engine read, by its url: another engine's url, or `trainer`.
         push: of a push, what its writes took; None for a pull.
         slot_bytes: of each trainer rank, bytes that it holds for what is offered in another form
-            than the trainer's (cast, quantized or merged), until `release`.
+            than the trainer's (cast, quantized or merged) or in another layout (a tensor whose last
+            axis is not contiguous, such as Megatron's legacy grouped experts), until `release`.
     """
 
     version: int

@@ -26,7 +26,7 @@ class SentForms:
 
     Attributes:
         dtypes: those that tensors are sent in.
-        slot_bytes: of each rank, bytes of its slots after the last refresh.
+        slot_bytes: of each rank, bytes of its slots and copies after the last refresh.
 
     Raises:
         SettingsError: a form that does not exist.
@@ -57,11 +57,12 @@ class SentForms:
         """Let go of the slots; the next refresh lays them out anew."""
         self._source.release()
 
-    def refresh(self, offer: Callable[[], None]) -> None:
+    def refresh(self, offer: Callable[[], int]) -> None:
         """Have the slots hold the weights as they are now; collective.
 
         Args:
-            offer: offers the boxes anew.
+            offer: offers the boxes anew, and says how many bytes it holds besides because peers
+                cannot read them where they lie.
         """
         measured: list[list[SharedBlocks]] = []
         if self._measures:
@@ -70,7 +71,7 @@ class SentForms:
 
         def refresh() -> int:
             self._source.settle(blocks for each in measured for blocks in each)
-            offer()
-            return self._source.slot_bytes
+            copied = offer()
+            return self._source.slot_bytes + copied
 
         self.slot_bytes = self._ranks.agree("refreshing the weights", refresh, int)
