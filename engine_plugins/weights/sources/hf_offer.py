@@ -42,8 +42,8 @@ class HfOffer:
     ) -> None:
         self._only = only
         self._look = looked_at_anew(weights)
-        self._names, own = _names(weights)
         self.config = read_config(config)
+        self._names, own = _names(weights, self.config)
         if self.config is None:
             self.config = own
         elif self._names is None:
@@ -69,8 +69,8 @@ class HfOffer:
         return {} if self._names is None else self._names.own_names()
 
 
-def _names(weights: HfWeights) -> tuple[CheckpointNames | None, Any]:
-    return names_of_model(weights) if isinstance(weights, nn.Module) else (None, None)
+def _names(weights: HfWeights, config: object) -> tuple[CheckpointNames | None, Any]:
+    return names_of_model(weights, config) if isinstance(weights, nn.Module) else (None, None)
 
 
 def read_config(config: object) -> object:
