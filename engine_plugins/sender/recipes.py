@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,8 @@ from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
+from engine_plugins.weights.sources.megatron.offer import MegatronOffer
 from engine_plugins.weights.sources.megatron.registry import GivenRules
-from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
 from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.torch_source import HfWeights
 
@@ -41,6 +42,7 @@ class Recipe:
             `check_topology`.
         gathers: gives, from the global ranks of all trainer processes, what to call before every
             update so that this process's tensors are those of the last step.
+        forget: has `boxes` hold on to no memory until it is asked again.
         form: of what is offered, where it is not what the trainer holds.
         only: the part of the model that is sent; None for all of it.
     """
@@ -49,6 +51,7 @@ class Recipe:
     model: Mapping[str, str | int | bool]
     places: Callable[[], Sequence[Place]] = tuple
     gathers: Gathers | None = None
+    forget: Callable[[], None] = lambda: None
     form: BlockFp8 | None = None
     only: Only | None = None
 
@@ -82,7 +85,12 @@ def of_boxes(
 def of_hf(weights: HfWeights, config: object, options: SenderOptions) -> Recipe:
     """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
     offer = HfOffer(weights, config, only=_only(options))
-    return Recipe(boxes=offer.boxes, model=offer.facts, form=_form(options, offer.config))
+    return Recipe(
+        boxes=offer.boxes,
+        model=offer.facts,
+        forget=offer.forget,
+        form=_form(options, offer.config),
+    )
 
 
 def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
@@ -100,8 +108,10 @@ def of_megatron(
 ) -> Recipe:
     """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
     config = read_config(config)
+    offer = MegatronOffer(partial(ranks_of, ranks), ranks, config, rules)
     return Recipe(
-        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules),
+        boxes=offer.boxes,
+        forget=offer.forget,
         model=model_facts(config),
         places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
         gathers=lambda members: gathers_of(ranks, members),

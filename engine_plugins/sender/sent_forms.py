@@ -57,20 +57,25 @@ class SentForms:
         """Let go of the slots; the next refresh lays them out anew."""
         self._source.release()
 
-    def refresh(self, offer: Callable[[], None]) -> None:
+    def refresh(self, offer: Callable[[], bool]) -> list[int]:
         """Have the slots hold the weights as they are now; collective.
 
         Args:
-            offer: offers the boxes anew.
+            offer: offers the boxes anew, and says whether memory has moved.
+
+        Returns:
+            The places in the group of the ranks whose memory has moved.
         """
         measured: list[list[SharedBlocks]] = []
         if self._measures:
             measure = self._source.measure
             measured = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
 
-        def refresh() -> int:
+        def refresh() -> tuple[int, bool]:
             self._source.settle(blocks for each in measured for blocks in each)
-            offer()
-            return self._source.slot_bytes
+            moved = offer()
+            return self._source.slot_bytes, moved
 
-        self.slot_bytes = self._ranks.agree("refreshing the weights", refresh, int)
+        told = self._ranks.agree("refreshing the weights", refresh, tuple[int, bool])
+        self.slot_bytes = [slot_bytes for slot_bytes, _ in told]
+        return [place for place, (_, moved) in enumerate(told) if moved]

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.hf_model import CheckpointNames, names_of_config, names_of_model
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.module_tensors import ModuleTensors
 from engine_plugins.weights.sources.only import Only
+from engine_plugins.weights.sources.remembered import Remembered
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
 __all__ = ["HfOffer", "read_config"]
@@ -40,7 +43,6 @@ class HfOffer:
     def __init__(
         self, weights: HfWeights, config: object = None, *, only: Only | None = None
     ) -> None:
-        self._only = only
         self._look = looked_at_anew(weights)
         self.config = read_config(config)
         self._names, own = _names(weights, self.config)
@@ -49,20 +51,27 @@ class HfOffer:
         elif self._names is None:
             self._names = names_of_config(self.config)
         self._tied = is_tied(self.config, None)
+        describe = partial(hf_boxes, names=self._names, only=only)
+        self._described = Remembered(self._look, describe)
 
     @property
     def facts(self) -> dict[str, str | int | bool]:
         """What engines compare with their own config."""
         return model_facts(self.config)
 
-    def boxes(self) -> list[SourceBox]:
+    def boxes(self) -> Sequence[SourceBox]:
         """This process's boxes under checkpoint names, as they are now.
 
         Raises:
             SourceError, UnsupportedError: see `hf_boxes` and `CheckpointNames.boxes`.
         """
-        boxes = hf_boxes(self._look(), names=self._names, only=self._only)
-        return list(checked_boxes(boxes, tied=self._tied))
+        return checked_boxes(self._described(), tied=self._tied)
+
+    def forget(self) -> None:
+        """Hold on to no memory; the next `boxes` describes it anew."""
+        self._described.forget()
+        if isinstance(self._look, ModuleTensors):
+            self._look.forget()
 
     def own_names(self) -> Mapping[str, str]:
         """Checkpoint name -> the trainer's own, of all that differ."""
