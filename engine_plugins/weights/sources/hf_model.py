@@ -19,6 +19,7 @@ from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.conversion_trace import Piece, Undo, traced_pieces
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.wrapper_names import plain_name, unwrapped
 
 __all__ = ["CheckpointNames", "names_of_config", "names_of_model", "transformers_model"]
@@ -117,12 +118,14 @@ class CheckpointNames:
         self._not_saved = frozenset(not_saved)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[Piece]] = {}
+        self._others: list[str] = []
 
-    def boxes(self, own: Sequence[SourceBox]) -> list[SourceBox]:
+    def boxes(self, own: Sequence[SourceBox], *, only: Only | None = None) -> list[SourceBox]:
         """Replace boxes of the model's tensors by boxes of the checkpoint's; no value is copied.
 
         Args:
             own: under the model's names without wrappers; of a sharded tensor this rank's share.
+            only: what is asked for; None for all. The rest may be what cannot be offered.
 
         Raises:
             SourceError: tensors beside the model's.
@@ -130,14 +133,24 @@ class CheckpointNames:
                 that is sharded.
         """
         outside = [box.name for box in own if not box.name.startswith(self._prefix)]
-        if outside:
+        if outside and only is None:
             raise SourceError(
                 f"{', '.join(outside[:_SHOWN])}: no part of the model at {self._prefix[:-1]!r}, "
                 "and the engine has nothing like it",
-                remedy=f"give the model alone (the module's attribute {self._prefix[:-1]!r})",
+                remedy=f"give the model alone (the module's attribute {self._prefix[:-1]!r}), or "
+                "choose its tensors with only=",
             )
         self._look({box.name: box.global_shape for box in own if self._is_saved(box.name)})
-        return [made for box in own for made in self._made_of(box)]
+        others = [name for name in self._others if only is None or only.chooses(name)]
+        if others:
+            raise UnsupportedError(
+                f"{', '.join(others[:_SHOWN])}: transformers holds them in another order than "
+                "checkpoints do, so they cannot be read where they lie",
+                remedy="leave them out with only=, if they are not trained; or give from_hf a "
+                "function that gives the tensors as save_pretrained would write them",
+            )
+        made = [made for box in own for made in self._made_of(box)]
+        return made if only is None else only.of(made)
 
     def own_names(self) -> dict[str, str]:
         """Checkpoint name -> the model's, of all that are called otherwise."""
@@ -149,21 +162,15 @@ class CheckpointNames:
         }
 
     def _is_saved(self, name: str) -> bool:
-        return name.removeprefix(self._prefix) not in self._not_saved
+        inner = name.removeprefix(self._prefix)
+        return name.startswith(self._prefix) and inner not in self._not_saved
 
     def _look(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:
             return
         cut = len(self._prefix)
         inner = {name[cut:]: shape for name, shape in shapes.items()}
-        pieces, others = traced_pieces(inner, _undo(self._conversions(), self._config))
-        if others:
-            raise UnsupportedError(
-                f"{', '.join(others[:_SHOWN])}: transformers holds them in another order than "
-                "checkpoints do, so they cannot be read where they lie",
-                remedy="give from_hf a function that gives the tensors as save_pretrained would "
-                "write them",
-            )
+        pieces, self._others = traced_pieces(inner, _undo(self._conversions(), self._config))
         self._pieces = {self._prefix + name: found for name, found in pieces.items()}
         self._shapes = shapes
 
