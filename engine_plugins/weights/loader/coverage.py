@@ -265,7 +265,9 @@ def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[Engi
             first[0].extend(other[0])
             first[1].extend(other[1])
             step_of.update((tensor.name, first) for tensor in other[1])
-        steps = [step for step in steps if not any(step is other for other in others)]
+        if others:
+            gone = set(map(id, others))
+            steps = [step for step in steps if id(step) not in gone]
         first[0].append(module)
         for name in names:
             if name not in step_of:
