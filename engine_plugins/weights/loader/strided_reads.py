@@ -8,7 +8,7 @@ tensor, or looks at its strides, is given the whole.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 
 from engine_plugins.errors import WeightMismatchError
@@ -91,7 +91,7 @@ def _read_otherwise(
     """Tensors of which a copy is not the one that was shown, in their new places."""
     other: set[str] = set()
     for before, now in zip(shown, seen, strict=True):
-        touched: Collection[str] = {*before.sources, *now.sources} & strides.keys()
+        touched = {*before.sources, *now.sources} & strides.keys()
         wanted = before
         if before.read is not None and touched:
             name = before.sources[0]

@@ -12,7 +12,8 @@ from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.hardware.free_memory import surely_free_bytes
 from engine_plugins.weights.memory.arena import Arena
 from engine_plugins.weights.memory.live_memory import LiveMemory
-from engine_plugins.weights.planning.plan import FetchPlan, PieceForm, schedule
+from engine_plugins.weights.planning.plan_data import FetchPlan, PieceForm
+from engine_plugins.weights.planning.ring import schedule
 from engine_plugins.weights.receiving.spreading import Run, runs_of
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.regions import HOST
@@ -87,7 +88,7 @@ class ReceiveBuffer:
         if key not in self._runs:
             self._runs[key] = self._placeable(index, runs_of(self._plan.steps[index].packed[batch]))
         for run in self._runs[key]:
-            shape = (run.count, *run.form.shape)
+            shape = (run.pieces, *run.form.shape)
             strides = (run.scratch_step, *_contiguous(run.form))
             at = self.ring_bytes + run.scratch
             rows = self._memory.strided(at, shape, strides, run.form.dtype)

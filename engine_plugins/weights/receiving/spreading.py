@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine_plugins.weights.planning.plan import PackedPiece, PieceForm
+from engine_plugins.weights.planning.plan_data import PackedPiece, PieceForm
 
 __all__ = ["Run", "runs_of"]
 
@@ -23,12 +23,12 @@ class Run(NamedTuple):
     target: int
     scratch_step: int
     target_step: int
-    count: int
+    pieces: int
 
     @property
     def wanted_shape(self) -> tuple[int, ...]:
         """Of what is wanted of all of them together."""
-        return (self.count, *(part.stop - part.start for part in self.form.wanted))
+        return (self.pieces, *(part.stop - part.start for part in self.form.wanted))
 
     def singles(self) -> list[Run]:
         """Each piece as a run of its own."""
@@ -36,9 +36,9 @@ class Run(NamedTuple):
             self._replace(
                 scratch=self.scratch + number * self.scratch_step,
                 target=self.target + number * self.target_step,
-                count=1,
+                pieces=1,
             )
-            for number in range(self.count)
+            for number in range(self.pieces)
         ]
 
 
@@ -59,13 +59,13 @@ def runs_of(pieces: Sequence[PackedPiece]) -> list[Run]:
 
 def _longer(run: Run, piece: PackedPiece) -> Run | None:
     steps = (
-        piece.scratch_offset - run.scratch - (run.count - 1) * run.scratch_step,
-        piece.target - run.target - (run.count - 1) * run.target_step,
+        piece.scratch_offset - run.scratch - (run.pieces - 1) * run.scratch_step,
+        piece.target - run.target - (run.pieces - 1) * run.target_step,
     )
-    if run.count == 1:
+    if run.pieces == 1:
         item = piece.form.dtype.itemsize
         if min(steps) <= 0 or any(step % item for step in steps):
             return None
     elif steps != (run.scratch_step, run.target_step):
         return None
-    return run._replace(scratch_step=steps[0], target_step=steps[1], count=run.count + 1)
+    return run._replace(scratch_step=steps[0], target_step=steps[1], pieces=run.pieces + 1)

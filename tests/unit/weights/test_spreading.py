@@ -13,7 +13,8 @@ from engine_plugins.errors import TransportError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.memory.live_memory import LiveMemory
-from engine_plugins.weights.planning.plan import PackedPiece, PieceForm, build_plan
+from engine_plugins.weights.planning.plan import build_plan
+from engine_plugins.weights.planning.plan_data import PackedPiece, PieceForm
 from engine_plugins.weights.receiving import receive_buffer
 from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.receiving.spreading import Run, runs_of
