@@ -414,6 +414,7 @@ class WeightSender:
             pushes=self._ways.direction == "push",
             let_go=self._forms.release,
         )
+        self._offer.lets_go_of(self._recipe.forget)
         self._closing.callback(self._offer.close)
         return list(self._recipe.places())
 

@@ -146,8 +146,13 @@ _UPDATES = EngineNames(
             "_get_quantization_config(model_config, load_config)",
             "_initialize_model(model_config, load_config, quant_config)",
         ),
-        "sglang.srt.model_loader.utils": ("set_default_torch_dtype(dtype)",),
+        "sglang.srt.model_loader.utils": (
+            "get_model_architecture(model_config)",
+            "set_default_torch_dtype(dtype)",
+        ),
+        "sglang.srt.models.transformers": ("TransformersBase", "_TRANSFORMERS_MOE_LAYERS"),
         "sglang.srt.layers.rotary_embedding.factory": ("_ROPE_DICT",),
+        "sglang.srt.lora.layers": ("BaseLayerWithLoRA",),
     },
 )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
+from sglang.srt.lora.layers import BaseLayerWithLoRA
 from sglang.srt.model_executor.model_runner_components import weight_updater
 from torch import nn
 
@@ -20,6 +22,7 @@ from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import left_out_by_design, prediction_layers
 from engine_plugins.weights.loader.engine_tensors import ModelParameters, tensors_beside
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
+from engine_plugins.weights.loader.wrapped_layers import without_wrappers
 from sglang_ext.loader_model import loader_model
 
 __all__ = ["SglangWeightInstaller"]
@@ -74,7 +77,15 @@ class SglangWeightInstaller:
     def live_parameters(self) -> Mapping[str, torch.Tensor]:
         """The parameters and buffers that serve; SGLang loads into them."""
         model = self._runner.model
-        return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+        with self._plain():
+            return {**dict(model.named_buffers()), **dict(model.named_parameters())}
+
+    def _plain(self) -> AbstractContextManager[None]:
+        """The live model without the wrappers that SGLang puts around layers for LoRA.
+
+        Its loaders pass over parameters that they do not find, which experts' are behind one.
+        """
+        return without_wrappers(self._runner.model, BaseLayerWithLoRA)
 
     def begin(self) -> None:
         """Undo what SGLang's kernels packed, with no step of the model under way.
@@ -83,11 +94,12 @@ class SglangWeightInstaller:
         """
         if self._runner.device != "cpu":
             torch.get_device_module(self._runner.device).synchronize()
-        self._runner.weight_updater.begin_weight_update()
+        with self._plain():
+            self._runner.weight_updater.begin_weight_update()
 
     def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load the tensors of some modules; SGLang copies them and keeps no reference."""
-        with torch.no_grad():
+        with torch.no_grad(), self._plain():
             self._runner.model.load_weights(iter(tensors))
 
     def landed(self, modules: Sequence[str]) -> None:
@@ -101,7 +113,7 @@ class SglangWeightInstaller:
         Where modules did not come through it, they are run here.
         """
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._plain():
                 self._runner.weight_updater.end_weight_update(run_post_load=self._landed)
         finally:
             self._landed = False

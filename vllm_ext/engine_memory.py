@@ -52,11 +52,13 @@ class VllmSleepMode:
 
     def __init__(self, worker: Any) -> None:
         self._worker = worker
+        self._discarded = False
 
     def release(self, tag: MemoryTag, *, keep: bool) -> None:
         """With the weights, which come last, everything is released."""
         if tag != "weights":
             return
+        self._discarded = not keep
         try:
             self._worker.sleep(level=1 if keep else 2)
         except AssertionError as error:
@@ -64,8 +66,14 @@ class VllmSleepMode:
             logger.warning("vLLM says of its sleep: %s; what we measure decides", error)
 
     def restore(self, tag: MemoryTag) -> None:
-        """Map the memory again, weights with what vLLM saved of them."""
+        """Map the memory again, weights with what vLLM saved of them.
+
+        Adapters lie in the weights' memory as well. Where that was discarded vLLM forgets which
+        are there, and loads each anew for the next request that asks for it.
+        """
         self._worker.wake_up([tag])
+        if tag == "weights" and self._discarded:
+            self._worker.model_runner.reset_lora_state()
 
     def unreleased(self, tag: MemoryTag) -> dict[str, int]:
         """VLLM does not say."""

@@ -91,6 +91,7 @@ _UPDATES = EngineNames(
         "vllm.v1.worker.gpu_model_runner": (
             "GPUModelRunner: drafter, kv_caches",
             "GPUModelRunner.get_model(self)",
+            "GPUModelRunner.reset_lora_state(self)",
         ),
         "vllm.config": (
             "VllmConfig: additional_config, compilation_config, ec_transfer_config, "
@@ -108,6 +109,8 @@ _UPDATES = EngineNames(
         "vllm.model_executor.model_loader.utils": (
             "initialize_model(vllm_config, *, model_config)",
         ),
+        "vllm.lora.layers": ("FusedMoEWithLoRA",),
+        "vllm.lora.layers.base": ("BaseLayerWithLoRA",),
         "vllm.model_executor.layers.rotary_embedding": ("_ROPE_DICT",),
         "vllm.model_executor.layers.attention": ("is_deferred_attention_layer(layer)",),
         "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method": (

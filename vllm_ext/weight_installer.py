@@ -11,12 +11,15 @@ function each (D8).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
+from vllm.lora.layers import FusedMoEWithLoRA
+from vllm.lora.layers.base import BaseLayerWithLoRA
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
     UnquantizedFusedMoEMethod,
@@ -42,6 +45,7 @@ from engine_plugins.weights.loader.engine_tensors import ModelParameters
 from engine_plugins.weights.loader.filled_elements import FilledElements
 from engine_plugins.weights.loader.joined_traces import DRAFT
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
+from engine_plugins.weights.loader.wrapped_layers import without_wrappers
 from vllm_ext.draft_model import DraftModel
 from vllm_ext.loader_model import loader_model
 from vllm_ext.open_layer import close_layer, layer_tensors, name_loaders, open_layer
@@ -66,13 +70,18 @@ class VllmWeightInstaller:
         self._vllm_config = vllm_config
         self._model = model
         self._draft = draft
-        self._modules = dict(model.named_modules())
+        with self._plain():
+            self._modules = dict(model.named_modules())
         self._models = [(model, vllm_config.model_config)]
         if draft is not None:
             self._modules |= draft.modules
             self._models.append((draft.model, draft.config))
         self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._covered: dict[str, int] = {}
+
+    def _plain(self) -> AbstractContextManager[None]:
+        """The live model without the wrappers that vLLM puts around layers for LoRA."""
+        return without_wrappers(self._model, BaseLayerWithLoRA)
 
     @property
     def model_dtype(self) -> torch.dtype:
@@ -113,11 +122,12 @@ class VllmWeightInstaller:
         if self._vllm_config.quant_config is not None:
             return trace  # vLLM makes parameters of its own when it packs quantized weights
         traced = {name.rpartition(".")[0] for name in trace.parameter_numel}
-        made = {
-            name: each.numel()
-            for name, each in self._model.named_parameters()
-            if name.rpartition(".")[0] in traced
-        }
+        with self._plain():
+            made = {
+                name: each.numel()
+                for name, each in self._model.named_parameters()
+                if name.rpartition(".")[0] in traced
+            }
         return replace(trace, parameter_numel={**made, **trace.parameter_numel})
 
     def _is_for_draft(self, name: str) -> bool:
@@ -146,6 +156,13 @@ class VllmWeightInstaller:
                     f"{name} keeps sinks in the KV cache that it makes once from its weights",
                     remedy="restart the engine with the new weights",
                 )
+        if any(isinstance(layer, FusedMoEWithLoRA) for layer in self._model.modules()):
+            raise UnsupportedError(
+                "this engine was started with LoRA for experts, whose kernels vLLM's reload was "
+                "not seen to keep",
+                remedy="serve without --enable-lora, or with --lora-target-modules that leave "
+                "the experts out",
+            )
         if self._vllm_config.parallel_config.enable_eplb:
             raise UnsupportedError(
                 "under expert load balancing (EPLB) experts move between ranks while they are "
@@ -156,16 +173,18 @@ class VllmWeightInstaller:
     def live_parameters(self) -> Mapping[str, torch.Tensor]:
         """The parameters and buffers that serve; a reload copies into them in the end."""
         drafting = {} if self._draft is None else self._draft.parameters()
-        return {
-            **dict(self._model.named_buffers()),
-            **dict(self._model.named_parameters()),
-            **drafting,
-        }
+        with self._plain():
+            return {
+                **dict(self._model.named_buffers()),
+                **dict(self._model.named_parameters()),
+                **drafting,
+            }
 
     def begin(self) -> None:
         """Put every layer on meta, its kernel tensors kept aside."""
-        for model, _ in self._models:
-            layerwise.initialize_layerwise_reload(model)
+        with self._plain():
+            for model, _ in self._models:
+                layerwise.initialize_layerwise_reload(model)
 
     def install(self, modules: Sequence[str], tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Load the tensors of some modules and process those modules at once.
@@ -198,7 +217,8 @@ class VllmWeightInstaller:
             return_free_memory()
 
     def _load(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-        _loader(self._model)(each for each in tensors if not self._is_for_draft(each[0]))
+        with self._plain():
+            _loader(self._model)(each for each in tensors if not self._is_for_draft(each[0]))
         if self._draft is not None:
             self._draft.load(tensors)
 
@@ -223,7 +243,7 @@ class VllmWeightInstaller:
 
     def finish(self) -> None:
         """Put back what has nothing to load, and bring derived copies up to date."""
-        with torch.no_grad():
+        with torch.no_grad(), self._plain():
             for model, config in self._models:
                 layerwise.finalize_layerwise_reload(model, config)
         self._repack_tied_heads()

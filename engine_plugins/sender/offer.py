@@ -45,12 +45,17 @@ class TrainerOffer:
         let_go: Callable[[], None],
     ) -> None:
         self._boxes, self._ranks, self._model = boxes, ranks, model
-        self._given, self._pushes, self._let_go = transport, pushes, let_go
+        self._given, self._pushes = transport, pushes
+        self._lets_go = [let_go]
         self._network = AgentNetwork()
         self._owned: Transport | None = None
         self._source: WeightSource | None = None
         self.push: Push | None = None
         """This process's part in a push; None for a pull."""
+
+    def lets_go_of(self, forget: Callable[[], None]) -> None:
+        """Have something else that holds on to memory forget it, with all that is released here."""
+        self._lets_go.append(forget)
 
     @property
     def source(self) -> WeightSource:
@@ -138,6 +143,10 @@ class TrainerOffer:
         if self._source is not None:
             self._source.release()
         self._let_go()
+
+    def _let_go(self) -> None:
+        for forget in self._lets_go:
+            forget()
 
     def close(self) -> None:
         """Take everything back, the agent too: later posts of engines are refused.

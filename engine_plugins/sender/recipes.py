@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,8 @@ from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.sources.forms.merged_lora import MergedLora
 from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
+from engine_plugins.weights.sources.megatron.offer import MegatronOffer
 from engine_plugins.weights.sources.megatron.registry import GivenRules
-from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
 from engine_plugins.weights.sources.torch_source import HfWeights
 
 __all__ = ["Boxes", "Gathers", "Recipe", "of_boxes", "of_fsdp", "of_hf", "of_megatron"]
@@ -41,6 +42,7 @@ class Recipe:
             `check_topology`.
         gathers: gives, from the global ranks of all trainer processes, what to call before every
             update so that this process's tensors are those of the last step.
+        forget: has `boxes` hold on to no memory until it is asked again.
         form: of what is offered, where it is not what the trainer holds.
         merged: what adapters are merged into.
     """
@@ -49,6 +51,7 @@ class Recipe:
     model: Mapping[str, str | int | bool]
     places: Callable[[], Sequence[Place]] = tuple
     gathers: Gathers | None = None
+    forget: Callable[[], None] = lambda: None
     form: BlockFp8 | None = None
     merged: MergedLora | None = None
 
@@ -68,6 +71,7 @@ def of_hf(
     return Recipe(
         boxes=offer.boxes,
         model=offer.facts,
+        forget=offer.forget,
         gathers=None if offer.merged is None else offer.merged.gathers,
         form=_form(options, offer.config),
         merged=offer.merged,
@@ -91,8 +95,10 @@ def of_megatron(
 ) -> Recipe:
     """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
     config = read_config(config)
+    offer = MegatronOffer(partial(ranks_of, ranks), ranks, config, rules)
     return Recipe(
-        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules),
+        boxes=offer.boxes,
+        forget=offer.forget,
         model=model_facts(config),
         places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
         gathers=lambda members: gathers_of(ranks, members),

@@ -70,10 +70,12 @@ class EngineDtypes:
             "connecting the engines", lambda: self._answers(links, offers, ask), _Answers
         )
         offers[0].failures.update(answers.failures)
+        if not answers.wanted:
+            return False
         self._dtypes.learn(
             {name: dtype_named(dtype) for dtype, names in answers.wanted.items() for name in names}
         )
-        return bool(answers.wanted)
+        return True
 
     def _answers(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +20,10 @@ from engine_plugins.errors import (
     TransportError,
 )
 from engine_plugins.weights.transport.base import Direction, Transport
+from engine_plugins.weights.transport.nixl import NixlTransport
 from engine_plugins.weights.transport.transfers import MAX_IN_FLIGHT, run_transfers
 from tests.support.nixl_peer import pattern
-from tests.support.wires import WIRES, Flow, NixlWire, Peer, Wire
+from tests.support.wires import WIRES, Flow, NixlWire, Peer, Target, Wire
 
 pytestmark = pytest.mark.core
 
@@ -335,3 +338,46 @@ def test_what_has_begun_is_not_ended_by_releasing_it(
         while not np.array_equal(flow.received(), source) and time.monotonic() < until:
             time.sleep(0.01)
         assert np.array_equal(flow.received(), source)
+
+
+def test_a_forgotten_peer_leaves_no_socket_behind(wire: Wire, engine: Transport) -> None:
+    """Senders come and go under new names, and their process lives on."""
+    target = Target(engine, 64 * KIB)
+    for number in range(3):
+        peer = wire.peer(f"trainer-{number}", 64 * KIB, number)
+        before = len(os.listdir("/proc/self/fd"))
+        engine.add_peer(peer.agent, peer.metadata)
+        read = target.read(peer, [(0, 0, 64 * KIB)])
+        assert run_transfers([read], deadline_s=20) == 64 * KIB
+        read.release()
+        engine.remove_peer(peer.agent)
+        peer.close_agent()
+        until = time.monotonic() + 5
+        while len(os.listdir("/proc/self/fd")) > before:
+            assert time.monotonic() < until, "a socket or pipe of this peer is still open"
+            time.sleep(0.01)
+
+
+def test_a_transfer_that_nobody_holds_is_given_back(
+    wire: Wire, engine: Transport, direction: Direction
+) -> None:
+    """As an error on the way drops it: the wire holds no more transfers than we do."""
+    peer = meet(engine, wire, "trainer", seed=1)
+    flow = Flow(direction, engine, peer)
+    if not isinstance(engine, NixlTransport):
+        return  # nothing is kept for it beyond the object
+    given_back: list[int | None] = []
+    plain = engine._release
+
+    def noting(request: int | None, lists: list[int]) -> None:
+        given_back.append(request)
+        plain(request, lists)
+
+    engine._release = noting  # type: ignore[method-assign]
+    held = [flow.prepare([(row * 64, row * 64, 64)]) for row in range(8)]
+    for transfer in held[:4]:
+        transfer.release()
+        transfer.release()
+    del held, transfer
+    gc.collect()
+    assert len(given_back) == len(set(given_back)) == 8

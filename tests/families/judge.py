@@ -77,7 +77,8 @@ def judge(engine: PlayedEngine, case: Case, folder: Path) -> Verdict:
     """Update one model three times, and compare it each time with a fresh load."""
     verdict = Verdict(result=EQUAL)
     try:
-        folders = _checkpoints(case, folder)
+        trained, states = _models(case)
+        folders = [_saved(trained, state, case, folder / f"v{n}") for n, state in enumerate(states)]
         fresh = _fresh_loads(engine, case, folders)
     except Exception as error:
         return Verdict(result=NOT_HERE, why=_words(error), trace=traceback.format_exc())
@@ -86,20 +87,27 @@ def judge(engine: PlayedEngine, case: Case, folder: Path) -> Verdict:
     wanted = [{k: v for k, v in each.items() if k not in undetermined} for each in fresh]
     verdict.tensors = len(wanted[0])
     try:
-        _update_thrice(engine, case, folders, wanted, verdict)
+        _update_thrice(engine, case, folders[0], trained, states, wanted, verdict)
     except _Ended as ended:
         verdict.result, verdict.why = ended.result, ended.why
         verdict.trace = traceback.format_exc()
     return verdict
 
 
-def _checkpoints(case: Case, folder: Path) -> list[Path]:
-    seeds = range(len(VERSIONS))
-    return [save(_model(case, seed), case.family, folder / f"v{seed}") for seed in seeds]
+def _models(case: Case) -> tuple[Any, list[Tensors]]:
+    """A model, and the values of each version that it will hold.
+
+    All before an engine is loaded: vLLM's backend of transformers' code changes its classes.
+    """
+    dtype = getattr(torch, case.dtype)
+    models = [random_model(case.family, seed=seed, dtype=dtype) for seed in range(len(VERSIONS))]
+    states = [{name: t.clone() for name, t in model.state_dict().items()} for model in models]
+    return models[0], states
 
 
-def _model(case: Case, seed: int) -> Any:
-    return random_model(case.family, seed=seed, dtype=getattr(torch, case.dtype))
+def _saved(model: Any, state: Tensors, case: Case, folder: Path) -> Path:
+    become(model, state)
+    return save(model, case.family, folder)
 
 
 @contextmanager
@@ -125,13 +133,14 @@ def _fresh_loads(engine: PlayedEngine, case: Case, folders: Sequence[Path]) -> l
 def _update_thrice(
     engine: PlayedEngine,
     case: Case,
-    folders: Sequence[Path],
+    folder: Path,
+    trained: Any,
+    states: Sequence[Tensors],
     wanted: Sequence[Tensors],
     verdict: Verdict,
 ) -> None:
-    trained = _model(case, 0)
     with (
-        _loaded(engine, case, folders[0]) as loaded,
+        _loaded(engine, case, folder) as loaded,
         offered_boxes(HfOffer(trained).boxes()) as trainers,
         receiving(loaded.installer()) as receiver,
     ):
@@ -141,7 +150,7 @@ def _update_thrice(
             _connect(receiver, trainers)
             _install(receiver, verdict, 0)
         for number, version in enumerate(VERSIONS, 1):
-            become(trained, _model(case, version))
+            become(trained, states[version])
             _connect(receiver, trainers)
             _install(receiver, verdict, number)
             wrong = differences(_all_of(loaded), wanted[version])

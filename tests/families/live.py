@@ -47,7 +47,7 @@ def _updated(server: EngineServer, family: Family, trained: Any) -> Verdict:
         return Verdict(result=FAILED, why=f"{type(error).__name__}: {error}")
     with sender:
         for number, version in enumerate(VERSIONS, 1):
-            become(trained, random_model(family, seed=version, dtype=torch.float32))
+            become(trained, random_model(family, seed=version, dtype=torch.float32).state_dict())
             try:
                 sender.update(version=number)
             except Exception as error:

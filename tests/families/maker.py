@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,8 @@ def random_model(family: Family, *, seed: int, dtype: torch.dtype) -> Any:
 
 
 @torch.no_grad()
-def become(trained: Any, other: Any) -> None:
-    """Have a model hold another one's values, in the memory that it has."""
-    values = other.state_dict()
+def become(trained: Any, values: Mapping[str, torch.Tensor]) -> None:
+    """Have a model hold another one's values, its state dict, in the memory that it has."""
     for name, tensor in trained.state_dict().items():
         tensor.copy_(values[name])
 

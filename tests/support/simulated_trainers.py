@@ -28,6 +28,7 @@ __all__ = ["SimulatedJob"]
 _AXES = 2
 _ROWS = re.compile(r"(embed_tokens|lm_head|[qkv]_proj|[qk]v?_b_proj|gate_proj|up_proj)\.weight$")
 _COLUMNS = re.compile(r"(o_proj|down_proj)\.weight$")
+_LAYER = re.compile(r"\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 Table = npt.NDArray[np.int64]
@@ -38,7 +39,9 @@ class SimulatedJob:
 
     Args:
         tensors: the model's, of one dtype and at most two axes; what is not cut, every rank has.
-        ranks: in Megatron's order: tensor parallel fastest; the same are split anew for experts.
+        ranks: in Megatron's order: tensor parallel fastest, pipeline slowest; those of one stage
+            are split anew for experts.
+        pp: pipeline stages of equally many layers; what is of no layer lies in the first or last.
         region_address: where every rank's memory would begin.
     """
 
@@ -49,6 +52,7 @@ class SimulatedJob:
         ranks: int,
         tp: int,
         ep: int,
+        pp: int = 1,
         region_address: int = 1 << 40,
     ) -> None:
         self._names = np.array([tensor.name for tensor in tensors], dtype=object)
@@ -58,7 +62,12 @@ class SimulatedJob:
         self._axes = np.array([_cut_axis(tensor.name) for tensor in tensors], dtype=np.int64)
         self._dtype = str(tensors[0].dtype).removeprefix("torch.")
         self._itemsize = tensors[0].dtype.itemsize
-        self._ranks, self._tp, self._ep = ranks, tp, ep
+        self._ranks, self._tp, self._ep, self._pp = ranks, tp, ep, pp
+        layers = np.array([_layer(tensor.name) for tensor in tensors], dtype=np.int64)
+        count = int(layers.max()) + 1
+        first = np.arange(len(tensors)) < np.argmax(layers >= 0)
+        outside = np.where(first, 0, pp - 1)
+        self._stage = np.where(layers < 0, outside, layers * pp // max(count, 1))
         self._address = region_address
 
     def manifests(self) -> list[SourceManifest]:
@@ -67,8 +76,9 @@ class SimulatedJob:
 
     def _manifest(self, rank: int) -> SourceManifest:
         count = int(self._experts.max()) + 1
-        own = np.maximum(self._experts, 0) * self._ep // max(count, 1) == rank % self._ep
-        rows = np.flatnonzero((self._experts < 0) | own)
+        stage, within = divmod(rank, self._ranks // self._pp)
+        own = np.maximum(self._experts, 0) * self._ep // max(count, 1) == within % self._ep
+        rows = np.flatnonzero(((self._experts < 0) | own) & (self._stage == stage))
         start, shape = self._boxes(rows, rank % self._tp)
         nbytes = shape.prod(axis=1) * self._itemsize
         offsets = np.cumsum(nbytes) - nbytes
@@ -125,6 +135,11 @@ def _aligned(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def _expert(name: str) -> int:
     found = _EXPERT.search(name)
+    return int(found[1]) if found else -1
+
+
+def _layer(name: str) -> int:
+    found = _LAYER.search(name)
     return int(found[1]) if found else -1
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-__all__ = ["parameters_on_meta"]
+__all__ = ["moved_to_meta", "parameters_on_meta"]
 
 
 @contextmanager
@@ -34,6 +34,19 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def moved_to_meta(model: nn.Module) -> nn.Module:
+    """The model, after each of its parameters was moved to meta; one of two names stays one.
+
+    For models that read their parameters while they are built, or make them anew.
+    """
+    twins: dict[int, torch.nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = twins.setdefault(id(parameter), _meta_twin(parameter))
+    return model
 
 
 def _meta_twin(parameter: torch.nn.Parameter) -> torch.nn.Parameter:

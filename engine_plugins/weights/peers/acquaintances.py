@@ -50,6 +50,10 @@ class Acquaintances:
             meet(self._transport, manifest)
             self._met[manifest.agent] = manifest.agent_metadata
 
+    def doubt(self) -> None:
+        """Meet every one anew before it is read from again: one of them said nothing."""
+        self._met = dict.fromkeys(self._met, b"")
+
     def expect(self, manifests: Sequence[SourceManifest]) -> None:
         """Know sources whose turn it is to come to us, without reading from them.
 

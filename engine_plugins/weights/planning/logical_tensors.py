@@ -12,6 +12,7 @@ from engine_plugins.weights.boxes.dtypes import dtype_named
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers
 from engine_plugins.weights.contract.manifest_checks import MAX_RANK
+from engine_plugins.weights.planning.distinct import by_tensors
 
 __all__ = ["logical_tensors"]
 
@@ -30,29 +31,29 @@ def logical_tensors(manifests: Sequence[SourceManifest]) -> list[LogicalTensor]:
     number: dict[str, int] = {}
     dtypes: dict[str, int] = {}
     known: Facts = np.empty((0, 2 + MAX_RANK), np.int64)
-    for manifest in manifests:
-        names = manifest.tensors.names
-        rows = np.array([number.get(name, -1) for name in names], np.int64)
-        facts = _facts(manifest, dtypes)
-        new = rows < 0
-        if new.any():
-            for row in np.flatnonzero(new).tolist():
-                rows[row] = number.setdefault(names[row], len(number))
-            known = np.concatenate([known, facts[new]])
+    for manifest in by_tensors(manifests)[0]:
+        names, facts, before = manifest.tensors.names, _facts(manifest, dtypes), len(number)
+        rows = np.fromiter((number.setdefault(name, len(number)) for name in names), np.int64)
+        if len(number) > len(known):
+            known = np.concatenate([known, np.empty((len(number), 2 + MAX_RANK), np.int64)])
+        new = rows >= before
+        known[rows[new]] = facts[new]
         unlike = (known[rows] != facts).any(axis=1)
         if unlike.any():
             _refuse(manifest, names[int(unlike.argmax())], manifests)
     kinds = [dtype_named(name) for name in dtypes]
     return [
         LogicalTensor(name=name, shape=tuple(fact[len(fact) - fact[_NDIM] :]), dtype=kinds[fact[0]])
-        for name, fact in zip(number, known.tolist(), strict=True)
+        for name, fact in zip(number, known[: len(number)].tolist(), strict=True)
     ]
 
 
 def _facts(manifest: SourceManifest, dtypes: dict[str, int]) -> Facts:
     columns = manifest.tensors
     facts = np.ones((len(columns.names), 2 + MAX_RANK), np.int64)
-    facts[:, _DTYPE] = [dtypes.setdefault(name, len(dtypes)) for name in columns.dtypes]
+    for name in dict.fromkeys(columns.dtypes):
+        dtypes.setdefault(name, len(dtypes))
+    facts[:, _DTYPE] = list(map(dtypes.__getitem__, columns.dtypes))
     facts[:, _NDIM] = numbers(columns.ndims)
     facts[:, 2 + MAX_RANK - manifest.axes :] = manifest.table(columns.shapes)
     return facts

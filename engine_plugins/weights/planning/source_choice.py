@@ -18,7 +18,8 @@ import numpy.typing as npt
 from engine_plugins.errors import PlanError, SettingsError
 from engine_plugins.settings import SOURCE_POLICIES
 from engine_plugins.weights.contract.manifest import SourceManifest
-from engine_plugins.weights.planning.box_table import Column, SourceTable, TensorTable
+from engine_plugins.weights.planning.box_table import Column, TensorTable
+from engine_plugins.weights.planning.source_table import SourceTable
 
 __all__ = ["Reader", "SourceChoice", "balanced"]
 
@@ -70,9 +71,9 @@ class SourceChoice:
     reader: Reader
     manifests: Sequence[SourceManifest]
 
-    def rows(
+    def of(
         self, sources: SourceTable, tensors: TensorTable, given: Column, nbytes: Column
-    ) -> Column:
+    ) -> tuple[Column, Column]:
         """Choose one of each box's replicas.
 
         Args:
@@ -82,33 +83,40 @@ class SourceChoice:
             nbytes: [n] bytes that are read of each.
 
         Returns:
-            [n] rows of the source table.
+            [n] number of the source, and [n] row of the box in its manifest.
 
         Raises:
             PlanError: no source in the rank's reach has the box; the text names tensor and rank.
         """
-        each = map(self.reader.distance, self.manifests)
-        distance = np.fromiter(each, np.int64, len(self.manifests))[sources.source]
-        least = np.minimum.reduceat(distance, sources.first[:-1])
-        lost = np.flatnonzero(least[given] == _UNREACHABLE)
-        if len(lost):
-            self._refuse(sources, tensors, int(given[lost[0]]))
-        kept = distance == np.repeat(least, np.diff(sources.first))
-        first = np.concatenate([[0], kept.cumsum()])[sources.first]
-        rows = np.flatnonzero(kept)
-        chosen: Column = rows[balanced(first, sources.source[rows], given, nbytes)]
-        return chosen
+        read = np.zeros(len(sources.distinct), np.bool_)
+        read[given] = True
+        boxes = np.flatnonzero(read)
+        among = read.cumsum()[given] - 1
+        first, source, row = sources.replicas(boxes)
+        distances = np.fromiter(map(self.reader.distance, self.manifests), np.int64)
+        distance = distances[source]
+        if len(boxes) and distance.any():
+            least = np.minimum.reduceat(distance, first[:-1])
+            lost = np.flatnonzero(least[among] == _UNREACHABLE)
+            if len(lost):
+                box, replicas = among[lost[0]], slice(*first[among[lost[0]] :][:2].tolist())
+                self._refuse(sources, tensors, int(boxes[box]), source[replicas])
+            kept = distance == np.repeat(least, np.diff(first))
+            first = np.concatenate([[0], kept.cumsum()])[first]
+            source, row = source[kept], row[kept]
+        chosen = balanced(first, source, among, nbytes)
+        return source[chosen], row[chosen]
 
-    def _refuse(self, sources: SourceTable, tensors: TensorTable, box: int) -> NoReturn:
-        reader, boxes = self.reader, sources.boxes
-        replicas = slice(int(sources.first[box]), int(sources.first[box + 1]))
-        row = replicas.start
-        tensor = tensors.tensors[int(boxes.tensor[row])]
+    def _refuse(
+        self, sources: SourceTable, tensors: TensorTable, box: int, offering: Column
+    ) -> NoReturn:
+        reader, boxes = self.reader, sources.distinct
+        tensor = tensors.tensors[int(boxes.tensor[box])]
         own = slice(tensors.axes - len(tensor.shape), None)
-        start, shape = (tuple(table[row, own].tolist()) for table in (boxes.start, boxes.shape))
-        offering = [self.manifests[number] for number in sources.source[replicas].tolist()]
+        start, shape = (tuple(table[box, own].tolist()) for table in (boxes.start, boxes.shape))
         named = ", ".join(
-            f"{each.source} (global rank {each.global_rank})" for each in offering[:4]
+            f"{each.source} (global rank {each.global_rank})"
+            for each in (self.manifests[number] for number in offering[:4].tolist())
         )
         more = f" and {len(offering) - 4} more" if len(offering) > 4 else ""
         raise PlanError(

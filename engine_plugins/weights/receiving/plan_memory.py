@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Container
 
 from engine_plugins.weights.memory.live_memory import LiveMemory
@@ -15,15 +14,9 @@ from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.receiving.prepared_push import PreparedPush
 from engine_plugins.weights.receiving.update_run import PreparedPlan
 from engine_plugins.weights.transport.base import Transport
-from engine_plugins.weights.transport.quarantine import quarantined_bytes, reclaim
+from engine_plugins.weights.transport.quarantine import reclaim
 
 __all__ = ["PlanMemory"]
-
-logger = logging.getLogger(__name__)
-
-WORTH_AN_AGENT_BYTES = 1 << 20
-"""Quarantined, above the few bytes that a meeting loses: an agent that is made anew meets all of
-its peers again."""
 
 
 class PlanMemory:
@@ -37,8 +30,6 @@ class PlanMemory:
         self._make_transport = make_transport
         self._transport: Transport | None = None
         self._peers: Acquaintances | None = None
-        self._pulling: Callable[[], bool] = lambda: False
-        """Whether a pull that was given up is still at its reads."""
         self._prepared: tuple[str, PreparedPlan] | None = None
         self._live: tuple[frozenset[str], LiveMemory] | None = None
 
@@ -132,24 +123,15 @@ class PlanMemory:
             pulling: whether the thread of the pull that was given up is still at its reads.
         """
         known, self._prepared = self._prepared, None
-        self._pulling = pulling
         if known is not None:
             known[1].quarantine(pulling)
+        if self._peers is not None:
+            self._peers.doubt()
 
     def reclaim(self) -> None:
-        """Have back what an earlier pull lost, if need be by ending the agent that would fill it.
-
-        Raises:
-            TransportError: the agent does not end.
-        """
-        if self._transport is None or self._pulling():
-            return
-        reclaim(self._transport)
-        if quarantined_bytes(self._transport) >= WORTH_AN_AGENT_BYTES:
-            logger.info("the agent is made anew: reads of an earlier pull have not ended")
-            self.release()
-            self.deregister_live()
-            self.close()
+        """Have back what earlier updates lost, as far as nothing can come into it any more."""
+        if self._transport is not None:
+            reclaim(self._transport)
 
     def forget_peers(self, but: Container[str] = ()) -> None:
         """Forget all peers but the named agents."""

@@ -14,9 +14,9 @@ from engine_plugins.weights.contract.version_word import WordReader
 from engine_plugins.weights.memory.live_memory import LiveMemory
 from engine_plugins.weights.peers.acquaintances import Acquaintances
 from engine_plugins.weights.planning.plan import FetchPlan, PackedPiece, Step, Window
+from engine_plugins.weights.receiving.late_bytes import LateReads
 from engine_plugins.weights.receiving.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer, Transport
-from engine_plugins.weights.transport.quarantine import all_ended
 from engine_plugins.weights.transport.regions import HOST
 from engine_plugins.weights.transport.transfers import run_transfers, transfers_of
 
@@ -76,7 +76,8 @@ class PreparedFetch:
         self._packed: list[list[list[PreparedTransfer]]] = []
         """By way of the scratch area: of every step, batch by batch."""
         read = [manifests[each] for each in sources_of(plan)]
-        (peers or Acquaintances(transport)).meet(read, anew=not met)
+        self._peers = peers or Acquaintances(transport)
+        self._peers.meet(read, anew=not met)
         self._buffer = ReceiveBuffer(plan, transport, staged=staged, live=live)
         self._words: WordReader | None = None
         self._lookout: WordReader | None = None
@@ -237,9 +238,10 @@ class PreparedFetch:
             pulling: whether the pull's thread is still at these reads.
         """
         self._fit = False
-        reads = self._take_reads()
+        sources = [self._sources[each] for each in sources_of(self.plan)]
+        late = LateReads(self._take_reads(), sources, self._peers, self._transport)
         self._buffer.quarantine(
-            lambda: not pulling() and all_ended(reads), ends_with_agent=not pulling()
+            lambda: not pulling() and late.ended(), ends_with_agent=not pulling()
         )
         self._word_reader.quarantine()
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from engine_plugins.errors import PeerLostError, TransportError
 from engine_plugins.weights.contract.destinations import Destination, Writes
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.version_word import WordReader
 from engine_plugins.weights.memory.live_memory import LiveMemory
 from engine_plugins.weights.peers.acquaintances import Acquaintances
 from engine_plugins.weights.planning.plan import FetchPlan, Window
+from engine_plugins.weights.receiving.late_bytes import LateWrites
 from engine_plugins.weights.receiving.prepared_fetch import sources_of
 from engine_plugins.weights.receiving.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, Transport
@@ -166,32 +166,11 @@ class PreparedPush:
             pulling: whether a thread is still at this memory.
         """
         self.usable = False
-        left = self._writers()
-
-        def ended() -> bool:
-            left[:] = [writer for writer in left if not self._is_gone(writer)]
-            return not left and not pulling()
-
-        self._buffer.quarantine(ended, ends_with_agent=False)
+        late = LateWrites(self._writers(), self._peers, self._transport)
+        self._buffer.quarantine(lambda: not pulling() and late.ended(), ends_with_agent=False)
 
     def _writers(self) -> list[SourceManifest]:
         return [self._sources[each] for each in sources_of(self.plan)]
-
-    def _is_gone(self, writer: SourceManifest) -> bool:
-        try:
-            self._peers.expect([writer])
-            reader = WordReader([writer], self._transport)
-        except PeerLostError:
-            return True
-        except TransportError:
-            return False
-        try:
-            reader.look(None)
-        except PeerLostError:
-            return True
-        finally:
-            reader.close()
-        return False
 
     def _rows(self) -> list[list[tuple[Descriptors, int, int]]]:
         """By source: [n, 3] descriptors as (its address, ours, bytes), its device and ours."""

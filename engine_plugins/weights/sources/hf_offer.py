@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -19,6 +20,8 @@ from engine_plugins.weights.sources.forms.merged_lora import MergedLora
 from engine_plugins.weights.sources.forms.peft_model import base_model_of, has_adapters
 from engine_plugins.weights.sources.hf_model import names_of_config, names_of_model
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.module_tensors import ModuleTensors
+from engine_plugins.weights.sources.remembered import Remembered
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
 __all__ = ["HfOffer", "read_config"]
@@ -59,19 +62,26 @@ class HfOffer:
         elif self._names is None:
             self._names = names_of_config(self.config)
         self._tied = is_tied(self.config, None)
+        self._described = Remembered(self._look, partial(hf_boxes, names=self._names))
 
     @property
     def facts(self) -> dict[str, str | int | bool]:
         """What engines compare with their own config."""
         return model_facts(self.config)
 
-    def boxes(self) -> list[SourceBox]:
+    def boxes(self) -> Sequence[SourceBox]:
         """This process's boxes under checkpoint names, as they are now.
 
         Raises:
             SourceError, UnsupportedError: see `hf_boxes` and `CheckpointNames.boxes`.
         """
-        return list(checked_boxes(hf_boxes(self._look(), names=self._names), tied=self._tied))
+        return checked_boxes(self._described(), tied=self._tied)
+
+    def forget(self) -> None:
+        """Hold on to no memory; the next `boxes` describes it anew."""
+        self._described.forget()
+        if isinstance(self._look, ModuleTensors):
+            self._look.forget()
 
     def own_names(self) -> Mapping[str, str]:
         """Checkpoint name -> the trainer's own, of all that differ."""

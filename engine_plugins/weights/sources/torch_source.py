@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +14,7 @@ from engine_plugins.weights.sources.dtensor_source import is_dtensor, shard_boxe
 from engine_plugins.weights.sources.fsdp_source import fsdp_tensors, refuse_fsdp1_names
 from engine_plugins.weights.sources.fused_experts import split_fused_experts
 from engine_plugins.weights.sources.hf_model import CheckpointNames
+from engine_plugins.weights.sources.module_tensors import ModuleTensors
 from engine_plugins.weights.sources.wrapper_names import named_alike, refuse_adapters
 
 __all__ = ["HfWeights", "hf_boxes", "looked_at_anew", "plain_view"]
@@ -34,7 +34,7 @@ def looked_at_anew(weights: HfWeights) -> Callable[[], NamedTensors]:
         SourceError: what is neither; or a generator that has nothing (any more).
     """
     if isinstance(weights, nn.Module):
-        return partial(fsdp_tensors, weights)  # of any module: those of FSDP2 are resharded
+        return ModuleTensors(weights, fsdp_tensors)
     if callable(weights):
         return weights
     given: object = weights

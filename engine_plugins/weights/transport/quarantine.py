@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from engine_plugins.errors import PeerLostError, TransferTimeoutError, TransportError
-from engine_plugins.weights.transport.base import PreparedTransfer, Transport
+from engine_plugins.errors import TransportError
+from engine_plugins.weights.transport.base import Transport
 
-__all__ = ["agent_closed", "all_ended", "keep", "quarantined_bytes", "reclaim"]
+__all__ = ["agent_closed", "keep", "quarantined_bytes", "reclaim"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,26 +92,6 @@ def agent_closed(transport: Transport) -> None:
         mine = [each for each in _kept if each.transport is transport and each.ends_with_agent]
     for each in mine:
         _drop(each, registered=False)
-
-
-def all_ended(transfers: Sequence[PreparedTransfer]) -> bool:
-    """Whether none of these transfers can be under way: each is done, has failed, or never began.
-
-    Of a peer that was forgotten or met again meanwhile nothing is known.
-    """
-    return all(map(_ended, transfers))
-
-
-def _ended(transfer: PreparedTransfer) -> bool:
-    try:
-        return transfer.done()
-    except PeerLostError:
-        return True
-    except TransferTimeoutError:
-        return False
-    except TransportError as error:
-        # PeerError, which is one of these, says that the peer was removed or met again.
-        return type(error) is TransportError
 
 
 def _drop(kept: _Kept, *, registered: bool) -> None:

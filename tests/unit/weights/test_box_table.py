@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine_plugins.errors import PlanError
-from engine_plugins.weights.planning.box_table import TensorTable, source_table
+from engine_plugins.weights.planning.box_table import TensorTable
+from engine_plugins.weights.planning.source_table import source_table
 from tests.support.model_shapes import QWEN3_30B_A3B, logical_tensors_of
 from tests.support.simulated_trainers import SimulatedJob
 

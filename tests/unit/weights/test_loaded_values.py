@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import transformers
 from safetensors.torch import load_file
 from torch import nn
 
-from engine_plugins.errors import WeightMismatchError
+from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.engine_tensors import tensors_beside
 from tests.support.loader_maps import (
@@ -52,7 +53,19 @@ COMMON: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DOTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "tie_word_embeddings": False,
+}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+WRAPPED = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "experts", "embed_tokens", "lm_head")
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -122,6 +135,13 @@ MODELS = {
         },
         (SGLANG,),
     ),
+    "transformers' own code": Model(
+        "SeedOssConfig", {"head_dim": 16, "tie_word_embeddings": False}
+    ),
+    "a padded vocabulary": Model(
+        "GPTNeoXConfig", {"vocab_size": 264, "tie_word_embeddings": False}, (SGLANG,)
+    ),
+    "experts in transformers' code": Model("Dots1Config", DOTS, (SGLANG,)),
     "biases": Model("Qwen2Config", {"tie_word_embeddings": False}),
 }
 HERE = [name for name, model in MODELS.items() if KIND in model.engines]
@@ -250,22 +270,81 @@ def test_an_engine_in_bf16_is_traced_as_what_it_is(
         assert_same(live, fresh)
 
 
+def wrapper_base() -> type[nn.Module]:
+    """The class by which the product knows a wrapper."""
+    module = "vllm.lora.layers.base" if KIND == VLLM else "sglang.srt.lora.layers"
+    base: type[nn.Module] = import_module(module).BaseLayerWithLoRA
+    return base
+
+
+def wrap(model: nn.Module) -> int:
+    """Wrap layers as the engine does after it has loaded them; how many."""
+    names = [name for name, _ in model.named_modules() if name.endswith(WRAPPED)]
+    for name in names:
+        layer = model.get_submodule(name)
+        if KIND == VLLM:
+            around: Any = wrapper_base()()
+            around.base_layer = layer
+        else:
+            around = wrapper_base()(layer, None)
+        parent, _, key = name.rpartition(".")
+        setattr(model.get_submodule(parent), key, around)
+    return len(names)
+
+
+@pytest.mark.parametrize("name", ["biases", "packed experts"])
+def test_layers_that_adapters_stand_on_are_updated(
+    engine: PlayedEngine, saved: Callable[[str], tuple[Path, Tensors]], name: str
+) -> None:
+    """An engine with LoRA has wrapped layers, whose parameters have other names than a loader's."""
+    folder, values = saved(name)
+    memory = {key: torch.zeros_like(each) for key, each in values.items()}
+    with ExitStack() as stack:
+        with engine.rank(folder, tp_size=1, tp_rank=0) as rank:
+            fresh = freshly_loaded(rank, values, torch.float32)
+        rank = stack.enter_context(engine.rank(folder, tp_size=1, tp_rank=0))
+        live = rank.model()
+        load_through(live, {key: torch.randn_like(each) for key, each in values.items()})
+        installer = rank.installer(live)
+        assert wrap(live) >= 8
+        trainer = stack.enter_context(offered_tensors(memory))
+        receiver = stack.enter_context(receiving(installer))
+        for sign in (1, -1, 1):
+            for key, tensor in memory.items():
+                tensor.copy_(values[key] * sign)
+            report = update(receiver, [trainer])
+            assert sign == 1 or report.direct_bytes > 0, "wrapped layers are landed in as well"
+        now = {key.replace(".base_layer", ""): each for key, each in held(live).items()}
+        wrong = [key for key, each in fresh.items() if not same_bits(each, now[key])]
+        assert wrong == []
+        kept = [each for each in live.modules() if isinstance(each, wrapper_base())]
+        assert len(kept) >= 8, "the wrappers are where they were"
+
+
+@pytest.mark.skipif(KIND != VLLM, reason="SGLang's own loaders load wrapped experts as others")
+def test_experts_that_adapters_stand_on_are_refused_on_vllm(
+    engine: PlayedEngine, saved: Callable[[str], tuple[Path, Tensors]]
+) -> None:
+    """Their kernels belong to the wrapper, and a reload was never seen to keep them."""
+    folder, values = saved("packed experts")
+    with engine.rank(folder, tp_size=1, tp_rank=0) as rank:
+        live = rank.model()
+        installer = rank.installer(live)
+        of_experts = import_module("vllm.lora.layers").FusedMoEWithLoRA
+        around = of_experts.__new__(of_experts)
+        nn.Module.__init__(around)
+        around.base_layer = live.get_submodule("model.layers.0.mlp.experts")
+        setattr(live.get_submodule("model.layers.0.mlp"), "experts", around)  # noqa: B010
+        with pytest.raises(UnsupportedError, match="LoRA for experts"):
+            installer.trace(logical(values))
+
+
 @pytest.mark.skipif(KIND != VLLM, reason="a buffer on vLLM's Transformers backend")
 def test_a_bias_that_an_engine_keeps_in_a_buffer_is_missed(
     engine: PlayedEngine, tmp_path: Path
 ) -> None:
     """A router's correction bias is trained without a gradient, and no parameter."""
-    sizes = {
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "n_shared_experts": 1,
-        "first_k_dense_replace": 1,
-        "n_group": 1,
-        "topk_group": 1,
-        "tie_word_embeddings": False,
-    }
-    values = checkpoint(Model("Dots1Config", sizes), tmp_path)
+    values = checkpoint(Model("Dots1Config", DOTS), tmp_path)
     bias = [name for name in values if "e_score_correction_bias" in name]
     assert bias
     with engine.rank(tmp_path, tp_size=1, tp_rank=0) as rank:

@@ -16,8 +16,9 @@ from engine_plugins.errors import PlanError, SettingsError
 from engine_plugins.settings import SOURCE_POLICIES
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.manifest import SourceManifest
-from engine_plugins.weights.planning.box_table import Column, SourceTable, TensorTable, source_table
+from engine_plugins.weights.planning.box_table import Column, TensorTable
 from engine_plugins.weights.planning.source_choice import Reader, SourceChoice, balanced
+from engine_plugins.weights.planning.source_table import SourceTable, source_table
 from tests.support.source_ranks import offered_boxes, tensor_of, whole
 
 WEIGHT = torch.arange(24.0).view(4, 6)
@@ -44,10 +45,13 @@ def read_from(reader: Reader, manifests: Sequence[SourceManifest], nbytes: Seque
     tensors = TensorTable([tensor_of("w", WEIGHT)])
     sources: SourceTable = source_table(manifests, tensors)
     choice = SourceChoice(reader=reader, manifests=manifests)
-    boxes = np.arange(len(nbytes)) % (len(sources.first) - 1)
-    rows = choice.rows(sources, tensors, boxes, np.array(nbytes))
-    assert (np.searchsorted(sources.first, rows, side="right") - 1 == boxes).all()
-    return sources.source[rows]
+    boxes = np.arange(len(nbytes)) % len(sources.distinct)
+    source, row = choice.of(sources, tensors, boxes, np.array(nbytes))
+    for number, own, box in zip(source.tolist(), row.tolist(), boxes.tolist(), strict=True):
+        offered = manifests[number].box(own)
+        assert offered.start == tuple(sources.distinct.start[box].tolist())
+        assert offered.shape == tuple(sources.distinct.shape[box].tolist())
+    return source
 
 
 @settings(max_examples=200, deadline=None)
@@ -139,7 +143,8 @@ def test_nothing_to_read_needs_no_source() -> None:
     tensors = TensorTable([])
     choice = SourceChoice(reader=Reader(policy="nearest", host="a"), manifests=[])
     none = np.empty(0, np.int64)
-    assert not len(choice.rows(source_table([], tensors), tensors, none, none))
+    source, row = choice.of(source_table([], tensors), tensors, none, none)
+    assert len(source) == len(row) == 0
 
 
 def test_a_policy_that_does_not_exist_is_told_with_those_that_do() -> None:
