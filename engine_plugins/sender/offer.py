@@ -30,6 +30,7 @@ class TrainerOffer:
         ranks: of the trainer.
         model: facts of the trainer's HF config.
         transport: an open one, which stays the caller's to close; None makes an agent of NIXL.
+        partial: whether what is not offered stays as engines have it.
         pushes: whether this process writes to engines.
         let_go: frees what `boxes` holds memory for.
     """
@@ -41,12 +42,14 @@ class TrainerOffer:
         *,
         model: Mapping[str, str | int | bool],
         transport: Transport | None,
+        partial: bool,
         pushes: bool,
         let_go: Callable[[], None],
     ) -> None:
         self._boxes, self._ranks, self._model = boxes, ranks, model
         self._given, self._pushes = transport, pushes
         self._lets_go = [let_go]
+        self._partial = partial
         self._network = AgentNetwork()
         self._owned: Transport | None = None
         self._source: WeightSource | None = None
@@ -103,6 +106,7 @@ class TrainerOffer:
             source=f"{place} ({socket.gethostname()}, pid {os.getpid()})",
             global_rank=self._ranks.global_rank,
             model=self._model,
+            partial=self._partial,
         )
         self._source.revoke()
 

@@ -28,7 +28,7 @@ class SentForms:
 
     Attributes:
         dtypes: those that tensors are sent in.
-        slot_bytes: of each rank, bytes of its slots after the last refresh.
+        slot_bytes: of each rank, bytes of its slots and copies after the last refresh.
 
     Raises:
         SettingsError: a form that does not exist.
@@ -62,21 +62,27 @@ class SentForms:
         if self._merged is not None:
             self._merged.release()
 
-    def refresh(self, offer: Callable[[], None]) -> None:
+    def refresh(self, offer: Callable[[], tuple[bool, int]]) -> list[int]:
         """Have the slots hold the weights as they are now; collective.
 
         Args:
-            offer: offers the boxes anew.
+            offer: offers the boxes anew, and says whether memory has moved, and how many bytes it
+                holds besides because peers cannot read them where they lie.
+
+        Returns:
+            The places in the group of the ranks whose memory has moved.
         """
         measured: list[list[SharedBlocks]] = []
         if self._measures:
             measure = self._source.measure
             measured = self._ranks.agree("measuring shared blocks", measure, list[SharedBlocks])
 
-        def refresh() -> int:
+        def refresh() -> tuple[int, bool]:
             self._source.settle(blocks for each in measured for blocks in each)
-            offer()
+            moved, copied = offer()
             merged_bytes = 0 if self._merged is None else self._merged.nbytes
-            return self._source.slot_bytes + merged_bytes
+            return self._source.slot_bytes + merged_bytes + copied, moved
 
-        self.slot_bytes = self._ranks.agree("refreshing the weights", refresh, int)
+        told = self._ranks.agree("refreshing the weights", refresh, tuple[int, bool])
+        self.slot_bytes = [slot_bytes for slot_bytes, _ in told]
+        return [place for place, (_, moved) in enumerate(told) if moved]

@@ -91,7 +91,7 @@ def wrong(sender: WeightSender, model: nn.Module, twin: Any) -> list[str]:
         if "lora_" not in name
     }
     twin.unmerge_adapter()
-    held = [(each.box, each.memory) for each in sender._offer.source._placed]
+    held = [(each.box, each.memory) for each in sender._job.offer.source._placed]
     assert any(isinstance(each, DTensor) for each in model.parameters())
     missing = expected.keys() - {box.name for box, _ in held}
     return [*missing] + [

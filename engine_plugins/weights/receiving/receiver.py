@@ -120,13 +120,22 @@ class WeightReceiver:
             tensors = found("tensors", lambda: logical_tensors(manifests))
             trace = self._model.trace(tensors)
             self._look_again()
+            partial = all(manifest.partial for manifest in manifests)
             if tell_dtypes:
                 told = other_dtypes(
-                    trace, tensors, self._installer, tp_rank=self._tp_rank, since=planning
+                    trace,
+                    tensors,
+                    self._installer,
+                    tp_rank=self._tp_rank,
+                    since=planning,
+                    partial=partial,
                 )
                 if told is not None:
                     return told
-            steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
+            steps, unused = found(
+                "steps of a part" if partial else "steps",
+                lambda: engine_steps(trace, tensors, self._installer, partial=partial),
+            )
             connected = Connection(
                 direction=direction,
                 manifests=manifests,

@@ -21,6 +21,7 @@ from engine_plugins.weights.sources.forms.peft_model import base_model_of, has_a
 from engine_plugins.weights.sources.hf_model import names_of_config, names_of_model
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
 from engine_plugins.weights.sources.module_tensors import ModuleTensors
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.remembered import Remembered
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
@@ -34,6 +35,7 @@ class HfOffer:
         weights: see `WeightSender.from_hf`.
         config: the HF config, object or dict, or the path of its file or folder. None: the
             model's own, where a model is given.
+        only: what is asked for; None for all.
         merge_lora: whether adapters that peft has put into a model are merged; see `MergedLora`.
 
     Attributes:
@@ -45,24 +47,30 @@ class HfOffer:
     """
 
     def __init__(
-        self, weights: HfWeights, config: object = None, *, merge_lora: bool = False
+        self,
+        weights: HfWeights,
+        config: object = None,
+        *,
+        only: Only | None = None,
+        merge_lora: bool = False,
     ) -> None:
         self.merged: MergedLora | None = None
+        self.config = read_config(config)
         self._look, self._names, own = looked_at_anew(weights), None, None
         if isinstance(weights, nn.Module):
-            self._names, own = names_of_model(base_model_of(weights))
+            self._names, own = names_of_model(base_model_of(weights), self.config)
             if has_adapters(weights):
                 self.merged = MergedLora(weights, merge=merge_lora)
                 self._look = self.merged.tensors
         else:
             _refuse_merging(merge_lora)
-        self.config = read_config(config)
         if self.config is None:
             self.config = own
         elif self._names is None:
             self._names = names_of_config(self.config)
         self._tied = is_tied(self.config, None)
-        self._described = Remembered(self._look, partial(hf_boxes, names=self._names))
+        describe = partial(hf_boxes, names=self._names, only=only)
+        self._described = Remembered(self._look, describe)
 
     @property
     def facts(self) -> dict[str, str | int | bool]:

@@ -94,6 +94,7 @@ class WeightSource:
         source: who speaks, for people; names host and pid when empty.
         global_rank: in the trainer's job, where there is one.
         model: facts of the HF config (see `model_facts`).
+        partial: whether what is not offered stays as engines have it.
 
     Raises:
         SourceError: a tensor that has no plain memory (meta, sparse, DTensor), lies on a device
@@ -109,7 +110,9 @@ class WeightSource:
         source: str = "",
         global_rank: int | None = None,
         model: Mapping[str, str | int | bool] | None = None,
+        partial: bool = False,
     ) -> None:
+        self._partial = partial
         self._describe = boxes if callable(boxes) else lambda: boxes
         self._transport = transport
         self._source = source or f"trainer ({socket.gethostname()}, pid {os.getpid()})"
@@ -156,7 +159,8 @@ class WeightSource:
     @property
     def copied_bytes(self) -> int:
         """Bytes held twice, because peers cannot read them in the trainer's own layout."""
-        return sum(placed.memory.nbytes for placed in self._placed if placed.is_copy)
+        copies = (placed for placed in self._placed if placed.is_copy or placed.box.made)
+        return sum(placed.memory.nbytes for placed in copies)
 
     def refresh(self) -> bool:
         """Bring copies up to date and follow tensors that moved; call before every update.
@@ -330,6 +334,7 @@ class WeightSource:
             boxes=_box_columns(self._placed, list(tensors), regions, axes),
             host=socket.gethostname(),
             global_rank=self._global_rank,
+            partial=self._partial,
         )
         entries = len(tensors) + len(regions) + len(self._placed)
         if entries:

@@ -10,6 +10,7 @@ from torch import nn
 
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.sources.megatron.made import MadeTensors
 from engine_plugins.weights.sources.megatron.names import HfConfig
 from engine_plugins.weights.sources.megatron.rank import MegatronRank
 from engine_plugins.weights.sources.megatron.registry import GivenRules
@@ -46,8 +47,9 @@ class MegatronOffer:
         ]
         self._ranks, self._config, self._rules = ranks, config, rules
         self._described = Remembered(self._look, lambda _: self._describe())
-        # The values of a tied model's head are compared in every update.
-        self._is_tied = model_facts(config).get("tie_word_embeddings") is not False
+        self._made = MadeTensors()
+        # The values of a tied model's head are compared in every update, and copies are filled.
+        self._always_anew = model_facts(config).get("tie_word_embeddings") is not False
 
     def boxes(self) -> Sequence[SourceBox]:
         """This process's boxes as they are now.
@@ -55,7 +57,11 @@ class MegatronOffer:
         Raises:
             EnginePluginError: see `megatron_boxes` and `MegatronRank.from_model`.
         """
-        return self._describe() if self._is_tied else self._described()
+        if self._always_anew:
+            return self._describe()
+        boxes = self._described()
+        self._always_anew = any(box.made for box in boxes)
+        return boxes
 
     def forget(self) -> None:
         """Hold on to no memory; the next `boxes` describes it anew."""
@@ -64,7 +70,7 @@ class MegatronOffer:
             look.forget()
 
     def _describe(self) -> list[SourceBox]:
-        return megatron_boxes_of(self._ranks(), self._config, self._rules)
+        return megatron_boxes_of(self._ranks(), self._config, self._rules, self._made)
 
     def _look(self) -> list[tuple[str, torch.Tensor]]:
         held = [list(chunk.tensors.items()) for chunk in self._chunks]
