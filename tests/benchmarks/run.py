@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.benchmarks.cast_cost import cast_cost
 from tests.benchmarks.event_loop import event_loop
 from tests.benchmarks.gate_cost import gate_cost
 from tests.benchmarks.gate_error import gate_error
@@ -50,6 +51,7 @@ def main() -> None:
             *BESIDE_OTHERS,
             "push",
             "rows",
+            "cast",
             "kernels",
             "probe",
             "gate",
@@ -84,6 +86,8 @@ def main() -> None:
         console.print(push_beside_pull(pairs=pairs))
     if chosen.only in (None, "rows"):
         console.print(row_cost(pairs=pairs))
+    if chosen.only in (None, "cast"):
+        console.print(cast_cost(pairs=pairs))
     if chosen.only in (None, "kernels"):
         subprocess.run([sys.executable, "-m", "tests.benchmarks.kernel_bandwidth"], cwd=ROOT)
     if chosen.only in (None, "probe"):
