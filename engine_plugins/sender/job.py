@@ -21,7 +21,7 @@ from engine_plugins.sender.options import SenderOptions, Ways
 from engine_plugins.sender.progress import progress_of
 from engine_plugins.sender.push_report import PushReport
 from engine_plugins.sender.ranks import TrainerRanks
-from engine_plugins.sender.recipes import Recipe
+from engine_plugins.sender.recipes import Recipe, of_part
 from engine_plugins.sender.report import EnginesFailedError, SenderReport
 from engine_plugins.sender.rounds import Round, checked
 from engine_plugins.sender.send_dtype import EngineDtypes
@@ -70,6 +70,7 @@ class Job:
             with self._ranks.together("making the sender"):
                 read = partial(self._read, recipe, options)
                 self._ranks.agree("reading the model", read, list[Place], judge=_one_topology)
+                self._choose()
                 named = partial(named_urls, engines, self._access)
                 urls = self._ranks.lead("naming the engines", named, list[str])
                 self._ranks.agree("registering the weights", partial(self._open, urls), None)
@@ -239,28 +240,47 @@ class Job:
     def _refresh(self, word: int) -> None:
         """Offer the weights as they are now; once more if the engines want other dtypes."""
         rounds = self._open_rounds()
-        rounds.outdate(self._forms.refresh(partial(rounds.offer, word)))
+
+        def offer() -> tuple[bool, int]:
+            moved = rounds.offer(word)
+            return moved, self.offer.source.copied_bytes
+
+        rounds.outdate(self._forms.refresh(offer))
 
     def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
         """Work out what is sent."""
         self._ways.check()
-        self._recipe = recipe()
+        self._recipe = of_part(recipe(), options)
         self._forms = SentForms(
             self._recipe.boxes,
             self._ranks,
             quantization=self._recipe.form,
             send_dtype=options.get("send_dtype", "engine"),
+            merged=self._recipe.merged,
         )
         self.offer = TrainerOffer(
             self._forms.boxes,
             self._ranks,
             model=self._recipe.model,
             transport=options.get("transport"),
+            partial=self._recipe.only is not None,
             pushes=self._ways.direction == "push",
             let_go=self._forms.release,
         )
+        self.offer.lets_go_of(self._recipe.forget)
         self._closing.callback(self.offer.close)
         return list(self._recipe.places())
+
+    def _choose(self) -> None:
+        """Refuse a pattern of `only` that matches nothing on any rank."""
+        only, boxes = self._recipe.only, self._recipe.boxes
+        if only is not None:
+            self._ranks.agree(
+                "choosing tensors",
+                lambda: only.idle(boxes()),
+                list[str],
+                judge=only.refuse_idle,
+            )
 
     def _open(self, urls: Sequence[str]) -> None:
         self._fleet.add(urls)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Self, TypedDict
 
 import torch.distributed as dist
@@ -58,6 +59,11 @@ class SenderOptions(TypedDict, total=False):
     """`once` (the default) keeps the memory registered, and held, between updates, until `release`.
     `every_update` registers it for each update and lets go of it afterwards: for trainers that free
     or unmap it in between and cannot call `release`. It costs a registration and a plan each."""
+    only: str | Sequence[str] | None
+    """Send the tensors whose checkpoint names match one of these patterns (`model.layers.*`), and
+    leave the engines what they have of all others: parts that are not trained, or that this trainer
+    does not hold. An engine's module goes whole or not at all. Refused where an engine's weights
+    were discarded, are half of an update, or were never loaded. The same on every rank."""
     quantization: Literal["fp8"] | BlockFp8 | None
     """Send matrices as an engine of the model's block-FP8 checkpoint holds them, quantized anew for
     every update into slots of this process's: `fp8` as the config's `quantization_config` says (the
