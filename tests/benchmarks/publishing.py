@@ -1,8 +1,8 @@
 """What it costs to offer a large trainer's weights: from the leading rank, beside each rank itself.
 
 The manifests are those of a 30B-A3B under FSDP2, the same each time; the server is the product's,
-in a process of its own, over an engine that does nothing. *Collected* is what the ranks need to bring
-their manifests to the leading one, as processes of a gloo group on this machine.
+in a process of its own, over an engine that does nothing. *Collected* is what the ranks need to
+bring their manifests to the leading one, as processes of a gloo group on this machine.
 """
 
 from __future__ import annotations
