@@ -55,15 +55,15 @@ class HfOffer:
         merge_lora: bool = False,
     ) -> None:
         self.merged: MergedLora | None = None
+        self.config = read_config(config)
         self._look, self._names, own = looked_at_anew(weights), None, None
         if isinstance(weights, nn.Module):
-            self._names, own = names_of_model(base_model_of(weights))
+            self._names, own = names_of_model(base_model_of(weights), self.config)
             if has_adapters(weights):
                 self.merged = MergedLora(weights, merge=merge_lora)
                 self._look = self.merged.tensors
         else:
             _refuse_merging(merge_lora)
-        self.config = read_config(config)
         if self.config is None:
             self.config = own
         elif self._names is None:

@@ -127,7 +127,7 @@ def test_boxes_around_a_hole_are_a_tensor_like_any_other() -> None:
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_offers_are_refused_exactly_where_the_reference_refuses_them(data: st.DataObject) -> None:
-    """Gaps, overlaps, boxes outside, replicas: the same verdict, the same words, and who said it."""
+    """Gaps, overlaps, boxes outside, replicas: the same verdict and words, and who said it."""
     shape = (4, 4)
     part = st.tuples(
         st.tuples(st.integers(0, 3), st.integers(0, 3)),
@@ -156,7 +156,7 @@ def test_offers_are_refused_exactly_where_the_reference_refuses_them(data: st.Da
 
 
 def test_every_replica_of_a_box_is_known_whatever_columns_it_comes_in() -> None:
-    """Two ways to name the same boxes, dealt in turn to six sources: ascending, each with its row."""
+    """Two ways to name the same boxes, dealt in turn to six sources; each has its own row."""
     upper, lower = ((0, 0), (2, 4)), ((2, 0), (2, 4))
     ranks = [[upper, lower], [lower, upper], [upper], [upper, lower], [lower], [lower, upper]]
     manifests = offer((4, 4), *ranks)
@@ -269,7 +269,7 @@ def test_four_times_the_tensors_take_at_most_four_times_the_work() -> None:
 
 
 def test_a_fault_among_many_tensors_is_looked_for_once() -> None:
-    """One of 64 ranks lacks a box: it is named, and no tensor but its own is looked at by itself."""
+    """One of 64 ranks lacks a box: it is named, and only its tensor is looked at by itself."""
 
     def faulty(ranks: int) -> None:
         manifests = simulated_fsdp(TENSORS, ranks=ranks)
