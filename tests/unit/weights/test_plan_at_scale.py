@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from types import FrameType
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -203,12 +204,12 @@ def lines_of(work: Callable[[], object]) -> int:
     """Lines of ours that run: a loop over tensors, boxes or sources shows, a column does not."""
     count = 0
 
-    def local(frame: FrameType, event: str, arg: object) -> Callable[..., object]:
+    def local(frame: FrameType, event: str, arg: object) -> Any:
         nonlocal count
         count += event == "line"
         return local
 
-    def called(frame: FrameType, event: str, arg: object) -> Callable[..., object] | None:
+    def called(frame: FrameType, event: str, arg: object) -> Any:
         return local if OURS.search(frame.f_code.co_filename) else None
 
     before = sys.gettrace()
