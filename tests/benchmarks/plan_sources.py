@@ -146,9 +146,9 @@ def _measured(case: _Case, files: Sequence[Path], runs: int) -> dict[str, Any]:
     before = _resident_mib()
     manifests, read_s = _median(lambda: _read(files), runs)
     held = _resident_mib() - before
-    agreed, agree_s = _median(lambda: logical_tensors(manifests), runs)
-    steps, needed = _wanted(agreed, case.tp, expert_parallel=case.expert_parallel)
     with collector_paused():  # as a receiver does
+        agreed, agree_s = _median(lambda: logical_tensors(manifests), runs)
+        steps, needed = _wanted(agreed, case.tp, expert_parallel=case.expert_parallel)
         plan, plan_s = _median(lambda: build_plan(manifests, coalesced(steps), needed), runs)
     _, check_s = _median(lambda: _checked(files), 1)
     return {

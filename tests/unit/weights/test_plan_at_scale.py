@@ -169,6 +169,60 @@ def test_every_replica_of_a_box_is_known_whatever_columns_it_comes_in() -> None:
     assert row.tolist() == [1, 0, 1, 0, 0, 0, 1, 0, 0, 1]
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from("abcd"),
+                st.sampled_from([torch.float32, torch.bfloat16]),
+                st.sampled_from([(4,), (1, 4), (4, 1)]),
+            ),
+            min_size=1,
+            max_size=4,
+            unique_by=lambda fact: fact[0],
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_sources_agree_exactly_where_each_name_means_one_thing(
+    ranks: list[list[tuple[str, torch.dtype, tuple[int, ...]]]],
+) -> None:
+    """Name by name: in the order of appearance, or the first that says otherwise, and who."""
+    manifests = [_naming(number, facts) for number, facts in enumerate(ranks)]
+    known: dict[str, tuple[int, torch.dtype, tuple[int, ...]]] = {}
+    unlike: list[str] = []
+    for number, facts in enumerate(ranks):
+        for name, dtype, shape in facts:
+            first = known.setdefault(name, (number, dtype, shape))
+            if first[1:] != (dtype, shape) and not unlike:
+                unlike = [
+                    f"{name}: rank {first[0]} says {first[2]} {first[1]}",
+                    f"rank {number} says {shape} {dtype}",
+                ]
+    if unlike:
+        with pytest.raises(PlanError) as caught:
+            logical_tensors(manifests)
+        assert caught.value.message == ", ".join(unlike)
+    else:
+        assert logical_tensors(manifests) == [
+            LogicalTensor(name=name, shape=shape, dtype=dtype)
+            for name, (_, dtype, shape) in known.items()
+        ]
+
+
+def _naming(
+    number: int, facts: Sequence[tuple[str, torch.dtype, tuple[int, ...]]]
+) -> SourceManifest:
+    """A manifest that names tensors, and has boxes of none."""
+    tensors = [LogicalTensor(name=name, shape=shape, dtype=facts[0][1]) for name, _, shape in facts]
+    manifest = simulated_fsdp(tensors, ranks=1)[0]
+    dtypes = [str(dtype).removeprefix("torch.") for _, dtype, _ in facts]
+    columns = msgspec.structs.replace(manifest.tensors, dtypes=dtypes)
+    return msgspec.structs.replace(manifest, source=f"rank {number}", tensors=columns)
+
+
 # -- manifests read together ------------------------------------------------------------------
 
 
