@@ -43,6 +43,14 @@ TRAINERS = (
     Trainer(name="fsdp2-offload", program="fsdp2.py", processes=2, options=["--offload"]),
     Trainer(name="hsdp", program="fsdp2.py", processes=4, options=["--mesh", "2x2"]),
     Trainer(name="ddp-compiled", program="ddp.py", processes=2),
+    Trainer(name="megatron-dp2", program="megatron_core.py", processes=2, environment="megatron"),
+    Trainer(
+        name="megatron-tp2-dp2",
+        program="megatron_core.py",
+        processes=4,
+        options=["--mesh", "2x2"],
+        environment="megatron",
+    ),
 )
 
 
