@@ -65,7 +65,8 @@ class SglangWeightInstaller:
         self._refuse_derived_caches()
         with loader_model(self._runner) as model:
             parameters = ModelParameters(model, _made_after_loading(model))
-            return trace_loader(parameters, cast(LoadWeights, model.load_weights), tensors)
+            meant = [tensor for tensor in tensors if not self.may_go_unused(tensor.name)]
+            return trace_loader(parameters, cast(LoadWeights, model.load_weights), meant)
 
     def _refuse_derived_caches(self) -> None:
         """SGLang's own routes ask this before they write; its loader does not."""
