@@ -160,6 +160,7 @@ def test_every_route_answers_a_stranger_and_a_reader_in_type(drive: Driver) -> N
     """401 without a right token, 403 without the scope, 503 where there is none at all."""
     drive.served.write_tokens("read", "control", "weights", more="read only-a-reader-of-state\n")
     bodies = {
+        "weights.add_sources": drive.generated.types.File(payload=b"x"),
         "weights.connect_sources": drive.body("ConnectBody", source_ids=["x"]),
         "weights.update_weights": drive.body("UpdateBody", plan_id="x", version=1),
         "weights.prepare_weights": drive.body("UpdateBody", plan_id="x", version=1),

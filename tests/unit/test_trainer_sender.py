@@ -391,7 +391,14 @@ def test_every_rank_takes_its_own_memory_back(
         gateway.delivery = "never"
         monkeypatch.setattr(engine, "url", gateway.url)
         first, second = two_ranks(
-            tmp_path, [engine], "update:1", "update:2", "interrupt:0:3", "update:4"
+            tmp_path,
+            [engine],
+            "update:1",
+            "update:2",
+            "interrupt:0:3",
+            "update:4",
+            "interrupt:1:5",
+            "update:6",
         )
     for rank in (first, second):
         assert "cannot be found out" in rank["update:1"]["error"]
@@ -402,7 +409,13 @@ def test_every_rank_takes_its_own_memory_back(
     assert first["interrupt:0:3"]["kind"] == "KeyboardInterrupt"
     assert first["interrupt:0:3"]["s"] < 1.4
     assert "trainer rank 0 of 2: KeyboardInterrupt" in second["interrupt:0:3"]["error"]
-    assert engine.version == 4
+    for rank in (first, second):
+        assert rank["interrupt:1:5"]["word"] == CLOSED
+        assert "on 1 engine" in rank["update:6"]["report"]
+    assert second["interrupt:1:5"]["kind"] == "KeyboardInterrupt"
+    assert second["interrupt:1:5"]["s"] < 1.9
+    assert "trainer rank 1 of 2: KeyboardInterrupt" in first["interrupt:1:5"]["error"]
+    assert engine.version == 6
 
 
 def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEngine]) -> None:
