@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -37,8 +37,10 @@ from engine_plugins.weights.loader.loader_watch import (
 from engine_plugins.weights.loader.loading_in_parts import refuse_unless_in_parts
 from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
 from engine_plugins.weights.loader.missing_buffers import missing_buffers
+from engine_plugins.weights.loader.needed import needed_boxes
 from engine_plugins.weights.loader.short_reasons import short_reason
 from engine_plugins.weights.loader.strided_cover import Place, distinct_numel
+from engine_plugins.weights.loader.strided_reads import read_alike, room_strides
 
 __all__ = [
     "Filling",
@@ -88,6 +90,8 @@ class LoaderTrace:
     buffer that the loader fills."""
     layouts: Mapping[str, ParameterLayout] = field(default_factory=dict)
     """What the loader writes to, by parameter or buffer."""
+    strided: frozenset[str] = frozenset()
+    """Tensors that it reads alike where what it needs of them lies with strides of its own."""
 
     def sources(self) -> set[str]:
         """HF names that reached a parameter of this rank."""
@@ -166,10 +170,26 @@ def trace_loader(
     def part(names: Container[str]) -> WatchedCopies:
         return loader.run([tensor for tensor in tensors if tensor.name in names], following)
 
+    trace = replace(trace, strided=_strided(loader, trace, tensors, alike))
     if model is None:
         return trace
     refuse_unless_in_parts(trace.copies, trace.modules(), part)
     return loader.with_missing(trace, saved_buffers(model))
+
+
+def _strided(
+    loader: _Loader, trace: LoaderTrace, tensors: Sequence[LogicalTensor], alike: AlikeLayers
+) -> frozenset[str]:
+    """Show the loader a few layers once more, as they would lie in a small receive buffer."""
+    strides = room_strides(tensors, needed_boxes(trace, tensors))
+    if not strides:
+        return frozenset()
+    few = [tensors[place] for place in alike.samples]
+    try:
+        shown = loader.run(few, following).copies
+    except WeightMismatchError:  # it wants all of them, or none
+        return frozenset()
+    return read_alike(strides, few, shown, lambda tried: loader.run(few, following, tried).copies)
 
 
 def _samples_followed(
@@ -220,12 +240,19 @@ class _Loader:
         self,
         tensors: Sequence[LogicalTensor],
         watch: Callable[[WatchedCopies], AbstractContextManager[object]],
+        strides: Mapping[str, tuple[int, ...]] | None = None,
     ) -> WatchedCopies:
-        """Run the loader once, and say what it did."""
+        """Run the loader once, and say what it did.
+
+        Args:
+            tensors: what it is shown.
+            watch: how it is looked at.
+            strides: of tensors that are not contiguous, in elements.
+        """
         self._beside = self.beside()
         copies = WatchedCopies(self._parameters, self._beside, self._parameters_now)
         making = nullcontext() if self._model is None else parameters_on_meta()
-        feed = _Feed(tensors, copies)
+        feed = _Feed(tensors, copies, strides or {})
         try:
             with torch.no_grad(), making, watch(copies):
                 self._load_weights(iter(feed))
@@ -242,7 +269,10 @@ class _Loader:
         return {} if self._model is None else dict(self._model.named_parameters())
 
     def trace(
-        self, copies: Sequence[TracedCopy], missing: AbstractSet[str] = frozenset()
+        self,
+        copies: Sequence[TracedCopy],
+        missing: AbstractSet[str] = frozenset(),
+        strided: frozenset[str] = frozenset(),
     ) -> LoaderTrace:
         """The trace of copies: a buffer belongs to it if a tensor is copied there as published."""
         wanted = missing | {copy.parameter for copy in copies if copy.read is not None}
@@ -252,6 +282,7 @@ class _Loader:
             copies=tuple(copies),
             parameter_numel={name: _loadable_numel(tensor) for name, tensor in held.items()},
             layouts={name: ParameterLayout.of(tensor) for name, tensor in held.items()},
+            strided=strided,
         )
 
     def with_missing(self, trace: LoaderTrace, saved: AbstractSet[str]) -> LoaderTrace:
@@ -262,7 +293,7 @@ class _Loader:
             if name in self._beside
         }
         missing = missing_buffers(left, trace.copies, self._filled_with)
-        return self.trace(trace.copies, missing) if missing else trace
+        return self.trace(trace.copies, missing, trace.strided) if missing else trace
 
     def _filled_with(self, name: str, like: torch.Tensor) -> set[str]:
         tensor = LogicalTensor(name=name, shape=tuple(like.shape), dtype=like.dtype)
@@ -302,12 +333,14 @@ class _Feed:
     They are made beforehand: under a watch each would cost as much as a copy.
     """
 
-    def __init__(self, tensors: Sequence[LogicalTensor], copies: WatchedCopies) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[LogicalTensor],
+        copies: WatchedCopies,
+        strides: Mapping[str, tuple[int, ...]],
+    ) -> None:
         self.current: LogicalTensor | None = None
-        self._offers = [
-            (tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-            for tensor in tensors
-        ]
+        self._offers = [(tensor, _placeholder(tensor, strides)) for tensor in tensors]
         for tensor, placeholder in self._offers:
             copies.add_source(tensor.name, placeholder)
 
@@ -315,3 +348,10 @@ class _Feed:
         for tensor, placeholder in self._offers:
             self.current = tensor
             yield tensor.name, placeholder
+
+
+def _placeholder(tensor: LogicalTensor, strides: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+    own = strides.get(tensor.name)
+    if own is None:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return torch.empty_strided(tensor.shape, own, dtype=tensor.dtype, device="meta")
