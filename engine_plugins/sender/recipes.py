@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 from torch import nn
 
-from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.errors import SettingsError, SourceError, WeightMismatchError
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, gathers_of, ranks_of
 from engine_plugins.sender.options import SenderOptions
+from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
@@ -45,6 +47,7 @@ class Recipe:
         forget: has `boxes` hold on to no memory until it is asked again.
         form: of what is offered, where it is not what the trainer holds.
         only: the part of the model that is sent; None for all of it.
+        in_own_words: what to add to an engine's words about tensors; see `HfOffer`.
     """
 
     boxes: Boxes
@@ -54,11 +57,24 @@ class Recipe:
     forget: Callable[[], None] = lambda: None
     form: BlockFp8 | None = None
     only: Only | None = None
+    in_own_words: Callable[[str], str] = lambda text: ""
+
+    def told(self, failures: Mapping[str, EngineFailure]) -> dict[str, EngineFailure]:
+        """Engines' failures, with what the trainer calls the tensors that do not fit."""
+        return {
+            url: self._told(each) if each.code == WeightMismatchError.code else each
+            for url, each in failures.items()
+        }
+
+    def _told(self, failure: EngineFailure) -> EngineFailure:
+        words = self.in_own_words(failure.detail)
+        detail = f"{failure.detail} ({words})" if words else failure.detail
+        return msgspec.structs.replace(failure, detail=detail)
 
 
 def of_part(recipe: Recipe, options: SenderOptions) -> Recipe:
     """The recipe, of the tensors that the options choose."""
-    only = _only(options)
+    only = recipe.only or _only(options)
     if only is None:
         return recipe
     if options.get("fan_out") is not None:
@@ -66,6 +82,8 @@ def of_part(recipe: Recipe, options: SenderOptions) -> Recipe:
             "with fan_out engines feed each other whole models, so none can be sent a part",
             remedy="leave out fan_out, or only",
         )
+    if recipe.only is not None:  # and its boxes are chosen
+        return recipe
     boxes = recipe.boxes
     return replace(recipe, boxes=lambda: only.of(boxes()), only=only)
 
@@ -84,12 +102,15 @@ def of_boxes(
 
 def of_hf(weights: HfWeights, config: object, options: SenderOptions) -> Recipe:
     """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
-    offer = HfOffer(weights, config, only=_only(options))
+    only = _only(options)
+    offer = HfOffer(weights, config, only=only)
     return Recipe(
         boxes=offer.boxes,
         model=offer.facts,
         forget=offer.forget,
         form=_form(options, offer.config),
+        only=only,
+        in_own_words=offer.in_own_words,
     )
 
 

@@ -134,15 +134,15 @@ def test_a_value_head_beside_the_model_is_refused_with_where_the_model_is() -> N
         HfOffer(both)
 
 
-def test_the_models_names_of_what_is_saved_otherwise_are_known() -> None:
+def test_an_engines_words_are_told_in_the_models_names() -> None:
     _, model = made("mixtral")
     offer = HfOffer(model)
     offer.boxes()
     prefix = "model.layers.0"
-    assert (
-        offer.own_names()[f"{prefix}.block_sparse_moe.gate.weight"] == f"{prefix}.mlp.gate.weight"
-    )
-    assert f"{prefix}.input_layernorm.weight" not in offer.own_names()
+    gate = f"{prefix}.block_sparse_moe.gate.weight"
+    text = f"{gate}: the loader refuses it; {prefix}.input_layernorm.weight missing"
+    assert offer.in_own_words(text) == f"{gate} is the model's {prefix}.mlp.gate.weight"
+    assert "give from_hf the model itself" in HfOffer(model.state_dict()).in_own_words(text)
 
 
 def test_a_config_that_transformers_does_not_know_says_nothing() -> None:
