@@ -83,6 +83,7 @@ class WeightSender:
         *,
         engines: Engines,
         config: object = None,
+        merge_lora: bool = False,
         **options: Unpack[SenderOptions],
     ) -> Self:
         """Send an HF model, or HF-named tensors: whole ones, and of DTensors each rank's share.
@@ -99,15 +100,20 @@ class WeightSender:
             engines: base urls, `http://host:8000`.
             config: the HF config, object, dict or path. A model has its own; of named tensors it
                 says how transformers' names and fused experts become the checkpoint's.
+            merge_lora: of a peft model, compute the weights that LoRA changes into memory of ours,
+                with the adapters merged, anew for every update; the base model stays as it is.
+                False refuses adapters that are not merged.
             **options: see `SenderOptions`.
 
         Raises:
             SourceError: nothing given, no model and no named tensors, tensors without values
-                (offloaded), names of adapters, or tensors beside the model's (a value head).
-            UnsupportedError: a model wrapped by FSDP1, or tensors that are no views of what a
-                checkpoint holds; otherwise as for the class.
+                (offloaded), adapters that are not merged, or tensors beside the model's (a value
+                head).
+            UnsupportedError: a model wrapped by FSDP1, adapters other than plain LoRA, or tensors
+                that are no views of what a checkpoint holds; otherwise as for the class.
         """
-        return cls._made(partial(of_hf, weights, config, options), engines, options)
+        recipe = partial(of_hf, weights, config, options, merge_lora=merge_lora)
+        return cls._made(recipe, engines, options)
 
     @classmethod
     def from_fsdp(
@@ -116,6 +122,7 @@ class WeightSender:
         *,
         engines: Engines,
         config: object = None,
+        merge_lora: bool = False,
         **options: Unpack[SenderOptions],
     ) -> Self:
         """Send what this process holds of an FSDP2 model (HSDP, with tensor parallelism or not).
@@ -128,12 +135,14 @@ class WeightSender:
                 checkpointing or not.
             engines: base urls, `http://host:8000`.
             config: the HF config, object, dict or path; by default the model's own.
+            merge_lora: as for `from_hf`; the adapters' shards are gathered for it.
             **options: see `SenderOptions`.
 
         Raises:
             UnsupportedError: a model wrapped by FSDP1; otherwise as for `from_hf`.
         """
-        return cls._made(partial(of_fsdp, model, config, options), engines, options)
+        recipe = partial(of_fsdp, model, config, options, merge_lora=merge_lora)
+        return cls._made(recipe, engines, options)
 
     @classmethod
     def from_megatron(

@@ -16,6 +16,7 @@ from engine_plugins.admin.engine_control import (
 )
 from engine_plugins.errors import EngineCallError
 from engine_plugins.weights.boxes.model_facts import model_facts
+from vllm_ext.tied_head import config_facts
 
 __all__ = ["VllmEngineControl"]
 
@@ -40,7 +41,10 @@ class VllmEngineControl:
             model=str(config.model_config.served_model_name or config.model_config.model),
             tensor_parallel_size=config.parallel_config.tensor_parallel_size,
             pipeline_parallel_size=config.parallel_config.pipeline_parallel_size,
-            model_facts=model_facts(config.model_config.hf_config),
+            model_facts={
+                **model_facts(config.model_config.hf_config),
+                **config_facts(config.model_config),
+            },
             starts_empty=config.load_config.load_format == "dummy",
         )
 

@@ -101,7 +101,7 @@ _UPDATES = EngineNames(
             "KVTransferConfig: kv_connector",
             "LoadConfig: load_format",
             "ModelConfig: dtype, enable_sleep_mode, hf_config, hf_text_config, model, "
-            "served_model_name",
+            "served_model_name, word_embeddings_untied_by_checkpoint",
             "ParallelConfig: data_parallel_size, enable_eplb, nnodes, pipeline_parallel_size, "
             "tensor_parallel_size, worker_extension_cls",
             "CompilationConfig: static_all_moe_layers, static_forward_context",
@@ -122,8 +122,13 @@ _UPDATES = EngineNames(
         "vllm.model_executor.layers.quantization.base_config": ("QuantizeMethodBase",),
         "vllm.model_executor.layers.quantization.kv_cache": ("BaseKVCacheMethod",),
         "vllm.model_executor.layers.vocab_parallel_embedding": (
+            "ParallelLMHead",
             "UnquantizedEmbeddingMethod",
             "VocabParallelEmbedding: quant_method",
+        ),
+        "vllm.model_executor.model_loader.weight_tying": (
+            "_get_untied_lm_head(model)",
+            "_UntiedLMHead.tie(self, model)",
         ),
         "vllm.model_executor.model_loader.reload.layerwise": (
             "LayerReloadingInfo",

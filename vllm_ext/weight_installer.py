@@ -49,6 +49,7 @@ from engine_plugins.weights.loader.wrapped_layers import without_wrappers
 from vllm_ext.draft_model import DraftModel
 from vllm_ext.loader_model import loader_model
 from vllm_ext.open_layer import close_layer, layer_tensors, name_loaders, open_layer
+from vllm_ext.tied_head import tie_as_the_live_one, was_tied_again
 
 __all__ = ["VllmWeightInstaller"]
 
@@ -96,7 +97,7 @@ class VllmWeightInstaller:
         config = self._vllm_config.model_config.hf_text_config
         return left_out_by_design(
             name,
-            tied=bool(getattr(config, "tie_word_embeddings", False)),
+            tied=bool(getattr(config, "tie_word_embeddings", False)) or self._tied_again(),
             predicting=prediction_layers(config),
         )
 
@@ -106,6 +107,8 @@ class VllmWeightInstaller:
         for model, _ in self._models:
             name_loaders(model)
         with loader_model(self._vllm_config) as model:
+            if self._tied_again():
+                tie_as_the_live_one(model)
             meant = [tensor for tensor in tensors if self._is_for_target(tensor.name)]
             trace = trace_loader(ModelParameters(model), _loader(model), meant)
         joined = trace if self._draft is None else self._draft.join(trace, tensors)
@@ -113,6 +116,9 @@ class VllmWeightInstaller:
         _refuse_deferred(joined, self._modules)
         self._covered = joined.covered_numel()
         return joined
+
+    def _tied_again(self) -> bool:
+        return was_tied_again(self._vllm_config.model_config, self._modules.values())
 
     def _with_made_while_loading(self, trace: LoaderTrace) -> LoaderTrace:
         """The trace with parameters that a loader makes when it meets their tensor.

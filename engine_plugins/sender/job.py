@@ -241,7 +241,12 @@ class Job:
     def _refresh(self, word: int) -> None:
         """Offer the weights as they are now; once more if the engines want other dtypes."""
         rounds = self._open_rounds()
-        rounds.outdate(self._forms.refresh(partial(rounds.offer, word)))
+
+        def offer() -> tuple[bool, int]:
+            moved = rounds.offer(word)
+            return moved, self.offer.source.copied_bytes
+
+        rounds.outdate(self._forms.refresh(offer))
 
     def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
         """Work out what is sent."""
@@ -252,6 +257,7 @@ class Job:
             self._ranks,
             quantization=self._recipe.form,
             send_dtype=options.get("send_dtype", "engine"),
+            merged=self._recipe.merged,
         )
         self.offer = TrainerOffer(
             self._forms.boxes,

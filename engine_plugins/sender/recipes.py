@@ -21,6 +21,7 @@ from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.merged_lora import MergedLora
 from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
 from engine_plugins.weights.sources.megatron.offer import MegatronOffer
 from engine_plugins.weights.sources.megatron.registry import GivenRules
@@ -47,6 +48,7 @@ class Recipe:
         forget: has `boxes` hold on to no memory until it is asked again.
         form: of what is offered, where it is not what the trainer holds.
         only: the part of the model that is sent; None for all of it.
+        merged: what adapters are merged into.
         in_own_words: what to add to an engine's words about tensors; see `HfOffer`.
     """
 
@@ -56,6 +58,7 @@ class Recipe:
     gathers: Gathers | None = None
     forget: Callable[[], None] = lambda: None
     form: BlockFp8 | None = None
+    merged: MergedLora | None = None
     only: Only | None = None
     in_own_words: Callable[[str], str] = lambda text: ""
 
@@ -100,28 +103,34 @@ def of_boxes(
     return Recipe(boxes=boxes, model=dict(model or {}), form=_form(options, None))
 
 
-def of_hf(weights: HfWeights, config: object, options: SenderOptions) -> Recipe:
+def of_hf(
+    weights: HfWeights, config: object, options: SenderOptions, *, merge_lora: bool = False
+) -> Recipe:
     """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
     only = _only(options)
-    offer = HfOffer(weights, config, only=only)
+    offer = HfOffer(weights, config, only=only, merge_lora=merge_lora)
     return Recipe(
         boxes=offer.boxes,
         model=offer.facts,
+        gathers=None if offer.merged is None else offer.merged.gathers,
         forget=offer.forget,
         form=_form(options, offer.config),
+        merged=offer.merged,
         only=only,
         in_own_words=offer.in_own_words,
     )
 
 
-def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
+def of_fsdp(
+    model: nn.Module, config: object, options: SenderOptions, *, merge_lora: bool = False
+) -> Recipe:
     """What this process holds of an FSDP2 model; see `WeightSender.from_fsdp`."""
     if not isinstance(model, nn.Module):
         raise SourceError(
             f"a {type(model).__name__} is no model",
             remedy="give the module that fully_shard was called on; named tensors go to from_hf",
         )
-    return of_hf(model, config, options)
+    return of_hf(model, config, options, merge_lora=merge_lora)
 
 
 def of_megatron(

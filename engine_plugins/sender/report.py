@@ -49,7 +49,8 @@ class SenderReport:
         push: of a push, what its writes took; None for a pull.
         failures: engines that did not take the version, where fewer were required.
         slot_bytes: of each trainer rank, bytes that it holds for what is offered in another form
-            than the trainer's (cast, quantized or merged), until `release`.
+            than the trainer's (cast, quantized or merged) or in another layout (a tensor whose last
+            axis is not contiguous, such as Megatron's legacy grouped experts), until `release`.
     """
 
     version: int

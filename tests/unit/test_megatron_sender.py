@@ -39,6 +39,15 @@ def test_experts_over_ep_and_etp_are_sent_twice(
     ranks = megatron_ranks(
         hf, config, tp_size=4, ep_size=2, etp_size=2, stages=stages, experts=experts
     )
+    copies = 0
+    if experts == "legacy":
+        copies = sum(
+            tensor.nbytes
+            for rank in ranks
+            for chunk in rank.chunks
+            for name, tensor in chunk.tensors.items()
+            if name.endswith(("experts.weight1", "experts.weight2"))
+        )
     with (
         served(FakeEngine()) as engine,
         WeightSender.from_megatron(
@@ -46,7 +55,8 @@ def test_experts_over_ep_and_etp_are_sent_twice(
         ) as sender,
     ):
         for version in (1, 2):
-            sender.update(version)
+            report = sender.update(version)
+            assert report.slot_bytes == (copies,), "legacy experts are turned round, so copied"
             assert sorted(engine.weights) == sorted(hf)
             for name, tensor in hf.items():
                 assert torch.equal(engine.weights[name], version * tensor), name

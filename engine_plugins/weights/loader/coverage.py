@@ -30,6 +30,10 @@ EngineStep = tuple[list[str], list[LogicalTensor]]
 """Engine modules, and the HF tensors that fill them."""
 
 _SHOWN = 8
+_HEAD_HINT = (
+    " (this engine's head is not the embedding: a model that ties the two has to be sent with both "
+    "names, as state_dict() has them, or the engine started from a folder without a head)"
+)
 _NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
 _HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _KV_SCALE = re.compile(r"\.attn\.(q|k|v|prob)_(scale|zero_point)$")
@@ -178,7 +182,8 @@ def _partly_filled(
     parameter: str, wanted: int, filled: int, copied: int, givers: Sequence[str]
 ) -> str:
     if not givers:
-        return f"{parameter} has {wanted} elements, and no tensor fills it"
+        hint = _HEAD_HINT if parameter.endswith("lm_head.weight") else ""
+        return f"{parameter} has {wanted} elements, and no tensor fills it{hint}"
     verb = "fill" if len(givers) > 1 else "fills"
     twice = f", {copied - filled} of them by two copies" if copied > filled else ""
     return f"{parameter} has {wanted} elements, {', '.join(givers)} {verb} {filled}{twice}"
@@ -260,7 +265,9 @@ def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[Engi
             first[0].extend(other[0])
             first[1].extend(other[1])
             step_of.update((tensor.name, first) for tensor in other[1])
-        steps = [step for step in steps if not any(step is other for other in others)]
+        if others:
+            gone = set(map(id, others))
+            steps = [step for step in steps if id(step) not in gone]
         first[0].append(module)
         for name in names:
             if name not in step_of:

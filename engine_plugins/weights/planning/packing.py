@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from engine_plugins.weights.planning.box_table import (
@@ -9,7 +11,6 @@ from engine_plugins.weights.planning.box_table import (
     TensorTable,
     contiguous_strides,
     every,
-    gathered,
     summed,
     volumes,
 )
@@ -78,19 +79,23 @@ def in_batches(
     walked = np.where(outside, boxes.shape, 1)
     pieces = volumes(walked) * cuts
     of = np.repeat(each, pieces)
-    left, cut = np.divmod(
-        np.arange(len(of)) - np.repeat(pieces.cumsum() - pieces, pieces), cuts[of]
-    )
-    row = cut * most[of]
-    taken = np.minimum(most[of], count[of] - row)
     begin = np.where(every_axis > axis[:, None], 0, boxes.start - offered.start)
-    address = parts.offered_address + summed(begin * parts.strides_bytes).astype(np.uint64)
-    remote = address[of] + (row * row_bytes[of]).astype(np.uint64)
-    target = parts.target[of] + row * strides[each, axis][of]
+    remote = parts.offered_address + summed(begin * parts.strides_bytes).astype(np.uint64)
+    remote, target = remote[of], parts.target[of]
+    taken = np.minimum(most, count)[of]
+    # Most parts are one piece, and nothing to walk.
+    many = np.flatnonzero(pieces[of] > 1)
+    part = of[many]
+    number = np.arange(len(of))[many] - (pieces.cumsum() - pieces)[part]
+    left, cut = np.divmod(number, cuts[part])
+    row = cut * most[part]
+    taken[many] = np.minimum(most[part], count[part] - row)
+    remote[many] += (row * row_bytes[part]).astype(np.uint64)
+    target[many] += row * strides[part, axis[part]]
     for outer in reversed(range(tensors.axes - 1)):
-        left, index = np.divmod(left, walked[of, outer])
-        remote += (index * parts.strides_bytes[of, outer]).astype(np.uint64)
-        target += index * strides[of, outer]
+        left, index = np.divmod(left, walked[part, outer])
+        remote[many] += (index * parts.strides_bytes[part, outer]).astype(np.uint64)
+        target[many] += index * strides[part, outer]
     nbytes = taken * row_bytes[of]
     forms, form = _forms(parts, tensors, axis, of, taken)
     steps = step[of]
@@ -145,9 +150,10 @@ def _forms(
     within = np.arange(tensors.axes) > axis[:, None]
     start = parts.boxes.start - parts.offered.start
     boxes = (np.where(within, each, 0) for each in (parts.offered.shape, start, parts.boxes.shape))
-    columns = [code[parts.boxes.tensor], axis, *boxes, parts.target_strides]
-    of_parts, kind = _different_rows(np.column_stack(columns))
-    pairs, form = _different_rows(np.column_stack([kind[of], taken]))
+    tables = [*boxes, parts.target_strides]
+    flat = [table[:, column] for table in tables for column in range(tensors.axes)]
+    of_parts, kind = _different([code[parts.boxes.tensor], axis, *flat])
+    pairs, form = _different([kind[of], taken])
     forms: list[PieceForm] = []
     for number, count in pairs.tolist():
         which, first, *numbers = of_parts[number].tolist()
@@ -166,14 +172,14 @@ def _forms(
     return forms, form
 
 
-def _different_rows(table: Column) -> tuple[Column, Column]:
-    """The different rows of [n, columns], and the number of each row among them."""
+def _different(columns: Sequence[Column]) -> tuple[Column, Column]:
+    """The different rows of [n] columns, as a table, and the number of each row among them."""
     draw = np.random.default_rng(0)
-    marks = np.zeros(len(table), np.int64)
-    for column in range(table.shape[1]):
-        marks += table[:, column] * np.int64(int(draw.integers(1 << 62)) | 1)
+    marks = np.zeros(len(columns[0]), np.int64)
+    for column in columns:
+        marks += column * np.int64(int(draw.integers(1 << 62)) | 1)
     _, first, number = np.unique(marks, return_index=True, return_inverse=True)
-    different = gathered(table, first)
-    if not (gathered(different, number) == table).all():  # two rows with one mark
-        different, number = np.unique(table, axis=0, return_inverse=True)
-    return different, number.reshape(-1)
+    if all((column[first][number] == column).all() for column in columns):
+        return np.column_stack([column[first] for column in columns]), number
+    # Two different rows have one mark, which next to never happens.
+    return np.unique(np.column_stack(columns), axis=0, return_inverse=True)

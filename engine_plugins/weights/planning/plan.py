@@ -13,7 +13,6 @@ from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval
@@ -120,7 +119,7 @@ def build_plan(
     parts = intersect(targets, sources, table, choice)
     scratch = _scratch_bytes(layout, parts)
     axis = packed_axis(parts, table, scratch)
-    reads = _reads(parts[np.flatnonzero(axis < 0)], table, layout)
+    reads = _reads(parts, np.flatnonzero(axis < 0), table, layout)
     rows = np.flatnonzero(axis >= 0)
     pieces = in_batches(
         parts[rows], table, layout.step[parts.boxes.tensor[rows]], axis[rows], scratch
@@ -190,47 +189,47 @@ class _Layout:
         return slice(int(self._first[step]), int(self._first[step + 1]))
 
 
-def _reads(parts: Parts, tensors: TensorTable, layout: _Layout) -> dict[int, list[StepRead]]:
-    """Parts that go straight into place, by step: one read for each source and device."""
-    step = layout.step[parts.boxes.tensor]
-    order = np.lexsort((parts.device, parts.source, step))
-    keys = [column[order] for column in (step, parts.source, parts.device)]
-    table, of_part = _descriptors(parts[order], tensors)
-    begins = np.flatnonzero(_changes(keys))
-    cuts = [*np.searchsorted(of_part, begins).tolist(), len(table)]
+def _reads(
+    parts: Parts, rows: Column, tensors: TensorTable, layout: _Layout
+) -> dict[int, list[StepRead]]:
+    """Some parts that go straight into place, by step: one read for each source and device."""
+    columns = (layout.step[parts.boxes.tensor], parts.source, parts.device)
+    keys = [column[rows] for column in columns]
+    order = np.lexsort(keys[::-1])
+    keys = [key[order] for key in keys]
+    table, counts = _descriptors(parts, rows[order], tensors)
+    changes = np.ones(len(rows), np.bool_)
+    changes[1:] = False
+    for key in keys:
+        changes[1:] |= key[1:] != key[:-1]
+    begins = np.flatnonzero(changes)
+    cuts = np.concatenate([[0], counts.cumsum()])[np.append(begins, len(rows))]
     reads: dict[int, list[StepRead]] = {}
-    firsts = zip(*(column[begins].tolist() for column in keys), strict=True)
-    for (at, source, device), (begin, end) in zip(firsts, pairwise(cuts), strict=True):
+    firsts = zip(*(key[begins].tolist() for key in keys), strict=True)
+    for (at, source, device), (begin, end) in zip(firsts, pairwise(cuts.tolist()), strict=True):
         read = StepRead(source=source, remote_device=device, descriptors=table[begin:end])
         reads.setdefault(at, []).append(read)
     return reads
 
 
-def _changes(keys: Sequence[Column]) -> npt.NDArray[np.bool_]:
-    """[n] rows that differ from the one before, the first among them."""
-    changes = np.ones(len(keys[0]), np.bool_)
-    changes[1:] = False
-    for key in keys:
-        changes[1:] |= key[1:] != key[:-1]
-    return changes
-
-
-def _descriptors(parts: Parts, tensors: TensorTable) -> tuple[Descriptors, Column]:
-    """[m, 3] rows of (where it goes, remote address, bytes), and their parts.
+def _descriptors(parts: Parts, rows: Column, tensors: TensorTable) -> tuple[Descriptors, Column]:
+    """[m, 3] rows of (where it goes, remote address, bytes) of some parts, and how many each has.
 
     A part is walked run by run: runs that follow each other on both sides are one.
     """
     run, outer = runs(parts, tensors)
     walked = np.where(np.arange(tensors.axes) < outer[:, None], parts.boxes.shape, 1)
-    counts = volumes(walked)
-    of_part = np.repeat(np.arange(len(run)), counts)
-    table = np.empty((len(of_part), 3), dtype=np.uint64)
-    table[:, 0] = parts.target[of_part]
-    table[:, 1] = parts.address[of_part]
-    table[:, 2] = run[of_part]
-    left = np.arange(len(of_part)) - np.repeat(counts.cumsum() - counts, counts)
+    counts = volumes(walked)[rows]
+    part = np.repeat(rows, counts)
+    table = np.empty((len(part), 3), dtype=np.uint64)
+    for column, values in enumerate((parts.target, parts.address, run)):
+        table[:, column] = values[part]
+    # Of most parts there is one run, and nothing to walk.
+    many = np.flatnonzero(outer[part])
+    part = part[many]
+    left = (np.arange(len(table)) - np.repeat(counts.cumsum() - counts, counts))[many]
     for axis in reversed(range(int(outer.max(initial=0)))):
-        left, index = np.divmod(left, walked[of_part, axis])
-        table[:, 0] += (index * parts.target_strides[of_part, axis]).astype(np.uint64)
-        table[:, 1] += (index * parts.strides_bytes[of_part, axis]).astype(np.uint64)
-    return table, of_part
+        left, index = np.divmod(left, walked[part, axis])
+        table[many, 0] += (index * parts.target_strides[part, axis]).astype(np.uint64)
+        table[many, 1] += (index * parts.strides_bytes[part, axis]).astype(np.uint64)
+    return table, counts

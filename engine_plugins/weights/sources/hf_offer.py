@@ -11,14 +11,15 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from engine_plugins.errors import SourceError
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
-from engine_plugins.weights.sources.hf_model import CheckpointNames, names_of_config, names_of_model
+from engine_plugins.weights.sources.forms.merged_lora import MergedLora
+from engine_plugins.weights.sources.forms.peft_model import base_model_of, has_adapters
+from engine_plugins.weights.sources.hf_model import names_of_config, names_of_model
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
 from engine_plugins.weights.sources.module_tensors import ModuleTensors
 from engine_plugins.weights.sources.only import Only
@@ -39,17 +40,34 @@ class HfOffer:
         config: the HF config, object or dict, or the path of its file or folder. None: the
             model's own, where a model is given.
         only: what is asked for; None for all.
+        merge_lora: whether adapters that peft has put into a model are merged; see `MergedLora`.
+
+    Attributes:
+        merged: the model with adapters merged, where it has any.
 
     Raises:
-        SourceError: neither a model nor named tensors; a path without a config.
+        SourceError: neither a model nor named tensors; a path without a config; adapters to merge
+            of what is no model.
     """
 
     def __init__(
-        self, weights: HfWeights, config: object = None, *, only: Only | None = None
+        self,
+        weights: HfWeights,
+        config: object = None,
+        *,
+        only: Only | None = None,
+        merge_lora: bool = False,
     ) -> None:
-        self._look = looked_at_anew(weights)
+        self.merged: MergedLora | None = None
         self.config = read_config(config)
-        self._names, own = _names(weights, self.config)
+        self._look, self._names, own = looked_at_anew(weights), None, None
+        if isinstance(weights, nn.Module):
+            self._names, own = names_of_model(base_model_of(weights), self.config)
+            if has_adapters(weights):
+                self.merged = MergedLora(weights, merge=merge_lora)
+                self._look = self.merged.tensors
+        else:
+            _refuse_merging(merge_lora)
         if self.config is None:
             self.config = own
         elif self._names is None:
@@ -93,8 +111,12 @@ class HfOffer:
         return "; ".join(f"{name} is the model's {own[name]}" for name in list(found)[:_SHOWN])
 
 
-def _names(weights: HfWeights, config: object) -> tuple[CheckpointNames | None, Any]:
-    return names_of_model(weights, config) if isinstance(weights, nn.Module) else (None, None)
+def _refuse_merging(merge_lora: bool) -> None:
+    if merge_lora:
+        raise SourceError(
+            "merge_lora is for a model, and named tensors were given",
+            remedy="give the peft model itself",
+        )
 
 
 def read_config(config: object) -> object:

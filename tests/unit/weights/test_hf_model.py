@@ -21,6 +21,7 @@ from engine_plugins.weights.sources.hf_model import (
     names_of_model,
 )
 from engine_plugins.weights.sources.hf_offer import HfOffer
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.families.catalogue import FAMILIES, family_named
 from tests.families.family import Family
@@ -118,17 +119,23 @@ def test_what_is_wrapped_is_offered_as_what_is_not(tmp_path: Path) -> None:
         assert_equal(HfOffer(wrapped.state_dict(), model.config).boxes(), expected)
 
 
-class ValueHead(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class Beside(nn.Module):
+    def __init__(self, model: nn.Module, head: str) -> None:
         super().__init__()
         self.pretrained_model = model
-        self.v_head = nn.Linear(2, 1)
+        self.add_module(head, nn.Linear(2, 1))
 
 
-def test_a_value_head_beside_the_model_is_refused_with_where_the_model_is() -> None:
+def test_what_lies_beside_the_model_is_refused_with_where_the_model_is() -> None:
+    """Or left out, where that is said."""
     _, model = made("llama")
-    with pytest.raises(SourceError, match=r"v_head\.weight.*'pretrained_model'"):
-        HfOffer(ValueHead(model)).boxes()
+    with pytest.raises(SourceError, match=r"scorer\.weight.*'pretrained_model'"):
+        HfOffer(Beside(model, "scorer")).boxes()
+    with pytest.raises(SourceError, match=r"v_head\.weight.*a value head") as raised:
+        HfOffer(Beside(model, "v_head")).boxes()
+    assert "pretrained_model" in raised.value.remedy
+    chosen = HfOffer(Beside(model, "v_head"), only=Only("*")).boxes()
+    assert [box.name for box in chosen] == [box.name for box in HfOffer(model).boxes()]
     both = nn.ModuleList([model, made("llama")[1]])
     with pytest.raises(SourceError, match="several models: 0, 1"):
         HfOffer(both)
