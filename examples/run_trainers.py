@@ -43,6 +43,7 @@ TRAINERS = (
     Trainer(name="fsdp2-offload", program="fsdp2.py", processes=2, options=["--offload"]),
     Trainer(name="hsdp", program="fsdp2.py", processes=4, options=["--mesh", "2x2"]),
     Trainer(name="ddp-compiled", program="ddp.py", processes=2),
+    Trainer(name="lora", program="lora.py", processes=1),
 )
 
 
@@ -95,6 +96,7 @@ def run(children: Children, engine: Engine, chosen: Sequence[Trainer], token: st
             f"{verdict:>6} {trainer.name} ({trainer.processes} processes, "
             f"{time.monotonic() - began:.0f} s): {[said['text'] for said in answers]}",
             markup=False,
+            soft_wrap=True,
         )
     return 1 if failed else 0
 
