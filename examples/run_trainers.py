@@ -44,6 +44,14 @@ TRAINERS = (
     Trainer(name="hsdp", program="fsdp2.py", processes=4, options=["--mesh", "2x2"]),
     Trainer(name="ddp-compiled", program="ddp.py", processes=2),
     Trainer(name="lora", program="lora.py", processes=1),
+    Trainer(name="megatron-dp2", program="megatron_core.py", processes=2, environment="megatron"),
+    Trainer(
+        name="megatron-tp2-dp2",
+        program="megatron_core.py",
+        processes=4,
+        options=["--mesh", "2x2"],
+        environment="megatron",
+    ),
 )
 
 

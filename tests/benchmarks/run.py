@@ -26,7 +26,7 @@ from tests.benchmarks.held_pull import held_pull
 from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.pause_beside_copy import pause_beside_copy
 from tests.benchmarks.peaks import peaks
-from tests.benchmarks.plan_scale import plan_scale
+from tests.benchmarks.plan_scale import plan_scale, plan_sources
 from tests.benchmarks.publishing import publishing
 from tests.benchmarks.push_beside_pull import push_beside_pull
 from tests.benchmarks.row_cost import row_cost
@@ -100,6 +100,7 @@ def main() -> None:
         console.print(gate_cost())
     if chosen.only in (None, "plan"):
         wide = Console(width=180)
+        wide.print(plan_sources(runs=pairs))
         wide.print(plan_scale(SGLANG_PYTHON, runs=pairs))
         wide.print(event_loop())
     with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
