@@ -28,6 +28,7 @@ def with_draft(target: LoaderTrace, draft: LoaderTrace, own: Container[str]) -> 
     )
     return LoaderTrace(
         copies=target.copies + copies,
+        whole=target.whole,
         parameter_numel={
             **target.parameter_numel,
             **{DRAFT + name: n for name, n in draft.parameter_numel.items() if name in own},
