@@ -35,7 +35,7 @@ def pools_done_here() -> Iterator[None]:
             future.set_exception(error)
         return future
 
-    ThreadPoolExecutor.submit = done  # type: ignore[method-assign]
+    ThreadPoolExecutor.submit = done  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
