@@ -7,6 +7,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine_plugins.weights.contract.report import UpdateReport
+from engine_plugins.whole_number import whole_number
 
 __all__ = [
     "Direction",
@@ -80,7 +81,11 @@ class Weights(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of `POST /weights/update` and `/prepare`; see the admin contract for each field."""
+    """The body of `POST /weights/update` and `/prepare`; see the admin contract for each field.
+
+    Raises:
+        SettingsError: a version that is no whole number; numpy's and torch's are some.
+    """
 
     plan_id: str
     version: int
@@ -94,3 +99,6 @@ class UpdateRequest(msgspec.Struct, frozen=True, kw_only=True):
     timeout_s: float = 300.0
     force: bool = False
     source_word: int | None = None
+
+    def __post_init__(self) -> None:
+        msgspec.structs.force_setattr(self, "version", whole_number(self.version, "version"))

@@ -62,6 +62,7 @@ class SglangEngineControl:
             tensor_parallel_size=arguments.tp_size,
             pipeline_parallel_size=1,
             model_facts=model_facts(tokenizer_manager.model_config.hf_config),
+            starts_empty=arguments.load_format == "dummy",
         )
 
     @property

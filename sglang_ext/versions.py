@@ -71,7 +71,7 @@ _UPDATES = EngineNames(
         ),
         "sglang.srt.arg_groups.fields.mm": ("Mm: enable_mm_global_cache",),
         "sglang.srt.arg_groups.fields.model": (
-            "Model: checkpoint_engine_wait_weights_before_ready",
+            "Model: checkpoint_engine_wait_weights_before_ready, load_format",
         ),
         "sglang.srt.arg_groups.fields.parallel": (
             "Parallel: attn_dp_size, dp_size, nnodes, pp_size, tp_size",

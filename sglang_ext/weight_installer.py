@@ -67,14 +67,22 @@ class SglangWeightInstaller:
         self._refuse_derived_caches()
         with loader_model(self._runner) as model:
             parameters = ModelParameters(model, _made_after_loading(model))
-            load_weights = cast(LoadWeights, model.load_weights)
+            traced = partial(self._traced, parameters, cast(LoadWeights, model.load_weights))
             config = self._runner.model_config
-            traced = partial(trace_loader, parameters, load_weights, may_load_whole=True)
             return left_as_built(
                 traced(tensors),
                 lambda: tensors_of_checkpoint(config.model_path, config.revision),
                 traced,
             )
+
+    def _traced(
+        self,
+        parameters: ModelParameters,
+        load_weights: LoadWeights,
+        tensors: Sequence[LogicalTensor],
+    ) -> LoaderTrace:
+        meant = [tensor for tensor in tensors if not self.may_go_unused(tensor.name)]
+        return trace_loader(parameters, load_weights, meant, may_load_whole=True)
 
     def _refuse_derived_caches(self) -> None:
         """SGLang's own routes ask this before they write; its loader does not."""

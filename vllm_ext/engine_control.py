@@ -45,6 +45,7 @@ class VllmEngineControl:
                 **model_facts(config.model_config.hf_config),
                 **config_facts(config.model_config),
             },
+            starts_empty=config.load_config.load_format == "dummy",
         )
 
     @property

@@ -95,9 +95,11 @@ _UPDATES = EngineNames(
         ),
         "vllm.config": (
             "VllmConfig: additional_config, compilation_config, ec_transfer_config, "
-            "kv_transfer_config, model_config, parallel_config, quant_config, speculative_config",
+            "kv_transfer_config, load_config, model_config, parallel_config, quant_config, "
+            "speculative_config",
             "ECTransferConfig: ec_connector",
             "KVTransferConfig: kv_connector",
+            "LoadConfig: load_format",
             "ModelConfig: dtype, enable_sleep_mode, hf_config, hf_text_config, model, "
             "served_model_name, word_embeddings_untied_by_checkpoint",
             "ParallelConfig: data_parallel_size, enable_eplb, nnodes, pipeline_parallel_size, "

@@ -110,7 +110,7 @@ class VllmWeightInstaller:
         with loader_model(self._vllm_config) as model:
             if self._tied_again():
                 tie_as_the_live_one(model)
-            meant = [tensor for tensor in tensors if not self._is_for_draft(tensor.name)]
+            meant = [tensor for tensor in tensors if self._is_for_target(tensor.name)]
             trace = trace_loader(ModelParameters(model), _loader(model), meant)
         joined = trace if self._draft is None else self._draft.join(trace, tensors)
         joined = self._with_made_while_loading(joined)
@@ -136,6 +136,10 @@ class VllmWeightInstaller:
                 if name.rpartition(".")[0] in traced
             }
         return replace(trace, parameter_numel={**made, **trace.parameter_numel})
+
+    def _is_for_target(self, name: str) -> bool:
+        """Whether the target's loader is to see a tensor: some refuse what others leave out."""
+        return not self._is_for_draft(name) and not self.may_go_unused(name)
 
     def _is_for_draft(self, name: str) -> bool:
         """Whether the target's loader is not to see a tensor."""

@@ -40,6 +40,8 @@ class EngineInfo:
     tensor_parallel_size: int
     pipeline_parallel_size: int
     model_facts: dict[str, str | int | bool]
+    starts_empty: bool = False
+    """Whether it was started without weights (load format dummy)."""
 
 
 @dataclass(frozen=True, kw_only=True)

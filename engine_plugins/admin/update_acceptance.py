@@ -8,7 +8,7 @@ from engine_plugins.errors import ConflictError, StaleVersionError, UnsupportedE
 from engine_plugins.weights.contract.report import PlanSummary
 from engine_plugins.weights.receiving.staging import ModeChoice
 
-__all__ = ["mode_in_two_phases", "refuse_push", "refuse_stale", "refuse_verify"]
+__all__ = ["mode_in_two_phases", "refuse_partial", "refuse_push", "refuse_stale", "refuse_verify"]
 
 
 def mode_in_two_phases(body: UpdateBody, plan: PlanSummary) -> ModeChoice:
@@ -78,3 +78,30 @@ def refuse_stale(state: EngineState, body: UpdateBody) -> None:
             f"version {body.version} is not newer than the installed {state.weights.version}",
             remedy="send a newer version, or set force",
         )
+
+
+def refuse_partial(state: EngineState, plan: PlanSummary, *, holds_nothing: bool) -> None:
+    """Refuse an update of parts where the rest is no model's weights.
+
+    Args:
+        state: of the engine.
+        plan: of the update.
+        holds_nothing: whether the engine was started without weights (load format dummy).
+
+    Raises:
+        ConflictError: they were discarded, are half of an update, or were never loaded.
+    """
+    if not any(rank.parameters_left for rank in plan.ranks):
+        return
+    if state.sleep is not None and state.sleep.weights_lost:
+        why = "the weights were discarded"
+    elif state.fence is not None:
+        why = f"the engine is fenced ({state.fence.code}: {state.fence.detail})"
+    elif holds_nothing and state.weights.version is None:
+        why = "the engine was started without weights (load format dummy)"
+    else:
+        return
+    raise ConflictError(
+        f"this plan leaves out parameters, and {why}: they would hold no model's values",
+        remedy="send every tensor first (a sender without only=), then parts again",
+    )

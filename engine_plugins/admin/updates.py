@@ -28,6 +28,7 @@ from engine_plugins.admin.state import (
 )
 from engine_plugins.admin.update_acceptance import (
     mode_in_two_phases,
+    refuse_partial,
     refuse_push,
     refuse_stale,
     refuse_verify,
@@ -250,6 +251,7 @@ class Updates:
         require(state, "serving", "paused", "fenced", "asleep", doing=doing)
         require_weights_mapped(state, doing=doing)
         refuse_stale(state, body)
+        refuse_partial(state, plan, holds_nothing=self._control.info.starts_empty)
         return plan
 
     def _begin(

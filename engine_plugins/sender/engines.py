@@ -17,19 +17,17 @@ from engine_plugins.errors import (
     AdminAnswerError,
     EnginePluginError,
     EngineUnreachableError,
-    SettingsError,
     UnknownIdError,
     UpdateEndUnknownError,
     UpdateFailedError,
 )
-from engine_plugins.sender.access import EngineAccess
 from engine_plugins.sender.busy_engine import once_it_is_free
 from engine_plugins.sender.held_weights import ASKED_S, held_by
 from engine_plugins.sender.known_end import answer_or_end
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
-__all__ = ["SILENT_S", "EngineLink", "failure_of", "for_each_engine", "forgot_us", "links_to"]
+__all__ = ["SILENT_S", "EngineLink", "failure_of", "for_each_engine", "forgot_us"]
 
 Result = TypeVar("Result")
 
@@ -40,12 +38,16 @@ SILENT_S = 0.3
 
 
 class EngineLink:
-    """One engine: its client, the source_id that it gave us, and the plan that it made."""
+    """One engine: its client, the source_ids that it gave us, and the plan that it made.
+
+    The trainer's ranks are named by their places in the group.
+    """
 
     def __init__(self, client: AdminClient) -> None:
         self.client = client
         self.plan: PlanSummary | None = None
-        self._source_id: str | None = None
+        self._source_ids: dict[int, str | None] = {}
+        """By rank; None for one that has nothing to offer."""
         self._planned: tuple[str, ...] = ()
         self._peers: dict[bytes, str] = {}
         self._planned_again = False
@@ -63,11 +65,33 @@ class EngineLink:
         """Name or address of the engine's host, as its url has it."""
         return httpx.URL(self.url).host
 
-    def publish(self, manifest: Callable[[], bytes]) -> str:
-        """Offer this process's manifest, unless the engine has it already."""
-        if self._source_id is None:
-            self._source_id = self.client.put_source(manifest())
-        return self._source_id
+    def lacks(self, place: int) -> bool:
+        """Whether a rank has yet to offer to this engine."""
+        return place not in self._source_ids
+
+    def publish(self, packed: Mapping[int, bytes | bytearray | memoryview]) -> None:
+        """Offer manifests of ranks, those that the engine has not got.
+
+        Args:
+            packed: each as `pack_manifest` gives it; an empty one is of a rank with no tensors.
+
+        Raises:
+            EnginePluginError: the engine refused, or cannot be reached.
+        """
+        new = {place: each for place, each in packed.items() if self.lacks(place)}
+        full = {place: each for place, each in new.items() if len(each)}
+        ids = self.client.put_sources(list(full.values())) if full else []
+        self._source_ids |= {**dict.fromkeys(new), **dict(zip(full, ids, strict=True))}
+
+    def source_id(self, place: int) -> str | None:
+        """What the engine calls a rank's manifest; None if it has none."""
+        return self._source_ids.get(place)
+
+    def outdate(self, places: Iterable[int]) -> None:
+        """Note that the memory of ranks has moved: they are to offer anew, for a new plan."""
+        for place in places:
+            self._source_ids.pop(place, None)
+            self.plan = None
 
     def publish_peer(self, manifests: Sequence[bytes]) -> list[str]:
         """Offer another engine's manifests, one for each of its ranks; known ones once."""
@@ -79,7 +103,7 @@ class EngineLink:
 
     def forget(self) -> None:
         """Drop what the engine said: it restarted, or our manifest changed."""
-        self._source_id = self.plan = None
+        self._source_ids, self.plan = {}, None
         self._peers = {}
         self._planned_again = False
 
@@ -203,21 +227,6 @@ class EngineLink:
 
     def _ask_to_commit(self, request: UpdateRequest) -> UpdateReport:
         return self.client.commit(request.request_id, timeout_s=request.timeout_s)
-
-
-def links_to(engines: str | Sequence[str], access: EngineAccess) -> list[EngineLink]:
-    """Make one link per engine url.
-
-    Raises:
-        SettingsError: no engine, the same twice, a url that is none, or TLS files of no use.
-    """
-    urls = [engines] if isinstance(engines, str) else list(engines)
-    links = [EngineLink(access.client(url)) for url in urls]
-    if not links or len({link.url for link in links}) < len(links):
-        raise SettingsError(
-            f"engines must name each engine once, got {urls}", remedy="give their base urls"
-        )
-    return links
 
 
 def for_each_engine(

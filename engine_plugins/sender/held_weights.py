@@ -6,7 +6,7 @@ from engine_plugins.admin_answers import EngineState
 from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import AdminAnswerError, EnginePluginError
 
-__all__ = ["ASKED_S", "held_by"]
+__all__ = ["ASKED_S", "held_by", "told_of"]
 
 
 ASKED_S = 5.0
@@ -20,14 +20,15 @@ def held_by(client: AdminClient, *, timeout_s: float = ASKED_S) -> str:
         timeout_s: how long it may take; what failed before may be stopped for good.
     """
     try:
-        return _told(client.hurried(timeout_s).state())
+        return told_of(client.hurried(timeout_s).state())
     except EnginePluginError as error:
         if isinstance(error, AdminAnswerError) and error.code == "forbidden":
             return "unknown weights: the sender's token has no scope `read`, which /state wants"
         return f"unknown weights, /state gave no answer ({error.code})"
 
 
-def _told(state: EngineState) -> str:
+def told_of(state: EngineState) -> str:
+    """Which weights an engine holds, by what it says of itself."""
     version = state.weights.version
     # Only an engine that has lost nothing holds what it was started with.
     weights = "the weights it started with" if version is None else f"version {version}"

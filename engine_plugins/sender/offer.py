@@ -30,6 +30,7 @@ class TrainerOffer:
         ranks: of the trainer.
         model: facts of the trainer's HF config.
         transport: an open one, which stays the caller's to close; None makes an agent of NIXL.
+        partial: whether what is not offered stays as engines have it.
         pushes: whether this process writes to engines.
         let_go: frees what `boxes` holds memory for.
     """
@@ -41,16 +42,23 @@ class TrainerOffer:
         *,
         model: Mapping[str, str | int | bool],
         transport: Transport | None,
+        partial: bool,
         pushes: bool,
         let_go: Callable[[], None],
     ) -> None:
         self._boxes, self._ranks, self._model = boxes, ranks, model
-        self._given, self._pushes, self._let_go = transport, pushes, let_go
+        self._given, self._pushes = transport, pushes
+        self._lets_go = [let_go]
+        self._partial = partial
         self._network = AgentNetwork()
         self._owned: Transport | None = None
         self._source: WeightSource | None = None
         self.push: Push | None = None
         """This process's part in a push; None for a pull."""
+
+    def lets_go_of(self, forget: Callable[[], None]) -> None:
+        """Have something else that holds on to memory forget it, with all that is released here."""
+        self._lets_go.append(forget)
 
     @property
     def source(self) -> WeightSource:
@@ -98,6 +106,7 @@ class TrainerOffer:
             source=f"{place} ({socket.gethostname()}, pid {os.getpid()})",
             global_rank=self._ranks.global_rank,
             model=self._model,
+            partial=self._partial,
         )
         self._source.revoke()
 
@@ -138,6 +147,10 @@ class TrainerOffer:
         if self._source is not None:
             self._source.release()
         self._let_go()
+
+    def _let_go(self) -> None:
+        for forget in self._lets_go:
+            forget()
 
     def close(self) -> None:
         """Take everything back, the agent too: later posts of engines are refused.

@@ -12,8 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import msgspec
+
 from engine_plugins.errors import EnginePluginError, PeerError, TransferTimeoutError
 from engine_plugins.sender.engines import EngineLink
+from engine_plugins.sender.fleet import Fleet
 from engine_plugins.sender.peer_writes import PeerWrites
 from engine_plugins.sender.push_report import WriteCost
 from engine_plugins.sender.ranks import TrainerRanks
@@ -27,6 +30,14 @@ __all__ = ["Push"]
 
 MARGIN = 0.05
 """Share of the time left that writes leave to the commit: past the deadline engines give up."""
+
+
+class _Share(msgspec.Struct, frozen=True, kw_only=True):
+    """One trainer rank's part of an engine's plan: it may be as large as the rank's weights."""
+
+    plan_id: str
+    destinations: list[Destination]
+    """With the writes of this rank alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +67,12 @@ class Push:
         self.ended = True
         self.costs: list[WriteCost] = []
 
-    def run(self, links: Mapping[str, EngineLink], *, deadline: float) -> None:
-        """Write to every engine. Writes are prepared once for each plan.
+    def run(self, fleet: Fleet, urls: Sequence[str], *, deadline: float) -> None:
+        """Write to engines. Writes are prepared once for each plan.
 
         Args:
-            links: the engines by url; the leading rank's have the plans that were prepared.
+            fleet: the engines; the leading rank's links have the plans that were prepared.
+            urls: of the engines that have prepared.
             deadline: when the first engine gives up, on the monotonic clock.
 
         Raises:
@@ -70,10 +82,13 @@ class Push:
         """
         self.ended, self.costs = True, []
         try:
-            news = partial(self._news, links)
-            plans = self._ranks.lead("sharing the engines' plans", news, dict[str, PlanSummary])
-            self._ranks.agree("meeting the engines", partial(self._learn, plans), None)
-            self._write(deadline)
+            for url in set(self._targets) - set(fleet.urls):
+                self._forget(url)
+            news = partial(self._news, fleet.links, urls)
+            new = self._ranks.lead("looking for new plans", news, list[str])
+            if new:
+                self._learn_all(fleet.links, new)
+            self._write(urls, deadline)
         except BaseException:
             self.close()
             raise
@@ -83,19 +98,34 @@ class Push:
         for url in list(self._targets):
             self._forget(url)
 
-    def _news(self, links: Mapping[str, EngineLink]) -> dict[str, PlanSummary]:
-        """Plans that the ranks have not been told of."""
-        return {
-            url: link.plan
-            for url, link in links.items()
-            if link.plan is not None and self._plan_id(url) != link.plan.plan_id
-        }
+    def _news(self, links: Mapping[str, EngineLink], urls: Sequence[str]) -> list[str]:
+        """Engines whose plans the ranks have not been told of."""
+        plans = {url: links[url].plan for url in urls}
+        return [
+            url
+            for url, plan in plans.items()
+            if plan is not None and self._plan_id(url) != plan.plan_id
+        ]
+
+    def _learn_all(self, links: Mapping[str, EngineLink], urls: Sequence[str]) -> None:
+        """Give each rank its own writes, and have it prepare them."""
+        agents = self._ranks.agree("naming the agents", lambda: self._transport.agent, str)
+
+        def shares() -> list[dict[str, _Share]]:
+            plans = {url: links[url].plan for url in urls}
+            return [
+                {url: _share(plan, agent) for url, plan in plans.items() if plan is not None}
+                for agent in agents
+            ]
+
+        mine = self._ranks.deal("sharing the engines' plans", shares, dict[str, _Share])
+        self._ranks.agree("meeting the engines", partial(self._learn, mine), None)
 
     def _plan_id(self, url: str) -> str | None:
         target = self._targets.get(url)
         return None if target is None else target.plan_id
 
-    def _learn(self, plans: Mapping[str, PlanSummary]) -> None:
+    def _learn(self, plans: Mapping[str, _Share]) -> None:
         for url, plan in plans.items():
             self._forget(url)
             target = self._targets[url] = _Target(plan_id=plan.plan_id, peers=[])
@@ -127,8 +157,9 @@ class Push:
                 met = True
             peer.add(rows, local_device=local_device, remote_device=remote_device)
 
-    def _write(self, deadline: float) -> None:
-        peers = [peer for target in self._targets.values() for peer in target.peers]
+    def _write(self, urls: Sequence[str], deadline: float) -> None:
+        targets = [self._targets[url] for url in urls if url in self._targets]
+        peers = [peer for target in targets for peer in target.peers]
         failure: BaseException | None = None
         self.ended = False
         cost = WriteCost()
@@ -155,6 +186,17 @@ class Push:
         target = self._targets.pop(url, None)
         for peer in target.peers if target is not None else ():
             peer.release(ended=self.ended)
+
+
+def _share(plan: PlanSummary, agent: str) -> _Share:
+    return _Share(
+        plan_id=plan.plan_id,
+        destinations=[
+            msgspec.structs.replace(each, writes={agent: each.writes[agent]})
+            for each in plan.destinations
+            if agent in each.writes
+        ],
+    )
 
 
 def _is_interrupt(error: BaseException | None) -> bool:

@@ -26,8 +26,9 @@ STEP_WAIT_S = 1800.0
 checkpoint or evaluate meanwhile."""
 MAX_WAIT_S = 7200.0
 """For the others within an update, where the engines' own deadlines end what is waited for."""
-BATCH_BYTES = 64 << 20
-"""Of what the leading rank collects, the most that it holds at once, or one rank's."""
+BATCH_BYTES = 16 << 20
+"""Of what the leading rank collects, the most that it holds at once, or one rank's. What it does
+with them may take this for every engine again."""
 
 Value = TypeVar("Value")
 
@@ -79,6 +80,11 @@ class TrainerRanks:
     def members(self) -> list[int]:
         """Global ranks of the processes that update together."""
         return list(self._members)
+
+    @property
+    def place(self) -> int:
+        """This process's place among the members."""
+        return self._members.index(self.global_rank)
 
     @property
     def leads(self) -> bool:
@@ -199,7 +205,12 @@ class TrainerRanks:
         return value
 
     def collect(
-        self, doing: str, step: Callable[[], bytes], take: Callable[[Mapping[int, Buffer]], None]
+        self,
+        doing: str,
+        step: Callable[[], bytes],
+        take: Callable[[Mapping[int, Buffer]], None],
+        *,
+        most: int,
     ) -> None:
         """Run a step on every rank, and have the leading rank take the results, batch by batch.
 
@@ -209,6 +220,7 @@ class TrainerRanks:
             take: given results by the ranks' places in the group, in order; called on the leading
                 rank alone, and again until all have been taken. It holds `BATCH_BYTES` of them, or
                 those of one rank.
+            most: results in a batch.
 
         Raises:
             EnginePluginError: as for `agree`.
@@ -224,7 +236,7 @@ class TrainerRanks:
             if sizes[0]:
                 take({0: mine[0]})
             return
-        for batch in _batches(sizes):
+        for batch in _batches(sizes, most):
             # Only the leading rank's word starts a batch: who sends finds it waiting.
             got: dict[int, Buffer] = {}
             with self._hearing(doing):
@@ -308,11 +320,12 @@ def _packed(value: object) -> bytearray:
     return packed
 
 
-def _batches(sizes: Sequence[int]) -> Iterator[dict[int, int]]:
+def _batches(sizes: Sequence[int], most: int) -> Iterator[dict[int, int]]:
     """Sizes by places, of some neighbours each: below a bound together, or of one alone."""
     batch: dict[int, int] = {}
     for place, size in enumerate(sizes):
-        if batch and size and sum(batch.values()) + size > BATCH_BYTES:
+        full = len(batch) == most or sum(batch.values()) + size > BATCH_BYTES
+        if batch and size and full:
             yield batch
             batch = {}
         if size:

@@ -7,23 +7,26 @@ told to all: each function here may raise anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from engine_plugins.errors import SourceError
+from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, gathers_of, ranks_of
 from engine_plugins.sender.options import SenderOptions
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
+from engine_plugins.weights.sources.forms.merged_lora import MergedLora
 from engine_plugins.weights.sources.hf_offer import HfOffer, read_config
+from engine_plugins.weights.sources.megatron.offer import MegatronOffer
 from engine_plugins.weights.sources.megatron.registry import GivenRules
-from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.torch_source import HfWeights
 
-__all__ = ["Boxes", "Gathers", "Recipe", "of_boxes", "of_fsdp", "of_hf", "of_megatron"]
+__all__ = ["Boxes", "Gathers", "Recipe", "of_boxes", "of_fsdp", "of_hf", "of_megatron", "of_part"]
 
 Boxes = Callable[[], Sequence[SourceBox]]
 Gathers = Callable[[Collection[int]], Sequence[Callable[[], None]]]
@@ -40,14 +43,39 @@ class Recipe:
             `check_topology`.
         gathers: gives, from the global ranks of all trainer processes, what to call before every
             update so that this process's tensors are those of the last step.
+        forget: has `boxes` hold on to no memory until it is asked again.
         form: of what is offered, where it is not what the trainer holds.
+        only: the part of the model that is sent; None for all of it.
+        merged: what adapters are merged into.
     """
 
     boxes: Boxes
     model: Mapping[str, str | int | bool]
     places: Callable[[], Sequence[Place]] = tuple
     gathers: Gathers | None = None
+    forget: Callable[[], None] = lambda: None
     form: BlockFp8 | None = None
+    merged: MergedLora | None = None
+    only: Only | None = None
+
+
+def of_part(recipe: Recipe, options: SenderOptions) -> Recipe:
+    """The recipe, of the tensors that the options choose."""
+    only = _only(options)
+    if only is None:
+        return recipe
+    if options.get("fan_out") is not None:
+        raise SettingsError(
+            "with fan_out engines feed each other whole models, so none can be sent a part",
+            remedy="leave out fan_out, or only",
+        )
+    boxes = recipe.boxes
+    return replace(recipe, boxes=lambda: only.of(boxes()), only=only)
+
+
+def _only(options: SenderOptions) -> Only | None:
+    patterns = options.get("only")
+    return None if patterns is None else Only(patterns)
 
 
 def of_boxes(
@@ -57,20 +85,31 @@ def of_boxes(
     return Recipe(boxes=boxes, model=dict(model or {}), form=_form(options, None))
 
 
-def of_hf(weights: HfWeights, config: object, options: SenderOptions) -> Recipe:
+def of_hf(
+    weights: HfWeights, config: object, options: SenderOptions, *, merge_lora: bool = False
+) -> Recipe:
     """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
-    offer = HfOffer(weights, config)
-    return Recipe(boxes=offer.boxes, model=offer.facts, form=_form(options, offer.config))
+    offer = HfOffer(weights, config, only=_only(options), merge_lora=merge_lora)
+    return Recipe(
+        boxes=offer.boxes,
+        model=offer.facts,
+        gathers=None if offer.merged is None else offer.merged.gathers,
+        forget=offer.forget,
+        form=_form(options, offer.config),
+        merged=offer.merged,
+    )
 
 
-def of_fsdp(model: nn.Module, config: object, options: SenderOptions) -> Recipe:
+def of_fsdp(
+    model: nn.Module, config: object, options: SenderOptions, *, merge_lora: bool = False
+) -> Recipe:
     """What this process holds of an FSDP2 model; see `WeightSender.from_fsdp`."""
     if not isinstance(model, nn.Module):
         raise SourceError(
             f"a {type(model).__name__} is no model",
             remedy="give the module that fully_shard was called on; named tensors go to from_hf",
         )
-    return of_hf(model, config, options)
+    return of_hf(model, config, options, merge_lora=merge_lora)
 
 
 def of_megatron(
@@ -78,8 +117,10 @@ def of_megatron(
 ) -> Recipe:
     """What this process holds of a Megatron model; see `WeightSender.from_megatron`."""
     config = read_config(config)
+    offer = MegatronOffer(partial(ranks_of, ranks), ranks, config, rules)
     return Recipe(
-        boxes=lambda: megatron_boxes_of(ranks_of(ranks), config, rules),
+        boxes=offer.boxes,
+        forget=offer.forget,
         model=model_facts(config),
         places=lambda: [(rank.label, rank.topology) for rank in ranks_of(ranks)],
         gathers=lambda members: gathers_of(ranks, members),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, field
+from typing import Literal, Self
 
 import msgspec
 
@@ -32,7 +32,7 @@ class EngineFailure(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class SenderReport:
-    """A version that every engine has installed; the same on every trainer rank.
+    """A version that as many engines as must have installed; the same on every trainer rank.
 
     Where engines fed each other, `bytes` is still what all of them read together.
 
@@ -47,8 +47,10 @@ class SenderReport:
             have the rate on the wire.
         fed_by: whose memory each engine read, by its url: another engine's url, or `trainer`.
         push: of a push, what its writes took; None for a pull.
+        failures: engines that did not take the version, where fewer were required.
         slot_bytes: of each trainer rank, bytes that it holds for what is offered in another form
-            than the trainer's (cast, quantized or merged), until `release`.
+            than the trainer's (cast, quantized or merged) or in another layout (a tensor whose last
+            axis is not contiguous, such as Megatron's legacy grouped experts), until `release`.
     """
 
     version: int
@@ -59,6 +61,7 @@ class SenderReport:
     gbps: float
     fed_by: dict[str, str]
     push: PushReport | None = None
+    failures: dict[str, EngineFailure] = field(default_factory=dict)
     slot_bytes: tuple[int, ...] = ()
 
     @classmethod
@@ -71,6 +74,7 @@ class SenderReport:
         *,
         fed_by: Mapping[str, str],
         push: PushReport | None = None,
+        failures: Mapping[str, EngineFailure] | None = None,
         slot_bytes: Sequence[int] = (),
     ) -> Self:
         """Sum up the engines' own reports; who is not in `fed_by` was fed by the trainer."""
@@ -84,6 +88,7 @@ class SenderReport:
             gbps=moved / max(seconds, 1e-9) / 1e9,
             fed_by=_fed_by(engines, fed_by),
             push=push,
+            failures=dict(failures or {}),
             slot_bytes=tuple(slot_bytes),
         )
 
@@ -114,6 +119,10 @@ class SenderReport:
             f"{_ways_in(report)}"
             f"{self._fed(url)}"
             for url, report in self.engines.items()
+        ]
+        lines += [
+            f"not on {url}: {failure.code}: {failure.detail} (it holds {failure.holds})"
+            for url, failure in self.failures.items()
         ]
         if self.push is not None:
             head = f"{head}; {self.push}"
@@ -146,6 +155,7 @@ class EnginesFailedError(UpdateFailedError):
         failures: Mapping[str, EngineFailure],
         reports: Mapping[str, UpdateReport],
         fed_by: Mapping[str, str],
+        require: Literal["all"] | int = "all",
     ) -> None:
         said = "; ".join(
             f"{url}: {failure.code}: {failure.detail} (it holds {failure.holds})"
@@ -154,7 +164,7 @@ class EnginesFailedError(UpdateFailedError):
         )
         super().__init__(
             f"version {version} failed on {len(failures)} of {len(failures) + len(reports)} "
-            f"engines: {said}",
+            f"engines{'' if require == 'all' else f', where {require} must take it'}: {said}",
             remedy="repeat with a higher version, or with force=True for this one, once the "
             "cause is gone; engines that have it take it again",
         )

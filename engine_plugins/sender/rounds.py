@@ -6,7 +6,7 @@ restart.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
@@ -16,7 +16,7 @@ from engine_plugins.sender.engines import EngineLink, failure_of, for_each_engin
 from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
 
-__all__ = ["Offer", "Round", "checked_version", "drive", "offer_to"]
+__all__ = ["Offer", "Round", "checked", "drive", "publish_to"]
 
 MAX_TIMEOUT_S = 3600.0
 """Of one update; half of what trainer ranks wait for each other."""
@@ -66,20 +66,32 @@ class Round(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, failures=failures, forgotten=[])
 
 
-def offer_to(
-    links: Sequence[EngineLink], manifest: Callable[[], bytes], *, trainer_rank: int
-) -> Offer:
-    """Give this rank's manifest to every engine that has not got it; never raises for one."""
-    offer = Offer()
-    answers = for_each_engine(links, lambda link: link.publish(manifest))
+def publish_to(
+    links: Sequence[EngineLink],
+    packed: Mapping[int, bytes | bytearray | memoryview],
+    *,
+    whose: Sequence[int],
+) -> dict[str, EngineFailure]:
+    """Give ranks' manifests to every engine that has not got them; never raises for an engine.
+
+    Args:
+        links: the engines.
+        packed: by the ranks' places; see `EngineLink.publish`.
+        whose: the same ranks as the trainer calls them, for errors.
+
+    Returns:
+        The engines that did not take them, by url.
+    """
+    failures: dict[str, EngineFailure] = {}
+    answers = for_each_engine(links, lambda link: link.publish(packed))
     for link in links:
         answer = answers[link.url]
         if isinstance(answer, EnginePluginError):
-            where = f"the manifest of trainer rank {trainer_rank}: "
-            offer.failures[link.url] = failure_of(link, answer, where=where)
-        else:
-            offer.source_ids[link.url] = answer
-    return offer
+            ranks = f"rank {whose[0]}" if len(whose) == 1 else f"ranks {whose[0]} to {whose[-1]}"
+            manifests = "manifest" if len(whose) == 1 else "manifests"
+            where = f"the {manifests} of trainer {ranks}: "
+            failures[link.url] = failure_of(link, answer, where=where)
+    return failures
 
 
 def drive(
@@ -116,17 +128,15 @@ def drive(
     return result
 
 
-def checked_version(request: UpdateRequest) -> int:
-    """Check what a trainer may get wrong before any engine is asked; return the version.
+def checked(request: UpdateRequest) -> UpdateRequest:
+    """Check what a trainer may get wrong before any engine is asked.
 
     Raises:
         SettingsError: a version or a timeout that cannot be.
     """
-    if isinstance(request.version, bool) or not isinstance(request.version, int):
-        raise SettingsError(f"version is {request.version!r}, not a whole number")
     if request.version < 0 or not 0 < request.timeout_s <= MAX_TIMEOUT_S:
         raise SettingsError(
             f"version {request.version} with timeout_s {request.timeout_s:g} cannot be",
             remedy=f"a version is at least 0, a timeout above 0 and at most {MAX_TIMEOUT_S:g} s",
         )
-    return request.version
+    return request

@@ -69,7 +69,8 @@ class EngineDtypes:
         answers = self._ranks.lead(
             "connecting the engines", lambda: self._answers(links, offers, ask), _Answers
         )
-        offers[0].failures.update(answers.failures)
+        if offers:  # on the leading rank, or where each rank publishes
+            offers[0].failures.update(answers.failures)
         self._dtypes.learn(
             {name: dtype_named(dtype) for dtype, names in answers.wanted.items() for name in names}
         )

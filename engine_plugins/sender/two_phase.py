@@ -30,10 +30,10 @@ def commit_all(links: Mapping[str, EngineLink], prepared: Round, request: Update
 
     Args:
         links: the engines by url.
-        prepared: every engine's answer to prepare.
+        prepared: every engine's answer to prepare; those that failed stay failed.
         request: what was prepared.
     """
-    result = msgspec.structs.replace(prepared, reports={}, failures={})
+    result = msgspec.structs.replace(prepared, reports={}, failures=dict(prepared.failures))
     answers = for_each_engine(
         [links[url] for url in prepared.reports], lambda link: link.commit(request)
     )
@@ -52,8 +52,7 @@ def aborted(links: Mapping[str, EngineLink], prepared: Round, request: UpdateReq
         A round in which every engine has failed.
     """
     others = ", ".join(prepared.failures)
-    unknown = UpdateEndUnknownError.code  # these may have prepared, and would wait for a commit
-    perhaps = [url for url, failure in prepared.failures.items() if failure.code == unknown]
+    perhaps = _perhaps_prepared(prepared)
     failures = abort_all(
         (links[url] for url in [*prepared.reports, *perhaps]),
         request,
@@ -62,6 +61,32 @@ def aborted(links: Mapping[str, EngineLink], prepared: Round, request: UpdateReq
         silent=perhaps,
     )
     return msgspec.structs.replace(prepared, reports={}, failures=failures | prepared.failures)
+
+
+def without_silent(
+    links: Mapping[str, EngineLink], prepared: Round, request: UpdateRequest
+) -> Round:
+    """Go on without the engines that did not prepare; none of them may wait for a commit.
+
+    Returns:
+        The same round.
+    """
+    perhaps = _perhaps_prepared(prepared)
+    because = "it gave no answer to prepare, and the others go on without it"
+    abort_all(
+        (links[url] for url in perhaps),
+        request,
+        because=because,
+        writes_ended=True,
+        silent=perhaps,
+    )
+    return prepared
+
+
+def _perhaps_prepared(prepared: Round) -> list[str]:
+    """Engines of which that is not known: they may have, and would wait for a commit."""
+    unknown = UpdateEndUnknownError.code
+    return [url for url, failure in prepared.failures.items() if failure.code == unknown]
 
 
 def abort_all(

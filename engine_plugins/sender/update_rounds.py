@@ -6,20 +6,23 @@ Every rank of the trainer takes part; the leading one speaks with the engines.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 
 from engine_plugins.admin_answers import UpdateRequest
+from engine_plugins.errors import EnginePluginError
 from engine_plugins.sender.engine_urls import refuse_hidden_feeders, refuse_one_engine_twice
 from engine_plugins.sender.engines import EngineLink
+from engine_plugins.sender.fleet import Fleet
 from engine_plugins.sender.offer import TrainerOffer
 from engine_plugins.sender.options import Ways
+from engine_plugins.sender.publishing import Publishing
 from engine_plugins.sender.ranks import TrainerRanks
-from engine_plugins.sender.rounds import Offer, Round, drive, offer_to
+from engine_plugins.sender.rounds import Offer, Round, drive
 from engine_plugins.sender.send_dtype import EngineDtypes
 from engine_plugins.sender.tree_update import TreeUpdate
-from engine_plugins.sender.two_phase import abort_all, aborted, commit_all
+from engine_plugins.sender.two_phase import abort_all, aborted, commit_all, without_silent
 from engine_plugins.weights.contract.report import UpdateReport
 
 __all__ = ["UpdateRounds"]
@@ -30,7 +33,7 @@ class UpdateRounds:
 
     Args:
         ranks: of the trainer.
-        links: the engines by url; more may be added later.
+        fleet: the engines; more may be added later.
         ways: how the engines come by a version.
         offer: what this rank offers.
         model: facts of the trainer's HF config.
@@ -43,7 +46,7 @@ class UpdateRounds:
     def __init__(
         self,
         ranks: TrainerRanks,
-        links: Mapping[str, EngineLink],
+        fleet: Fleet,
         ways: Ways,
         offer: TrainerOffer,
         *,
@@ -52,26 +55,32 @@ class UpdateRounds:
         again: Callable[[int], None],
         shown: Callable[[Sequence[str], int], AbstractContextManager[None]],
     ) -> None:
-        self._ranks, self._links, self._ways = ranks, links, ways
+        self._ranks, self._fleet, self._ways = ranks, fleet, ways
+        self._publishing = Publishing(ranks, fleet, offer, ways.publish)
         self._mine, self._model, self._shown = offer, model, shown
         self._dtypes, self._again = dtypes, again
         self._word = 0
         self._told_apart: set[str] = set()
 
-    def refresh(self, word: int) -> None:
-        """Offer the weights as they are now; if memory moved, engines are told where it is.
+    def offer(self, word: int) -> bool:
+        """Offer this rank's weights as they are now.
 
         Args:
             word: the version word of this update, the same on every rank.
+
+        Returns:
+            Whether memory has moved, so that engines must be told where it is.
 
         Raises:
             SourceError: a tensor that can no longer be offered; see also `TrainerOffer.reach`.
         """
         self._word = word
-        self._mine.reach([link.host for link in self._links.values()])
-        if self._mine.refresh(word):
-            for link in self._links.values():
-                link.forget()
+        self._mine.reach(self._fleet.hosts)
+        return self._mine.refresh(word)
+
+    def outdate(self, places: Sequence[int]) -> None:
+        """Note which ranks' memory has moved, by their places in the group."""
+        self._publishing.outdate(places)
 
     def run(self, request: UpdateRequest) -> Round:
         """Have every engine take the version; what each answered.
@@ -80,120 +89,118 @@ class UpdateRounds:
             SettingsError: two urls lead to one engine, or with fan_out one to loopback and others
                 elsewhere.
         """
-        if self._ways.fan_out is not None:
-            refuse_hidden_feeders(self._links.values())
-        self._tell_apart()
+        self._look_at_urls()
         if self._ways.two_phase:
             return self._in_two_phases(request)
         if self._ways.fan_out is not None:
             return self._down_a_tree(self._ways.fan_out, request)
         return self._in_one_phase(request)
 
-    def _tell_apart(self) -> None:
+    def _look_at_urls(self) -> None:
         """Once for every set of engines, by the leading rank."""
-        urls = set(self._links)
-        if len(urls) > 1 and urls != self._told_apart:
-            links = list(self._links.values())
-            look = partial(refuse_one_engine_twice, links)
-            self._ranks.agree(
-                "telling the engines apart", look if self._ranks.leads else _nothing, None
-            )
+        urls = set(self._fleet.urls)
+        if urls != self._told_apart:
+            self._ranks.lead("telling the engines apart", self._tell_apart, None)
         self._told_apart = urls
+
+    def _tell_apart(self) -> None:
+        links = self._fleet.links
+        if self._ways.fan_out is not None:
+            refuse_hidden_feeders(links.values())
+        if len(links) > 1:
+            refuse_one_engine_twice(links.values())
 
     def _in_one_phase(self, request: UpdateRequest) -> Round:
         """Offer and update, and once more for engines that had forgotten us."""
-        urls = list(self._links)
+        urls = list(self._fleet.urls)
         result = Round()
         for _ in range(2):
-            links = [self._links[url] for url in urls]
-            offers = self._offers(links, request)
-            step = partial(self._drive, links, offers, request)
+            offers = self._offers(urls, request)
+            step = partial(self._drive, urls, offers, request)
             result = self._ranks.lead("updating the engines", step, Round).after(result)
             urls = result.forgotten
-            for url in urls:
-                self._links[url].forget()
+            self._forget(urls)
             if not urls:
                 break
         return result.settled()
 
     def _in_two_phases(self, request: UpdateRequest) -> Round:
-        """Have every engine prepare, in a push write, then have every engine commit."""
+        """Have engines prepare, in a push write, then have those commit that have prepared."""
         deadline = time.monotonic() + request.timeout_s
         pushing = None
         try:
             prepared = self._in_one_phase(request)
+            enough = len(prepared.reports) >= self._ways.needed(len(self._fleet.urls))
             if prepared.failures:
-                step = partial(aborted, self._links, prepared, request)
-                return self._ranks.lead("aborting the update", step, Round)
+                give_up = without_silent if enough else aborted
+                step = partial(give_up, self._fleet.links, prepared, request)
+                prepared = self._ranks.lead("aborting the update", step, Round)
+            if not enough:
+                return prepared
             pushing = self._mine.push
             if pushing is not None:
-                pushing.run(self._links, deadline=deadline)
+                pushing.run(self._fleet, list(prepared.reports), deadline=deadline)
         except BaseException as error:  # an interrupt too: no engine must wait for a commit
             self._mine.withdraw()
             if self._ranks.leads:
-                because = f"the trainer's ranks failed: {type(error).__name__}: {error}"
+                because = f"the trainer's ranks failed: {type(error).__name__}: {_said(error)}"
                 ended = pushing is None or pushing.ended
-                abort_all(self._links.values(), request, because=because, writes_ended=ended)
+                links = self._fleet.links.values()
+                abort_all(links, request, because=because, writes_ended=ended)
             raise
 
         def commit() -> Round:
             with self._mine.withdrawn_on_error():
-                return commit_all(self._links, prepared, request)
+                return commit_all(self._fleet.links, prepared, request)
 
         return self._ranks.lead("committing the update", commit, Round)
 
     def _down_a_tree(self, arity: int, request: UpdateRequest) -> Round:
         """Offer to one engine, which feeds the others; to more only where that does not do."""
-        update = TreeUpdate(self._links, arity, self._model, request)
-        result = Round(roots=list(self._links)[:1])
+        update = TreeUpdate(self._fleet.links, arity, self._model, request)
+        result = Round(roots=self._fleet.urls[:1])
         while roots := result.roots:
-            offers = self._offers([self._links[url] for url in roots], request)
+            offers = self._offers(roots, request)
             step = partial(self._drive_tree, update, roots, offers, request.version)
             result = self._ranks.lead("updating the engines", step, Round).after(result)
-            for url in result.forgotten:
-                self._links[url].forget()
+            self._forget(result.forgotten)
         return result
 
-    def _offers(self, links: Sequence[EngineLink], request: UpdateRequest) -> list[Offer]:
+    def _forget(self, urls: Iterable[str]) -> None:
+        for url in urls:
+            if url in self._fleet.links:
+                self._fleet.links[url].forget()
+
+    def _offers(self, urls: Sequence[str], request: UpdateRequest) -> list[Offer]:
         """Of all ranks, in the dtypes that the engines want."""
 
         def ask(link: EngineLink, source_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
             with self._mine.withdrawn_on_error():
                 return link.wanted(source_ids, self._model, request, self._ways.direction)
 
-        offers = self._published(links)
+        links = [self._fleet.links[url] for url in urls if url in self._fleet.links]
+        offers = self._publishing.offers(urls)
         while self._dtypes.connect(links, offers, ask):
             self._again(self._word)
-            offers = self._published(links)
+            offers = self._publishing.offers(urls)
         return offers
 
-    def _published(self, links: Sequence[EngineLink]) -> list[Offer]:
-        return self._ranks.agree("offering the weights", partial(self._offer, links), Offer)
-
-    def _offer(self, links: Sequence[EngineLink]) -> Offer:
-        source = self._mine.source
-        if not source.manifest.tensors.names:
-            return Offer()  # a rank may hold nothing: it has nothing to say
-        return offer_to(links, lambda: source.manifest_bytes, trainer_rank=self._ranks.global_rank)
-
-    def _drive(
-        self, links: Sequence[EngineLink], offers: Sequence[Offer], request: UpdateRequest
-    ) -> Round:
+    def _drive(self, urls: Sequence[str], offers: Sequence[Offer], request: UpdateRequest) -> Round:
         def step(link: EngineLink, source_ids: Sequence[str]) -> UpdateReport:
             if self._ways.two_phase:
                 return link.prepare(source_ids, self._model, request, self._ways.direction)
             return link.update(source_ids, self._model, request)
 
-        shown = self._shown([link.url for link in links], request.version)
-        with self._mine.withdrawn_on_error(), shown:
+        links = [self._fleet.links[url] for url in urls]
+        with self._mine.withdrawn_on_error(), self._shown(urls, request.version):
             return drive(links, offers, step)
 
     def _drive_tree(
         self, update: TreeUpdate, roots: Sequence[str], offers: Sequence[Offer], version: int
     ) -> Round:
-        with self._mine.withdrawn_on_error(), self._shown(list(self._links), version):
+        with self._mine.withdrawn_on_error(), self._shown(self._fleet.urls, version):
             return update.round(roots, offers)
 
 
-def _nothing() -> None:
-    pass
+def _said(error: BaseException) -> str:
+    return error.message if isinstance(error, EnginePluginError) else str(error)

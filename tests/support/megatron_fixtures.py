@@ -24,6 +24,7 @@ __all__ = [
     "FIXTURES_VARIABLE",
     "MegatronCase",
     "fixture_folders",
+    "landing_folders",
     "listed_cases",
     "megatron_cases",
     "read_safetensors",
@@ -39,6 +40,20 @@ def fixture_folders() -> list[Path]:
     named = os.environ.get(FIXTURES_VARIABLE)
     if named:
         return [Path(named)]
+    return [*_landing(), _COMMITTED / "megatron_families"]
+
+
+def landing_folders() -> list[Path]:
+    """Those of them whose models are large enough for engines to build.
+
+    `megatron_families` is not: a model of each family there is 30 to 50 KB, and no kernel of an
+    engine's takes matrices so small.
+    """
+    named = os.environ.get(FIXTURES_VARIABLE)
+    return [Path(named)] if named else _landing()
+
+
+def _landing() -> list[Path]:
     return [_COMMITTED / "megatron", _COMMITTED / "megatron_live"]
 
 

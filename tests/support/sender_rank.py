@@ -66,7 +66,7 @@ def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
     if kind == "interrupt" and chosen:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     trainer.failure = FAILURES.get(kind) if chosen else None
-    source = sender._offer._source
+    source = sender._job.offer._source
     word = None if source is None else source._word
     started = time.monotonic()
     try:

@@ -13,6 +13,7 @@ from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.sources.megatron.rank import MegatronRank
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, served
+from tests.support.megatron_fixtures import MegatronCase, fixture_folders
 from tests.support.megatron_hf import dense_config, hf_tensors, moe_config
 from tests.support.megatron_shards import megatron_ranks
 from tests.support.overlapping_megatron import DistributedDataParallel
@@ -38,6 +39,15 @@ def test_experts_over_ep_and_etp_are_sent_twice(
     ranks = megatron_ranks(
         hf, config, tp_size=4, ep_size=2, etp_size=2, stages=stages, experts=experts
     )
+    copies = 0
+    if experts == "legacy":
+        copies = sum(
+            tensor.nbytes
+            for rank in ranks
+            for chunk in rank.chunks
+            for name, tensor in chunk.tensors.items()
+            if name.endswith(("experts.weight1", "experts.weight2"))
+        )
     with (
         served(FakeEngine()) as engine,
         WeightSender.from_megatron(
@@ -45,7 +55,8 @@ def test_experts_over_ep_and_etp_are_sent_twice(
         ) as sender,
     ):
         for version in (1, 2):
-            sender.update(version)
+            report = sender.update(version)
+            assert report.slot_bytes == (copies,), "legacy experts are turned round, so copied"
             assert sorted(engine.weights) == sorted(hf)
             for name, tensor in hf.items():
                 assert torch.equal(engine.weights[name], version * tensor), name
@@ -130,3 +141,32 @@ def _by_turns(fc1: torch.Tensor) -> torch.Tensor:
     """Two rows of the gate, two of up, and so on."""
     gate, up = (half.unflatten(0, (-1, 2)) for half in fc1.chunk(2))
     return torch.stack([gate, up], 1).flatten(0, 2)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_next"])
+def test_what_no_view_can_be_is_copied_anew_for_every_update(
+    transport: InMemoryTransport, family: str
+) -> None:
+    """GPT-OSS' experts are turned round, and a norm of Qwen3-Next holds its weight less one."""
+    folder = fixture_folders()[-1]
+    case = MegatronCase(folder / "cases" / f"{family}_tp2_pp1_ep1")
+    if not case.folder.exists():
+        pytest.skip(f"{folder} has no {family}")
+    hf, ranks = case.expected(), list(case.ranks())
+    with (
+        served(FakeEngine()) as engine,
+        WeightSender.from_megatron(
+            ranks, case.config, engines=engine.url, token=TOKEN, transport=transport
+        ) as sender,
+    ):
+        for version in (1, 2):
+            sender.update(version)
+            assert sorted(engine.weights) == sorted(hf)
+            for name, tensor in hf.items():
+                less = 1 if name.endswith("linear_attn.norm.weight") else 0
+                wanted = version * (tensor - less) + less
+                torch.testing.assert_close(engine.weights[name], wanted, msg=name)
+            for rank in ranks:
+                for chunk in rank.chunks:
+                    for shard in chunk.tensors.values():
+                        shard.mul_(2)

@@ -204,7 +204,8 @@ def test_a_broken_connection_does_not_let_the_trainer_go_on(
         AdminClient(engines[0].url, token=TOKEN, timeout_s=0.2) as client,
     ):
         link = EngineLink(client)
-        ids = [link.publish(lambda: source.manifest_bytes)]
+        link.publish({0: source.manifest_bytes})
+        ids = [str(link.source_id(0))]
         request = UpdateRequest(plan_id="", version=1, request_id="r1", timeout_s=0.1)
         started = time.monotonic()
         report = link.update(ids, {}, request)
@@ -218,7 +219,7 @@ def test_a_refused_manifest_is_that_engines_failure(
     engines: list[FakeEngine], transport: InMemoryTransport
 ) -> None:
     """A wrong token, say: the failure names the rank whose manifest it was."""
-    engines[1].refuse["/weights/sources"] = Refused(413, "body_too_large", "too large")
+    engines[1].refuse["/weights/sources/batch"] = Refused(413, "body_too_large", "too large")
     with (
         hf_sender(tiny(), engines, transport) as sender,
         pytest.raises(EnginesFailedError, match="manifest of trainer rank 0: too large"),

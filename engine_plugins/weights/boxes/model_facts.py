@@ -26,6 +26,11 @@ MODEL_FACTS: dict[str, tuple[str, ...]] = {
 }
 """Fact -> the names under which HF configs hold it, first found first."""
 
+_OTHER_MODEL = "connect to the engine that serves the trainer's model"
+_TOWER = (
+    "give from_hf or from_fsdp the config of the model that the engine serves (config=FOLDER), by "
+    "which the text is found in the whole; and only='*' if the trainer does not hold the rest"
+)
 _NESTED = ("text_config", "llm_config", "language_config")
 
 
@@ -71,8 +76,16 @@ def compare_facts(
     if differing:
         raise WeightMismatchError(
             f"{who} offers another model: {', '.join(sorted(differing))}",
-            remedy="connect to the engine that serves the trainer's model",
+            remedy=_TOWER if _is_text_of_the_other(offered, own) else _OTHER_MODEL,
         )
+
+
+def _is_text_of_the_other(
+    offered: Mapping[str, str | int | bool], own: Mapping[str, str | int | bool]
+) -> bool:
+    """Whether the names of the families differ by `_text`: text and whole of one model."""
+    names = {str(each.get("model_type")) for each in (offered, own)}
+    return len(names) == 2 and len({name.removesuffix("_text") for name in names}) == 1
 
 
 def _get(config: object, name: str) -> Any:

@@ -27,6 +27,8 @@ class SourceBox:
         start: first index of the box on every axis, in elements.
         data: view of the trainer's own memory with the box's shape; any strides. It is
             never a copy: what the trainer writes later is what a receiver will read.
+        made: `data` is a copy all the same, because no view of the trainer's memory holds what the
+            HF tensor does; whoever gives boxes fills it anew for every update.
 
     Raises:
         SourceError: the box does not lie inside the tensor.
@@ -36,6 +38,7 @@ class SourceBox:
     global_shape: tuple[int, ...]
     start: tuple[int, ...]
     data: torch.Tensor
+    made: bool = False
 
     def __post_init__(self) -> None:
         shape = tuple(self.data.shape)

@@ -136,6 +136,9 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Name of the machine, to find the nearest source; empty if it is not said."""
     global_rank: GlobalRank | None = None
     """Rank in the trainer's job, where there is one."""
+    partial: bool = False
+    """Whether the offer leaves parts of the model out, which stay as the engine has them. It counts
+    where every source says so."""
 
     def table(self, column: bytes) -> npt.NDArray[np.int64]:
         """[rows, axes] of a table's bytes; read-only."""

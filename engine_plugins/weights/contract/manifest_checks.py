@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,11 @@ from engine_plugins.errors import ManifestError
 from engine_plugins.weights.boxes.dtypes import dtype_named
 
 if TYPE_CHECKING:
-    from engine_plugins.weights.contract.manifest import RegionColumns, SourceManifest
+    from engine_plugins.weights.contract.manifest import (
+        RegionColumns,
+        SourceManifest,
+        TensorColumns,
+    )
 
 __all__ = ["MAX_RANK", "check_manifest"]
 
@@ -112,8 +116,30 @@ def _check_text(what: str, text: str) -> None:
         )
 
 
+class _Checked(NamedTuple):
+    """Tensors that were found sound, and what was found out about them."""
+
+    tensors: TensorColumns
+    axes: int
+    shapes: Ints
+    itemsizes: Ints
+
+
+_last_checked: list[_Checked] = []
+"""At most one: the ranks of a job come one after another, and most name the same tensors."""
+
+
 def _check_tensors(manifest: SourceManifest) -> tuple[Ints, Ints]:
     """Return the shapes, [tensors, axes], and the bytes per element."""
+    for last in _last_checked[:1]:
+        if last.axes == manifest.axes and last.tensors == manifest.tensors:
+            return last.shapes, last.itemsizes
+    shapes, itemsizes = _check_new_tensors(manifest)
+    _last_checked[:] = [_Checked(manifest.tensors, manifest.axes, shapes, itemsizes)]
+    return shapes, itemsizes
+
+
+def _check_new_tensors(manifest: SourceManifest) -> tuple[Ints, Ints]:
     tensors = manifest.tensors
     _check_names(tensors.names)
     sizes = {name: dtype_named(name).itemsize for name in set(tensors.dtypes)}

@@ -55,6 +55,8 @@ class RankPlan(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters of this rank that the sources fill, every element of each."""
     parameters_idle: list[str] = []
     """Those that have nothing to load, by the engine's design; of the first few."""
+    parameters_left: int = 0
+    """Parameters that the sources leave out, and that stay as they are."""
     steps: int
     """Fetched and installed one after the other; each is a module, or a few small ones."""
     largest_step_bytes: int

@@ -20,6 +20,7 @@ __all__ = [
     "LoaderRules",
     "engine_steps",
     "is_kv_scale",
+    "left_out",
     "left_out_by_design",
     "parameters_by_coverage",
     "prediction_layers",
@@ -34,9 +35,18 @@ _HEAD_HINT = (
     "names, as state_dict() has them, or the engine started from a folder without a head)"
 )
 _NEVER_LOADED = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$")
+_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _KV_SCALE = re.compile(r"\.attn\.(q|k|v|prob)_(scale|zero_point)$")
 """What an FP8 KV cache is scaled with; where no layer's is given, the engine goes by its own."""
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_EVERY_TENSOR = (
+    "publish every tensor of the model that this engine serves, in its dtype (WeightSender casts "
+    "by send_dtype='engine', its default); parts that are not trained may be left out with only="
+)
+_WHOLE_MODULES = (
+    "choose with only= all tensors of an engine's module or none: engines hold q, k and v, gate "
+    "and up, and a layer's experts as one"
+)
 _PREDICTION_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
@@ -67,7 +77,7 @@ def left_out_by_design(name: str, *, tied: bool, predicting: range = range(0)) -
         predicting: layers that predict further tokens, which only a draft model has; see
             `prediction_layers`.
     """
-    if _NEVER_LOADED.search(name) or (tied and name == "lm_head.weight"):
+    if _NEVER_LOADED.search(name) or (tied and _HEAD.search(name)):
         return True
     layer = _LAYER.match(name)
     return int(layer[1]) in predicting if layer else bool(predicting) and name.startswith("mtp.")
@@ -86,6 +96,7 @@ def engine_steps(
     rules: LoaderRules,
     *,
     mended: Collection[str] = (),
+    partial: bool = False,
 ) -> tuple[list[EngineStep], list[str]]:
     """Group tensors by the engine modules that they fill, in the model's order.
 
@@ -94,6 +105,7 @@ def engine_steps(
         tensors: as they are offered.
         rules: of the loader.
         mended: tensors that may come in a wrong dtype, since their sender will cast them.
+        partial: whether modules of which nothing is offered stay as they are; see `left_out`.
 
     Returns:
         The steps, and the names that reached no parameter of this rank: another rank may need
@@ -103,17 +115,17 @@ def engine_steps(
         WeightMismatchError: a parameter is not covered, or only with made-up values, or a tensor
             would be cast.
     """
+    staying = left_out(trace) if partial else frozenset()
     problems = [
         *dtype_problems(trace, rules.model_dtype, mended=mended),
-        *_coverage_problems(trace),
-        *_padding_problems(trace),
+        *_coverage_problems(trace, staying),
+        *_padding_problems(trace, staying),
     ]
     if problems:
         more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
         raise WeightMismatchError(
             "the sources do not fit the engine's model: " + "; ".join(problems[:_SHOWN]) + more,
-            remedy="publish every tensor of the model that this engine serves, in its dtype "
-            "(WeightSender casts by send_dtype='engine', its default)",
+            remedy=_WHOLE_MODULES if partial else _EVERY_TENSOR,
         )
     reached = trace.sources()
     unused = [
@@ -125,22 +137,37 @@ def engine_steps(
     return _as_one(steps) if trace.whole else steps, unused
 
 
+def left_out(trace: LoaderTrace) -> frozenset[str]:
+    """Parameters of the modules of which no tensor reached any: what an update leaves as it is."""
+    filling = trace.filling()
+    modules: dict[str, list[str]] = {}
+    for name, numel in trace.parameter_numel.items():
+        if numel and not is_kv_scale(name):
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+    return frozenset(
+        name
+        for names in modules.values()
+        if not any(filling[each].copied for each in names)
+        for name in names
+    )
+
+
 def parameters_by_coverage(trace: LoaderTrace) -> tuple[int, list[str]]:
     """How many parameters a checkpoint fills, and which have nothing to load by design.
 
-    A third kind, parameters that are left unfilled, is refused by `engine_steps`.
+    A third kind, those that are left out, is counted apart.
     """
     idle = [name for name, numel in trace.parameter_numel.items() if not numel]
-    return len(trace.parameter_numel) - len(idle), idle
+    return len(trace.parameter_numel) - len(idle) - len(left_out(trace)), idle
 
 
-def _coverage_problems(trace: LoaderTrace) -> list[str]:
+def _coverage_problems(trace: LoaderTrace, staying: frozenset[str]) -> list[str]:
     problems: list[str] = []
     givers = _givers(trace.copies)
     fullest = _fullest(givers)
     for parameter, (filled, copied) in trace.filling().items():
         wanted = trace.parameter_numel[parameter]
-        if filled == copied == wanted:
+        if filled == copied == wanted or parameter in staying:
             continue
         missing = _missing_names(parameter, givers, fullest)
         if missing:
@@ -163,7 +190,7 @@ def _partly_filled(
     return f"{parameter} has {wanted} elements, {', '.join(givers)} {verb} {filled}{twice}"
 
 
-def _padding_problems(trace: LoaderTrace) -> list[str]:
+def _padding_problems(trace: LoaderTrace, staying: frozenset[str]) -> list[str]:
     """A tensor that is too short and was filled up with a constant.
 
     SGLang does so on the CPU, where it also pads heads that its ranks cannot share evenly. What an
@@ -173,7 +200,8 @@ def _padding_problems(trace: LoaderTrace) -> list[str]:
     padded = _constant_numel(trace.copies)
     alike: dict[str, list[str]] = {}
     for parameter in trace.parameter_numel:
-        alike.setdefault(kind_of(parameter), []).append(parameter)
+        if parameter not in staying:
+            alike.setdefault(kind_of(parameter), []).append(parameter)
     problems: list[str] = []
     for parameters in alike.values():
         least = min(padded.get(parameter, 0) for parameter in parameters)
@@ -238,7 +266,9 @@ def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[Engi
             first[0].extend(other[0])
             first[1].extend(other[1])
             step_of.update((tensor.name, first) for tensor in other[1])
-        steps = [step for step in steps if not any(step is other for other in others)]
+        if others:
+            gone = set(map(id, others))
+            steps = [step for step in steps if id(step) not in gone]
         first[0].append(module)
         for name in names:
             if name not in step_of:

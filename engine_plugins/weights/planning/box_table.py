@@ -25,6 +25,9 @@ __all__ = [
     "TargetTable",
     "TensorTable",
     "contiguous_strides",
+    "every",
+    "gathered",
+    "summed",
     "target_table",
     "volumes",
 ]
@@ -40,6 +43,7 @@ class TensorTable:
 
     Attributes:
         axes: of the widest tensor, at least 1.
+        dtypes: of each.
         ndim, itemsize: [n].
         shape: [n, axes], leading axes of one index.
         strides_bytes: [n, axes], of a contiguous tensor.
@@ -52,8 +56,9 @@ class TensorTable:
         self.tensors = tensors
         self.number = {tensor.name: number for number, tensor in enumerate(tensors)}
         self.ndim = np.fromiter((len(t.shape) for t in tensors), np.int64, len(tensors))
-        sizes = {dtype: dtype.itemsize for dtype in {tensor.dtype for tensor in tensors}}
-        self.itemsize = np.fromiter((sizes[t.dtype] for t in tensors), np.int64, len(tensors))
+        self.dtypes = [tensor.dtype for tensor in tensors]
+        sizes = {dtype: dtype.itemsize for dtype in set(self.dtypes)}
+        self.itemsize = np.fromiter(map(sizes.__getitem__, self.dtypes), np.int64, len(tensors))
         self.axes = max(int(self.ndim.max(initial=0)), 1)
         self.shape = _aligned([tensor.shape for tensor in tensors], self.axes, 1)
         self.strides_bytes = contiguous_strides(self.shape, self.itemsize)
@@ -81,8 +86,9 @@ class BoxTable:
     def __len__(self) -> int:
         return len(self.tensor)
 
-    def __getitem__(self, rows: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> BoxTable:
-        return BoxTable(tensor=self.tensor[rows], start=self.start[rows], shape=self.shape[rows])
+    def __getitem__(self, rows: Column) -> BoxTable:
+        columns = (gathered(each, rows) for each in (self.tensor, self.start, self.shape))
+        return BoxTable(**dict(zip(("tensor", "start", "shape"), columns, strict=True)))
 
 
 class LiveBox(NamedTuple):
@@ -147,23 +153,52 @@ def target_table(
         start=_aligned([start for start, _ in boxes], tensors.axes, 0),
         shape=_aligned([shape for _, shape in boxes], tensors.axes, 1),
     )
-    strides = tensors.strides_bytes[table.tensor]
-    offset = offsets[table.tensor] + (table.start * strides).sum(axis=1)
+    strides = gathered(tensors.strides_bytes, table.tensor)
+    offset = offsets[table.tensor] + summed(table.start * strides)
     offset[rows] = [box.address for box in placed]
     strides[rows] = _aligned([box.strides_bytes for box in placed], tensors.axes, 0)
     return TargetTable(boxes=table, offset=offset, strides_bytes=strides)
 
 
+def gathered(column: Column, rows: Column) -> Column:
+    """Rows of a column or table, by number: faster than an index, which looks at each one more."""
+    found: Column = column.take(rows, axis=0)
+    return found
+
+
+# numpy walks a short last axis row by row; column by column is ten times as fast.
+
+
 def volumes(shape: Column) -> Column:
     """[n] elements of [n, axes] shapes."""
-    product: Column = shape.prod(axis=1)
+    product = shape[:, 0].copy()
+    for axis in range(1, shape.shape[1]):
+        product *= shape[:, axis]
     return product
+
+
+def summed(table: Column) -> Column:
+    """[n] sums of the rows of [n, axes]."""
+    total = table[:, 0].copy()
+    for axis in range(1, table.shape[1]):
+        total += table[:, axis]
+    return total
+
+
+def every(marks: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """[n] whether all of a row of [n, axes] is so."""
+    found = marks[:, 0].copy()
+    for axis in range(1, marks.shape[1]):
+        found &= marks[:, axis]
+    return found
 
 
 def contiguous_strides(shape: Column, itemsize: Column) -> Column:
     """[n, axes] bytes between neighbours of contiguous boxes."""
-    inner = np.concatenate([shape[:, 1:], itemsize[:, None]], axis=1)
-    strides: Column = inner[:, ::-1].cumprod(axis=1)[:, ::-1]
+    strides = np.empty_like(shape)
+    strides[:, -1] = itemsize
+    for axis in reversed(range(1, shape.shape[1])):
+        strides[:, axis - 1] = strides[:, axis] * shape[:, axis]
     return strides
 
 

@@ -12,6 +12,9 @@ from engine_plugins.weights.planning.box_table import (
     Column,
     TargetTable,
     TensorTable,
+    every,
+    gathered,
+    summed,
     volumes,
 )
 from engine_plugins.weights.planning.source_choice import SourceChoice
@@ -47,6 +50,20 @@ class Parts:
     target_strides: Column
     nbytes: Column
 
+    def __getitem__(self, rows: Column) -> Parts:
+        return Parts(
+            boxes=self.boxes[rows],
+            offered=self.offered[rows],
+            source=self.source[rows],
+            device=self.device[rows],
+            offered_address=self.offered_address[rows],
+            address=self.address[rows],
+            strides_bytes=gathered(self.strides_bytes, rows),
+            target=self.target[rows],
+            target_strides=gathered(self.target_strides, rows),
+            nbytes=self.nbytes[rows],
+        )
+
 
 def intersect(
     needed: TargetTable,
@@ -62,19 +79,20 @@ def intersect(
     whole = needed.boxes
     wanted, given = _that_may_meet(whole, sources.distinct, len(tensors.tensors))
     offered = sources.distinct[given]
-    start = np.maximum(whole.start[wanted], offered.start)
-    end = np.minimum(whole.start[wanted] + whole.shape[wanted], offered.start + offered.shape)
-    meet = (end > start).all(axis=1)
-    if not meet.all():
+    within = whole[wanted]
+    start = np.maximum(within.start, offered.start)
+    shape = np.minimum(within.start + within.shape, offered.start + offered.shape) - start
+    meet = np.flatnonzero(every(shape > 0))
+    if len(meet) < len(wanted):
         wanted, given, offered = wanted[meet], given[meet], offered[meet]
-        start, end = start[meet], end[meet]
-    boxes = BoxTable(tensor=offered.tensor, start=start, shape=end - start)
+        start, shape = gathered(start, meet), gathered(shape, meet)
+    boxes = BoxTable(tensor=offered.tensor, start=start, shape=shape)
     nbytes = volumes(boxes.shape) * tensors.itemsize[boxes.tensor]
     source, row = choice.of(sources, tensors, given, nbytes)
     memory = sources.memory(source, row, tensors.axes)
-    skipped = ((start - offered.start) * memory.strides_bytes).sum(axis=1)
-    target_strides = needed.strides_bytes[wanted]
-    within = ((start - whole.start[wanted]) * target_strides).sum(axis=1)
+    skipped = summed((start - offered.start) * memory.strides_bytes)
+    target_strides = gathered(needed.strides_bytes, wanted)
+    into = summed((start - gathered(whole.start, wanted)) * target_strides)
     return Parts(
         boxes=boxes,
         offered=offered,
@@ -83,7 +101,7 @@ def intersect(
         offered_address=memory.address,
         address=memory.address + skipped.astype(np.uint64),
         strides_bytes=memory.strides_bytes,
-        target=needed.offset[wanted] + within,
+        target=needed.offset[wanted] + into,
         target_strides=target_strides,
         nbytes=nbytes,
     )

@@ -7,19 +7,26 @@ than a digest of them, and certain.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers
-from engine_plugins.weights.planning.plan import FetchPlan, PackedPiece, Step, StepRead
+from engine_plugins.weights.planning.plan_data import (
+    FetchPlan,
+    PackedBatch,
+    PackedTable,
+    StepRead,
+)
 
 __all__ = ["PlanCache", "rebased", "same_topology"]
 
 T = TypeVar("T")
+
+Addresses = npt.NDArray[np.uint64]
 
 
 class PlanCache:
@@ -65,9 +72,10 @@ class PlanCache:
             return
         if not same_topology(self._manifests, manifests):
             self.clear()
-        for key, plan in self._plans.items():
-            self._plans[key] = rebased(plan, self._manifests, manifests)
-        self._manifests = manifests
+        before = self._manifests
+        moved = {key: rebased(plan, before, manifests) for key, plan in self._plans.items()}
+        # All or nothing: plans of which some had moved would move once more the next time.
+        self._plans, self._manifests = moved, manifests
 
 
 def same_topology(known: Sequence[SourceManifest], other: Sequence[SourceManifest]) -> bool:
@@ -93,7 +101,17 @@ def rebased(
     moves = [_Move(*sources) for sources in zip(known, other, strict=True)]
     if not any(move.by_bytes.any() for move in moves):
         return plan
-    return replace(plan, steps=tuple(_moved_step(step, moves) for step in plan.steps))
+    tables = {id(batch.table): batch.table for step in plan.steps for batch in step.packed}
+    moved = {key: _moved_table(table, moves) for key, table in tables.items()}
+    steps = [
+        replace(
+            step,
+            reads=tuple(moves[read.source].read(read) for read in step.reads),
+            packed=tuple(PackedBatch(moved[id(each.table)], each.rows) for each in step.packed),
+        )
+        for step in plan.steps
+    ]
+    return replace(plan, steps=tuple(steps))
 
 
 class _Move:
@@ -104,35 +122,37 @@ class _Move:
         order = np.lexsort((addresses, numbers(known.regions.devices)))
         devices = numbers(known.regions.devices)[order]
         self.by_bytes = (numbers(other.regions.addresses) - addresses)[order]
-        self._devices: dict[int, tuple[list[int], list[int]]] = {
-            int(device): (
-                addresses[order][devices == device].tolist(),
-                self.by_bytes[devices == device].tolist(),
+        self._devices = {
+            device: (
+                addresses[order][devices == device].astype(np.uint64),
+                # Unsigned numbers wrap around: to add what -n wraps to is to take n away.
+                self.by_bytes[devices == device].view(np.uint64),
             )
-            for device in np.unique(devices)
+            for device in np.unique(devices).tolist()
         }
+
+    def moved(self, device: int, addresses: Addresses) -> Addresses:
+        """[n] addresses in regions of a device, where they are now."""
+        begins, by_bytes = self._devices[device]
+        region = np.searchsorted(begins, addresses, side="right") - 1
+        there: Addresses = addresses + by_bytes[region]
+        return there
 
     def read(self, read: StepRead) -> StepRead:
         """A read with its remote addresses moved."""
-        begins, by_bytes = self._devices[read.remote_device]
         table = read.descriptors.copy()
-        region = np.searchsorted(np.array(begins, np.uint64), table[:, 1], side="right") - 1
-        # Unsigned numbers wrap around: to add what -n wraps to is to take n away.
-        table[:, 1] += np.array(by_bytes, np.int64).view(np.uint64)[region]
+        table[:, 1] = self.moved(read.remote_device, table[:, 1])
         return replace(read, descriptors=table)
 
-    def piece(self, piece: PackedPiece) -> PackedPiece:
-        """Packed rows with their remote address moved."""
-        begins, by_bytes = self._devices[piece.remote_device]
-        region = bisect_right(begins, piece.remote_address) - 1
-        return piece._replace(remote_address=piece.remote_address + by_bytes[region])
 
-
-def _moved_step(step: Step, moves: Sequence[_Move]) -> Step:
-    return replace(
-        step,
-        reads=tuple(moves[read.source].read(read) for read in step.reads),
-        packed=tuple(
-            tuple(moves[piece.source].piece(piece) for piece in batch) for batch in step.packed
-        ),
-    )
+def _moved_table(table: PackedTable, moves: Sequence[_Move]) -> PackedTable:
+    """Packed pieces with their remote addresses moved."""
+    addresses = table.remote_address.copy()
+    order = np.lexsort((table.remote_device, table.source))
+    source, device = table.source[order], table.remote_device[order]
+    changes = (source[1:] != source[:-1]) | (device[1:] != device[:-1])
+    for rows in np.split(order, np.flatnonzero(changes) + 1):
+        if len(rows):
+            move = moves[int(table.source[rows[0]])]
+            addresses[rows] = move.moved(int(table.remote_device[rows[0]]), addresses[rows])
+    return replace(table, remote_address=addresses)

@@ -19,7 +19,14 @@ from engine_plugins.errors import PlanError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval, check_exact_coverage
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers
-from engine_plugins.weights.planning.box_table import BoxTable, Column, TensorTable, volumes
+from engine_plugins.weights.planning.box_table import (
+    BoxTable,
+    Column,
+    TensorTable,
+    every,
+    gathered,
+    volumes,
+)
 from engine_plugins.weights.planning.distinct import by_tensors
 from engine_plugins.weights.planning.exact_cover import not_told_apart, sums_by_tensor
 
@@ -87,6 +94,9 @@ class SourceTable:
         layout = self.layout[entry]
         begin = self.layouts.first[layout]
         sizes = self.layouts.first[layout + 1] - begin
+        if len(entry) == len(boxes) and (sizes == 1).all():  # as in most jobs: nobody has a replica
+            one = np.arange(len(boxes) + 1)
+            return Replicas(one, self.layouts.source[begin], self.row[entry])
         of = np.repeat(np.repeat(np.arange(len(boxes)), counts), sizes)
         source = self.layouts.source[ranges(begin, sizes)]
         row = np.repeat(self.row[entry], sizes)
@@ -112,7 +122,7 @@ class SourceTable:
             device[mine] = numbers(regions.devices)[region]
             offset = numbers(boxes.offsets_bytes)[rows]
             address[mine] = (numbers(regions.addresses)[region] + offset).astype(np.uint64)
-            strides[mine] = _widened(manifest.table(boxes.strides_bytes)[rows], axes, 0)
+            strides[mine] = _widened(gathered(manifest.table(boxes.strides_bytes), rows), axes, 0)
         return Memory(device, address, strides)
 
 
@@ -136,7 +146,7 @@ def source_table(manifests: Sequence[SourceManifest], tensors: TensorTable) -> S
     place, shape = place[order], boxes.shape[order]
     begins = np.ones(len(order), np.bool_)
     begins[1:] = place[1:] != place[:-1]
-    alike = (shape[1:] == shape[:-1]).all(axis=1)
+    alike = every(shape[1:] == shape[:-1])
     clash = np.flatnonzero(~begins[1:] & ~alike)
     first = np.append(np.flatnonzero(begins), len(order))
     distinct = boxes[order[first[:-1]]]
@@ -207,10 +217,10 @@ def _read(
     """The boxes of wanted tensors that have elements: tensor, start, shape, row."""
     tensor = numbered[numbers(manifest.boxes.tensors)]
     shape = manifest.table(manifest.boxes.shapes)
-    rows = np.flatnonzero((tensor >= 0) & (shape != 0).all(axis=1))
+    rows = np.flatnonzero((tensor >= 0) & every(shape != 0))
     start = manifest.table(manifest.boxes.starts)
     if len(rows) < len(tensor):
-        tensor, start, shape = tensor[rows], start[rows], shape[rows]
+        tensor, start, shape = tensor[rows], gathered(start, rows), gathered(shape, rows)
     return tensor, _widened(start, axes, 0), _widened(shape, axes, 1), rows
 
 

@@ -17,6 +17,7 @@ from engine_plugins.weights.loader.coverage import (
     EngineStep,
     LoaderRules,
     engine_steps,
+    left_out,
     parameters_by_coverage,
 )
 from engine_plugins.weights.loader.dtype_fit import wanted_dtypes
@@ -83,6 +84,7 @@ def other_dtypes(
     *,
     tp_rank: int,
     since: float,
+    partial: bool = False,
 ) -> ConnectResult | None:
     """What a rank answers where tensors must come in other dtypes; None where none must.
 
@@ -92,6 +94,7 @@ def other_dtypes(
         rules: of the loader.
         tp_rank: of this rank.
         since: when planning began, on the performance counter.
+        partial: see `engine_steps`.
 
     Raises:
         WeightMismatchError: something else does not fit.
@@ -99,7 +102,7 @@ def other_dtypes(
     wanted = wanted_dtypes(trace, tensors, rules.model_dtype)
     if not wanted:
         return None
-    _, unused = engine_steps(trace, tensors, rules, mended=wanted.keys())
+    _, unused = engine_steps(trace, tensors, rules, mended=wanted.keys(), partial=partial)
     by_dtype: dict[str, list[str]] = {}
     for name, dtype in wanted.items():
         by_dtype.setdefault(dtype_name(dtype), []).append(name)
@@ -141,6 +144,7 @@ def rank_plan(
         tp_rank=tp_rank,
         parameters_loaded=loaded,
         parameters_idle=idle[:_SHOWN],
+        parameters_left=len(left_out(trace)),
         bytes_needed=needed,
         bytes_to_move=moved,
         operations=sum(step.operations for step in plan.steps),

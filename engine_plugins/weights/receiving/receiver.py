@@ -23,6 +23,7 @@ from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.report import RankReport
 from engine_plugins.weights.hardware.free_memory import surely_free_bytes
 from engine_plugins.weights.hardware.peak_memory import PeakMemory
+from engine_plugins.weights.hardware.queued_work import finish_queued_work
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.needed import needed_boxes
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
@@ -119,13 +120,22 @@ class WeightReceiver:
             tensors = found("tensors", lambda: logical_tensors(manifests))
             trace = self._model.trace(tensors)
             self._look_again()
+            partial = all(manifest.partial for manifest in manifests)
             if tell_dtypes:
                 told = other_dtypes(
-                    trace, tensors, self._installer, tp_rank=self._tp_rank, since=planning
+                    trace,
+                    tensors,
+                    self._installer,
+                    tp_rank=self._tp_rank,
+                    since=planning,
+                    partial=partial,
                 )
                 if told is not None:
                     return told
-            steps, unused = found("steps", lambda: engine_steps(trace, tensors, self._installer))
+            steps, unused = found(
+                "steps of a part" if partial else "steps",
+                lambda: engine_steps(trace, tensors, self._installer, partial=partial),
+            )
             connected = Connection(
                 direction=direction,
                 manifests=manifests,
@@ -305,6 +315,8 @@ class WeightReceiver:
             )
         run.prepared.confirm()
         with run.timed_install():
+            # What was spread or copied by us went to streams that the engine's own know nothing of.
+            finish_queued_work(self._model.landing.memory())
             self._installer.finish()
         self._run = None
         direct = run.prepared.plan.direct_bytes

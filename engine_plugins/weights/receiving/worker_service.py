@@ -30,7 +30,7 @@ from engine_plugins.errors import (
 from engine_plugins.scarce import explained
 from engine_plugins.shared_page import SharedPage
 from engine_plugins.weights.contract.destinations import Destination
-from engine_plugins.weights.contract.manifest import SourceManifest
+from engine_plugins.weights.contract.manifest_reader import ManifestReader
 from engine_plugins.weights.contract.report import RankPlan, RankReport
 from engine_plugins.weights.receiving.connection import Direction
 from engine_plugins.weights.receiving.receiver import WeightReceiver
@@ -308,9 +308,9 @@ class WorkerService:
     ) -> ConnectAnswer:
         """Manifests come as they are, or as paths of files on this host."""
         self._be_reachable(reached_at)
-        decoder = msgspec.msgpack.Decoder(SourceManifest)
+        reader = ManifestReader()
         bodies = (Path(each).read_bytes() if isinstance(each, str) else each for each in manifests)
-        offers = [decoder.decode(body) for body in bodies]
+        offers = [reader.read(body) for body in bodies]
         result = self._receiver.connect(
             plan_id, offers, direction=direction, tell_dtypes=tell_dtypes
         )

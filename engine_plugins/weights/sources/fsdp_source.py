@@ -10,7 +10,7 @@ from torch import nn
 from engine_plugins.errors import UnsupportedError
 from engine_plugins.weights.sources.wrapper_names import plain_name, unwrapped
 
-__all__ = ["fsdp_tensors", "refuse_fsdp1_names"]
+__all__ = ["fsdp_tensors", "refuse_fsdp1_names", "reshard"]
 
 _FSDP1_PARTS = ("_fsdp_wrapped_module", "_flat_param")
 
@@ -28,7 +28,7 @@ def fsdp_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         UnsupportedError: a model wrapped by FSDP1.
     """
     _refuse_fsdp1(model)
-    _reshard(model)
+    reshard(model)
     inner = unwrapped(model)
     for path, tensor in (*inner.named_parameters(), *_saved_buffers(inner)):
         yield plain_name(path), tensor
@@ -60,7 +60,8 @@ def _fsdp1() -> UnsupportedError:
     )
 
 
-def _reshard(model: nn.Module) -> None:
+def reshard(model: nn.Module) -> None:
+    """Have every part that lies unsharded be sharded again, as the optimizer steps it."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in model.modules():

@@ -19,6 +19,8 @@ from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.conversion_trace import Piece, Undo, traced_pieces
+from engine_plugins.weights.sources.only import Only
+from engine_plugins.weights.sources.text_tower import Renamed, other_model, tower_names
 from engine_plugins.weights.sources.wrapper_names import plain_name, unwrapped
 
 __all__ = ["CheckpointNames", "names_of_config", "names_of_model", "transformers_model"]
@@ -49,8 +51,13 @@ def transformers_model(model: nn.Module) -> tuple[str, Any] | None:
     return (plain_name(found[0][0]), found[0][1]) if found else None
 
 
-def names_of_model(model: nn.Module) -> tuple[CheckpointNames | None, Any]:
+def names_of_model(model: nn.Module, config: object = None) -> tuple[CheckpointNames | None, Any]:
     """How a module's tensors are called in checkpoints, and its config; None: as they are.
+
+    Args:
+        model: the trainer's.
+        config: of what the engine serves, if it is given. Where that is a model of several parts
+            and the trainer's is its text, or the other way round, the names are the engine's.
 
     Raises:
         SourceError: several models side by side.
@@ -59,13 +66,17 @@ def names_of_model(model: nn.Module) -> tuple[CheckpointNames | None, Any]:
     if found is None:
         return None, getattr(unwrapped(model), "config", None)
     path, inner = found
+    served = other_model(inner, config)
+    renamed = None if served is None else tower_names(inner, served)
+    saved: Any = inner if renamed is None else served
     names = CheckpointNames(
-        lambda: _conversions(inner),
-        inner.config,
+        lambda: _conversions(saved),
+        saved.config,
         prefix=f"{path}." if path else "",
-        not_saved=getattr(inner, _NOT_SAVED, None) or (),
+        not_saved=getattr(saved, _NOT_SAVED, None) or (),
+        renamed=renamed,
     )
-    return names, inner.config
+    return names, saved.config
 
 
 def names_of_config(config: object) -> CheckpointNames | None:
@@ -101,6 +112,8 @@ class CheckpointNames:
         config: the HF config.
         prefix: of the model's names, where a module holds it.
         not_saved: names that its checkpoints lack.
+        renamed: what the model's names are in the model whose conversions these are, if that is
+            another; None where it has no such tensor.
     """
 
     def __init__(
@@ -110,19 +123,23 @@ class CheckpointNames:
         *,
         prefix: str = "",
         not_saved: Iterable[str] = (),
+        renamed: Renamed | None = None,
     ) -> None:
         self._conversions = conversions
         self._config = config
         self._prefix = prefix
         self._not_saved = frozenset(not_saved)
+        self._renamed = renamed
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._pieces: dict[str, list[Piece]] = {}
+        self._others: list[str] = []
 
-    def boxes(self, own: Sequence[SourceBox]) -> list[SourceBox]:
+    def boxes(self, own: Sequence[SourceBox], *, only: Only | None = None) -> list[SourceBox]:
         """Replace boxes of the model's tensors by boxes of the checkpoint's; no value is copied.
 
         Args:
             own: under the model's names without wrappers; of a sharded tensor this rank's share.
+            only: what is asked for; None for all. The rest may be what cannot be offered.
 
         Raises:
             SourceError: tensors beside the model's.
@@ -130,14 +147,24 @@ class CheckpointNames:
                 that is sharded.
         """
         outside = [box.name for box in own if not box.name.startswith(self._prefix)]
-        if outside:
+        if outside and only is None:
             raise SourceError(
                 f"{', '.join(outside[:_SHOWN])}: no part of the model at {self._prefix[:-1]!r}, "
                 "and the engine has nothing like it",
-                remedy=f"give the model alone (the module's attribute {self._prefix[:-1]!r})",
+                remedy=f"give the model alone (the module's attribute {self._prefix[:-1]!r}), or "
+                "choose its tensors with only=",
             )
-        self._look({box.name: box.global_shape for box in own if self._is_saved(box.name)})
-        return [made for box in own for made in self._made_of(box)]
+        self._look({box.name: box.global_shape for box in own})
+        others = [name for name in self._others if only is None or only.chooses(name)]
+        if others:
+            raise UnsupportedError(
+                f"{', '.join(others[:_SHOWN])}: transformers holds them in another order than "
+                "checkpoints do, so they cannot be read where they lie",
+                remedy="leave them out with only=, if they are not trained; or give from_hf a "
+                "function that gives the tensors as save_pretrained would write them",
+            )
+        made = [made for box in own for made in self._made_of(box)]
+        return made if only is None else only.of(made)
 
     def own_names(self) -> dict[str, str]:
         """Checkpoint name -> the model's, of all that are called otherwise."""
@@ -148,23 +175,21 @@ class CheckpointNames:
             if piece.name != own
         }
 
-    def _is_saved(self, name: str) -> bool:
-        return name.removeprefix(self._prefix) not in self._not_saved
+    def _saved(self, name: str) -> str | None:
+        """The name of a tensor where conversions are concerned; None if it is not saved."""
+        inner: str | None = name.removeprefix(self._prefix)
+        if self._renamed is not None and inner is not None:
+            inner = self._renamed(inner)
+        saved = name.startswith(self._prefix) and inner not in self._not_saved
+        return inner if saved else None
 
     def _look(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:
             return
-        cut = len(self._prefix)
-        inner = {name[cut:]: shape for name, shape in shapes.items()}
-        pieces, others = traced_pieces(inner, _undo(self._conversions(), self._config))
-        if others:
-            raise UnsupportedError(
-                f"{', '.join(others[:_SHOWN])}: transformers holds them in another order than "
-                "checkpoints do, so they cannot be read where they lie",
-                remedy="give from_hf a function that gives the tensors as save_pretrained would "
-                "write them",
-            )
-        self._pieces = {self._prefix + name: found for name, found in pieces.items()}
+        own = {saved: name for name in shapes if (saved := self._saved(name)) is not None}
+        inner = {saved: shapes[name] for saved, name in own.items()}
+        pieces, self._others = traced_pieces(inner, _undo(self._conversions(), self._config))
+        self._pieces = {own[saved]: found for saved, found in pieces.items()}
         self._shapes = shapes
 
     def _made_of(self, box: SourceBox) -> Iterator[SourceBox]:

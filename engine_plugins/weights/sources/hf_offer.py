@@ -7,17 +7,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from engine_plugins.errors import SourceError
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
-from engine_plugins.weights.sources.hf_model import CheckpointNames, names_of_config, names_of_model
+from engine_plugins.weights.sources.forms.merged_lora import MergedLora
+from engine_plugins.weights.sources.forms.peft_model import base_model_of, has_adapters
+from engine_plugins.weights.sources.hf_model import names_of_config, names_of_model
 from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.module_tensors import ModuleTensors
+from engine_plugins.weights.sources.only import Only
+from engine_plugins.weights.sources.remembered import Remembered
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
 __all__ = ["HfOffer", "read_config"]
@@ -30,41 +35,73 @@ class HfOffer:
         weights: see `WeightSender.from_hf`.
         config: the HF config, object or dict, or the path of its file or folder. None: the
             model's own, where a model is given.
+        only: what is asked for; None for all.
+        merge_lora: whether adapters that peft has put into a model are merged; see `MergedLora`.
+
+    Attributes:
+        merged: the model with adapters merged, where it has any.
 
     Raises:
-        SourceError: neither a model nor named tensors; a path without a config.
+        SourceError: neither a model nor named tensors; a path without a config; adapters to merge
+            of what is no model.
     """
 
-    def __init__(self, weights: HfWeights, config: object = None) -> None:
-        self._look = looked_at_anew(weights)
-        self._names, own = _names(weights)
+    def __init__(
+        self,
+        weights: HfWeights,
+        config: object = None,
+        *,
+        only: Only | None = None,
+        merge_lora: bool = False,
+    ) -> None:
+        self.merged: MergedLora | None = None
         self.config = read_config(config)
+        self._look, self._names, own = looked_at_anew(weights), None, None
+        if isinstance(weights, nn.Module):
+            self._names, own = names_of_model(base_model_of(weights), self.config)
+            if has_adapters(weights):
+                self.merged = MergedLora(weights, merge=merge_lora)
+                self._look = self.merged.tensors
+        else:
+            _refuse_merging(merge_lora)
         if self.config is None:
             self.config = own
         elif self._names is None:
             self._names = names_of_config(self.config)
         self._tied = is_tied(self.config, None)
+        describe = partial(hf_boxes, names=self._names, only=only)
+        self._described = Remembered(self._look, describe)
 
     @property
     def facts(self) -> dict[str, str | int | bool]:
         """What engines compare with their own config."""
         return model_facts(self.config)
 
-    def boxes(self) -> list[SourceBox]:
+    def boxes(self) -> Sequence[SourceBox]:
         """This process's boxes under checkpoint names, as they are now.
 
         Raises:
             SourceError, UnsupportedError: see `hf_boxes` and `CheckpointNames.boxes`.
         """
-        return list(checked_boxes(hf_boxes(self._look(), names=self._names), tied=self._tied))
+        return checked_boxes(self._described(), tied=self._tied)
+
+    def forget(self) -> None:
+        """Hold on to no memory; the next `boxes` describes it anew."""
+        self._described.forget()
+        if isinstance(self._look, ModuleTensors):
+            self._look.forget()
 
     def own_names(self) -> Mapping[str, str]:
         """Checkpoint name -> the trainer's own, of all that differ."""
         return {} if self._names is None else self._names.own_names()
 
 
-def _names(weights: HfWeights) -> tuple[CheckpointNames | None, Any]:
-    return names_of_model(weights) if isinstance(weights, nn.Module) else (None, None)
+def _refuse_merging(merge_lora: bool) -> None:
+    if merge_lora:
+        raise SourceError(
+            "merge_lora is for a model, and named tensors were given",
+            remedy="give the peft model itself",
+        )
 
 
 def read_config(config: object) -> object:

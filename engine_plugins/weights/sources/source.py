@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import is_
 from types import TracebackType
 from typing import Literal, Self, cast
 
@@ -33,6 +34,7 @@ from engine_plugins.weights.contract.manifest import (
 )
 from engine_plugins.weights.contract.manifest_checks import check_manifest
 from engine_plugins.weights.contract.version_word import CLOSED, VersionWord, new_word
+from engine_plugins.weights.hardware.queued_work import finish_queued_work
 from engine_plugins.weights.memory.source_memory import (
     Region,
     copy_memory,
@@ -42,6 +44,7 @@ from engine_plugins.weights.memory.source_memory import (
     strides_bytes,
     warn_of_expandable_segments,
 )
+from engine_plugins.weights.sources.remembered import KnownBoxes, layout_of
 from engine_plugins.weights.transport.base import Transport
 
 __all__ = ["WeightSource"]
@@ -91,6 +94,7 @@ class WeightSource:
         source: who speaks, for people; names host and pid when empty.
         global_rank: in the trainer's job, where there is one.
         model: facts of the HF config (see `model_facts`).
+        partial: whether what is not offered stays as engines have it.
 
     Raises:
         SourceError: a tensor that has no plain memory (meta, sparse, DTensor), lies on a device
@@ -106,13 +110,19 @@ class WeightSource:
         source: str = "",
         global_rank: int | None = None,
         model: Mapping[str, str | int | bool] | None = None,
+        partial: bool = False,
     ) -> None:
+        self._partial = partial
         self._describe = boxes if callable(boxes) else lambda: boxes
         self._transport = transport
         self._source = source or f"trainer ({socket.gethostname()}, pid {os.getpid()})"
         self._global_rank = global_rank
         self._model = dict(model or {})
         self._placed: list[_Placed] = []
+        self._copies: list[_Placed] = []
+        self._boxes: Sequence[SourceBox] = ()
+        self._lie: list[tuple[object, ...]] = []
+        """How the memory of each of the boxes lay; of boxes that say themselves, nothing."""
         self._regions: dict[_RegionKey, Region] = {}
         self._word: VersionWord | None = None
         self._layout: list[tuple[object, ...]] | None = None
@@ -149,7 +159,8 @@ class WeightSource:
     @property
     def copied_bytes(self) -> int:
         """Bytes held twice, because peers cannot read them in the trainer's own layout."""
-        return sum(placed.memory.nbytes for placed in self._placed if placed.is_copy)
+        copies = (placed for placed in self._placed if placed.is_copy or placed.box.made)
+        return sum(placed.memory.nbytes for placed in copies)
 
     def refresh(self) -> bool:
         """Bring copies up to date and follow tensors that moved; call before every update.
@@ -166,20 +177,24 @@ class WeightSource:
         """
         if self._closed or self._word is None:
             raise SourceError("this source is closed", remedy="build a new source")
-        placed = self._place(self._describe())
-        layout = [entry.layout() for entry in placed]
+        boxes = self._describe()
+        finish_queued_work(box.data for box in boxes)  # before a copy reads any of it
+        known = self._manifest is not None and self._unmoved(boxes)
+        placed = self._placed if known else self._place(boxes)
+        layout = self._layout if known else [entry.layout() for entry in placed]
         moved = layout != self._layout
         if moved:
             # Registrations go before their storages do, and a failure on the way leaves a
             # source that offers nothing instead of a manifest that lies.
             self._layout = self._manifest = None
             self._register(regions_of(entry.memory for entry in placed))
+        if not known:
+            self._remember(boxes)
+            self._copies = [entry for entry in placed if entry.is_copy]
         with torch.no_grad():
-            for entry in placed:
-                if entry.is_copy:
-                    entry.memory.copy_(entry.box.data)
-        for device in {entry.memory.device for entry in placed if entry.memory.is_cuda}:
-            torch.cuda.synchronize(device)
+            for entry in self._copies:
+                entry.memory.copy_(entry.box.data)
+        finish_queued_work(entry.memory for entry in self._copies)
         self._placed = placed
         if moved:
             self._manifest = self._build(self._word)
@@ -215,7 +230,7 @@ class WeightSource:
             except TransportError:
                 logger.warning("region at %#x stays registered", region.address, exc_info=True)
             del self._regions[key]
-        self._placed = []
+        self._placed, self._copies, self._boxes, self._lie = [], [], (), []
         self._layout = self._manifest = None
 
     def close(self, *, agent_closed: bool = False) -> None:
@@ -247,6 +262,21 @@ class WeightSource:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _unmoved(self, boxes: Sequence[SourceBox]) -> bool:
+        """Whether boxes are those of the last refresh, and lie as they did then."""
+        if isinstance(boxes, KnownBoxes):
+            return boxes is self._boxes
+        return (
+            len(boxes) == len(self._boxes)
+            and all(map(is_, boxes, self._boxes))
+            and all(layout_of(box.data) == lay for box, lay in zip(boxes, self._lie, strict=True))
+        )
+
+    def _remember(self, boxes: Sequence[SourceBox]) -> None:
+        says_itself = isinstance(boxes, KnownBoxes)
+        self._boxes = boxes if says_itself else list(boxes)
+        self._lie = [] if says_itself else [layout_of(box.data) for box in boxes]
 
     def _place(self, boxes: Sequence[SourceBox]) -> list[_Placed]:
         """Give every box that has elements its memory, reusing copies made before."""
@@ -304,6 +334,7 @@ class WeightSource:
             boxes=_box_columns(self._placed, list(tensors), regions, axes),
             host=socket.gethostname(),
             global_rank=self._global_rank,
+            partial=self._partial,
         )
         entries = len(tensors) + len(regions) + len(self._placed)
         if entries:

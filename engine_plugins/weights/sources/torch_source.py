@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from typing import cast
 
 import torch
@@ -15,6 +14,8 @@ from engine_plugins.weights.sources.dtensor_source import is_dtensor, shard_boxe
 from engine_plugins.weights.sources.fsdp_source import fsdp_tensors, refuse_fsdp1_names
 from engine_plugins.weights.sources.fused_experts import split_fused_experts
 from engine_plugins.weights.sources.hf_model import CheckpointNames
+from engine_plugins.weights.sources.module_tensors import ModuleTensors
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.wrapper_names import named_alike, refuse_adapters
 
 __all__ = ["HfWeights", "hf_boxes", "looked_at_anew", "plain_view"]
@@ -34,7 +35,7 @@ def looked_at_anew(weights: HfWeights) -> Callable[[], NamedTensors]:
         SourceError: what is neither; or a generator that has nothing (any more).
     """
     if isinstance(weights, nn.Module):
-        return partial(fsdp_tensors, weights)  # of any module: those of FSDP2 are resharded
+        return ModuleTensors(weights, fsdp_tensors)
     if callable(weights):
         return weights
     given: object = weights
@@ -56,7 +57,10 @@ def looked_at_anew(weights: HfWeights) -> Callable[[], NamedTensors]:
 
 
 def hf_boxes(
-    named_tensors: NamedTensors, *, names: CheckpointNames | None = None
+    named_tensors: NamedTensors,
+    *,
+    names: CheckpointNames | None = None,
+    only: Only | None = None,
 ) -> list[SourceBox]:
     """Describe HF-named tensors as a source, without copying any.
 
@@ -69,6 +73,7 @@ def hf_boxes(
             DTensor this rank's share is described.
         names: what the checkpoint's names are. None: the tensors have them, but for fused
             experts, which are known by their shapes (see `split_fused_experts`).
+        only: what is asked for; None for all.
 
     Raises:
         SourceError: a name twice, a model's with adapters, or a tensor whose memory is not its
@@ -87,7 +92,10 @@ def hf_boxes(
             )
         given[name] = _boxes_of(name, tensor)
     boxes = [box for group in given.values() for box in group]
-    return list(split_fused_experts(boxes)) if names is None else names.boxes(boxes)
+    if names is not None:
+        return names.boxes(boxes, only=only)
+    named = list(split_fused_experts(boxes))
+    return named if only is None else only.of(named)
 
 
 def _boxes_of(name: str, tensor: torch.Tensor) -> list[SourceBox]:

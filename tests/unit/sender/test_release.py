@@ -148,7 +148,7 @@ def test_slots_of_quantized_weights_are_let_go_too(engine: FakeEngine, recorder:
         sender.update(1)
         first = engine.weights[name].clone()
         assert len(recorder.held) == 1
-        slots = weakref.ref(sender._offer.source._placed[0].memory.untyped_storage())
+        slots = weakref.ref(sender._job.offer.source._placed[0].memory.untyped_storage())
         sender.release()
         gc.collect()
         assert slots() is None

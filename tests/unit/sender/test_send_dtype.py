@@ -109,7 +109,7 @@ def test_release_frees_the_slots_and_the_next_update_lays_them_out_anew(
 ) -> None:
     with sender_of(weights, engines, transport) as sender:
         sender.update(1)
-        held = {each.box.name: each.memory for each in sender._offer.source._placed}
+        held = {each.box.name: each.memory for each in sender._job.offer.source._placed}
         slots = weakref.ref(held.pop("embed.weight").untyped_storage())
         held.clear()
         sender.release()

@@ -186,7 +186,8 @@ def test_a_broken_connection_is_asked_about_and_not_taken_for_a_failure(
         AdminClient(engine.url, token=TOKEN, timeout_s=0.3) as client,
     ):
         link = EngineLink(client)
-        ids = [link.publish(lambda: source.manifest_bytes)]
+        link.publish({0: source.manifest_bytes})
+        ids = [str(link.source_id(0))]
         request = UpdateRequest(plan_id="", version=1, request_id="r", timeout_s=0.1)
         assert link.prepare(ids, {}, request, "pull").outcome == "prepared"
         assert engine.weights == {}

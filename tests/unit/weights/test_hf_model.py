@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def saved(model: Any, family: Family, folder: Path) -> dict[str, torch.Tensor]:
     return checkpoint(save(model, family, folder / "saved"))
 
 
-def assert_equal(boxes: list[SourceBox], expected: dict[str, torch.Tensor]) -> None:
+def assert_equal(boxes: Sequence[SourceBox], expected: dict[str, torch.Tensor]) -> None:
     rebuilt = assemble(boxes)
     assert sorted(rebuilt) == sorted(expected)
     assert [name for name in expected if not torch.equal(rebuilt[name], expected[name])] == []

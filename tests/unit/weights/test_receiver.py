@@ -23,6 +23,7 @@ from engine_plugins.errors import (
     WeightMismatchError,
 )
 from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.receiving import receiver
 from engine_plugins.weights.receiving.connection import Direction
 from engine_plugins.weights.receiving.update_run import STOP_S
 from engine_plugins.weights.sources.source import WeightSource
@@ -56,6 +57,33 @@ def trainer() -> Iterator[SourceRank]:
 
 def connect(rank: InMemoryRank, *trainers: SourceRank, plan_id: str = "plan") -> None:
     rank.receiver.connect(plan_id, [trainer.manifest for trainer in trainers])
+
+
+def test_copies_of_ours_are_waited_for_before_the_engine_goes_on(
+    rank: InMemoryRank, trainer: SourceRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last install, and before the engine looks at the weights: its streams are its own.
+
+    Of the memory that we copy to ourselves; what the loader copies is the engine's.
+    """
+    told: list[str] = []
+    finish = rank.installer.finish
+    monkeypatch.setattr(
+        receiver, "finish_queued_work", lambda tensors: told.append(f"wait {bool([*tensors])}")
+    )
+
+    def finishing() -> None:
+        told.append("finish")
+        finish()
+
+    monkeypatch.setattr(rank.installer, "finish", finishing)
+    monkeypatch.setattr(rank.receiver, "_direct_landing", True)
+    connect(rank, trainer)
+    for _ in range(2):
+        rank.receiver.start("plan", staged=True, timeout_s=10)
+        rank.install_all()
+        assert told == ["wait True", "finish"]
+        told.clear()
 
 
 # -- whole updates ----------------------------------------------------------------------------

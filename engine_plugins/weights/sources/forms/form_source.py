@@ -15,7 +15,7 @@ from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
 from engine_plugins.weights.sources.forms.slots import Slots
 
-__all__ = ["Filled", "Form", "FormSource"]
+__all__ = ["Filled", "Form", "FormSource", "wait_for_queued_work"]
 
 
 class Filled(NamedTuple):

@@ -9,9 +9,11 @@ to convert. Source: megatron-bridge 0.3.1.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
+from engine_plugins.errors import UnsupportedError
 from engine_plugins.weights.sources.megatron.families import Family
 from engine_plugins.weights.sources.megatron.layout import Role, Rows
 from engine_plugins.weights.sources.megatron.rules import Rule
@@ -56,6 +58,9 @@ def bridge_family(config: Mapping[str, Any]) -> Family | None:
 
     Returns:
         None where Bridge is not loaded, or does not know the model.
+
+    Raises:
+        UnsupportedError: a mapping that Bridge makes of more than is told here.
     """
     conversion = sys.modules.get(f"{_CONVERSION}.model_bridge")
     classes = sys.modules.get(f"{_CONVERSION}.param_mapping")
@@ -68,14 +73,29 @@ def bridge_family(config: Mapping[str, Any]) -> Family | None:
         return None
     rules: dict[str, Rule] = {}
     refused: dict[str, str] = {}
-    for mapping in made(None).mapping_registry().get_all_mappings():
+    for mapping in _mappings(made, config):
         native, numbers = _with_numbers(mapping.megatron_param)
         rule = _rule(native, numbers, mapping, classes)
         if rule is not None:
             rules.setdefault(native, rule)
         elif native not in rules:
             refused[native] = type(mapping).__name__
-    return Family(whole=rules, zero_centered=None, refused=refused)
+    tied = not {_VOCABULARY[1]} & (rules.keys() | refused.keys())
+    return Family(whole=rules, zero_centered=None, refused=refused, tied=tied)
+
+
+def _mappings(made: Callable[[object], Any], config: Mapping[str, Any]) -> Iterable[Any]:
+    bridge = made(None)
+    bridge._hf_config = SimpleNamespace(**config)  # what GLM's mapping asks for its MTP layers
+    try:
+        found: Iterable[Any] = bridge.mapping_registry().get_all_mappings()
+    except Exception as error:
+        raise UnsupportedError(
+            f"{type(bridge).__name__} of Megatron-Bridge gives no mapping for this config: "
+            f"{error!r}",
+            remedy=f"register_family({config.get('model_type')!r}, ...) says what it would",
+        ) from error
+    return found
 
 
 def _architectures(config: Mapping[str, Any]) -> Iterable[str]:

@@ -19,10 +19,12 @@ __all__ = ["class_name", "cut_of"]
 
 _TABLE: Mapping[str, Cut] = {
     "ColumnParallelLinear": Cut.COLUMN,
+    "DotProductAttention": Cut.COLUMN,  # its attention sinks
     "Gemma2OutputLayer": Cut.COLUMN,
     "LinearCrossEntropyModule": Cut.COLUMN,
     "TEColumnParallelGroupedLinear": Cut.COLUMN,
     "TEColumnParallelLinear": Cut.COLUMN,
+    "TEDotProductAttention": Cut.COLUMN,
     "TELayerNormColumnParallelLinear": Cut.COLUMN,
     "VocabParallelEmbedding": Cut.COLUMN,
     "RowParallelLinear": Cut.ROW,
@@ -41,8 +43,18 @@ _TABLE: Mapping[str, Cut] = {
 _BY_MODE = {"column": "TEColumnParallelLinear", "row": "TERowParallelLinear"}
 """Transformer Engine's plain linear by its `parallel_mode`."""
 
-_CONTAINERS = frozenset({"GroupedMLP", "SharedExpertMLP"})
-"""Classes that hold parameters of several kinds themselves: only the name can tell those."""
+_CONTAINERS = frozenset(
+    {
+        "Conv1d",
+        "ExtendedRMSNorm",
+        "GatedDeltaNet",
+        "GroupedMLP",
+        "MambaMixer",
+        "SharedExpertMLP",
+    }
+)
+"""Classes that hold parameters of several kinds themselves, or are cut by who holds them: only the
+name can tell."""
 
 _SUBSTRINGS = (
     ("ColumnParallel", Cut.COLUMN),
@@ -87,7 +99,7 @@ def cut_of(kind: str, native: str, overrides: Mapping[str, str]) -> Cut | None:
             remedy=f"say it with class_cuts={{{kind!r}: 'column' | 'row' | 'replicated'}}",
         )
     # A fused norm is never cut, nor is what a row-parallel linear adds after its sum.
-    leaf = native.rpartition(".")[2]
+    leaf = native.rpartition(".")[2].rstrip("0123456789")
     if leaf.startswith("layer_norm_") or (leaf == "bias" and cut is Cut.ROW):
         return Cut.REPLICATED
     return cut

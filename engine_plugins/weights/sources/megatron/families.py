@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine_plugins.weights.sources.megatron.layout import Role
+from engine_plugins.weights.sources.megatron.layout import Role, Rows
 from engine_plugins.weights.sources.megatron.rules import Rule, Rules
 from engine_plugins.weights.sources.megatron.tables import (
     ATTENTION,
@@ -27,8 +27,11 @@ from engine_plugins.weights.sources.megatron.tables import (
     SANDWICH_NORMS,
     SHARED_EXPERTS,
     experts,
+    fused,
+    norm,
     one,
     shared_experts,
+    stacked_experts,
 )
 
 __all__ = ["FAMILIES", "Family"]
@@ -90,6 +93,46 @@ _QWEN2_SHARED_EXPERT: Rules = {
         Role.REPLICATED, "mlp.shared_expert_gate.weight", "1", "hidden"
     ),
 }
+_GPT_OSS: Rules = {
+    "self_attention.core_attention.softmax_offset": one(
+        Role.COLUMN, "self_attn.sinks", "num_attention_heads"
+    ),
+    "mlp.router.weight": one(Role.REPLICATED, "mlp.router.weight", "experts", "hidden"),
+    "mlp.router.bias": one(Role.REPLICATED, "mlp.router.bias", "experts"),
+    **stacked_experts("mlp.experts", "ffn"),
+}
+_KEYS = "linear_num_key_heads*linear_key_head_dim"
+_VALUES = "linear_num_value_heads*linear_value_head_dim"
+_DELTA_NET: Rules = {
+    "self_attention.in_proj.layer_norm_weight": norm("input_layernorm"),
+    "self_attention.in_proj.weight": Rule(
+        hf=("linear_attn.in_proj_qkvz.weight", "linear_attn.in_proj_ba.weight"),
+        role=Role.COLUMN,
+        sizes=(
+            (f"2*{_KEYS}+2*{_VALUES}", "hidden"),
+            ("2*linear_num_value_heads", "hidden"),
+        ),
+        rows=Rows.DELTA_NET,
+        segments=(*_KEYS.split("*"), *_VALUES.split("*")),
+    ),
+    "self_attention.conv1d.weight": fused(
+        Role.COLUMN,
+        "linear_attn.conv1d.weight",
+        f"2*{_KEYS}+{_VALUES}",
+        "1",
+        "linear_conv_kernel_dim",
+        segments=(_KEYS, _KEYS, _VALUES),
+    ),
+    "self_attention.A_log": one(Role.COLUMN, "linear_attn.A_log", "linear_num_value_heads"),
+    "self_attention.dt_bias": one(Role.COLUMN, "linear_attn.dt_bias", "linear_num_value_heads"),
+    # The one norm of the model that HF holds whole.
+    "self_attention.out_norm.weight": replace(
+        norm("linear_attn.norm", "linear_value_head_dim"), plus=1
+    ),
+    "self_attention.out_proj.weight": one(
+        Role.ROW, "linear_attn.out_proj.weight", "hidden", _VALUES
+    ),
+}
 _GEMMA2 = Family(always=(SANDWICH_NORMS, ATTENTION, MLP), zero_centered=True, tied=True)
 
 FAMILIES: Mapping[str, Family] = {
@@ -110,6 +153,10 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family(
         always=(*_DENSE, QK_NORM, EXPERTS), when={"attention_bias": ATTENTION_BIAS}
     ),
+    "qwen3_next": Family(
+        always=(*_DENSE, QK_NORM, _DELTA_NET, EXPERTS, _QWEN2_SHARED_EXPERT), zero_centered=True
+    ),
+    "gpt_oss": Family(always=(NORMS, ATTENTION, ATTENTION_BIAS, _GPT_OSS)),
     "glm4_moe": Family(
         always=(*_DENSE, *_SHARED_MOE),
         when={"attention_bias": QKV_BIAS, "use_qk_norm": QK_NORM},

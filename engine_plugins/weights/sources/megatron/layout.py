@@ -80,6 +80,13 @@ class Rows(Enum):
     """Each rank holds its own `[gate; up]`, or blocks of its gate and up by turns."""
     SEGMENTS = "segments"
     """One HF tensor of several stretches, of each of which a rank holds its share."""
+    DELTA_NET = "delta_net"
+    """Each rank holds its `[q; k; v; z; b; a]`; HF one tensor of `[q, k, v, z]` per key head, and
+    one of `[b, a]`."""
+    STACKED = "stacked"
+    """One expert's, transposed, of an HF tensor of all experts."""
+    STACKED_GATED = "stacked_gated"
+    """The same, with gate and up by turns in HF's last axis."""
     QKV = "qkv"
     """`[q x (heads / groups), k, v]` per query group, or `[q.., z.., k, v]` with an output gate.
 
@@ -168,7 +175,8 @@ def cut_shard(
         shard: this rank's share.
         wholes: shapes of the parameter's HF tensors, in the order of the fused rows.
         heads: the model's attention heads; needed for `Rows.QKV` alone.
-        segments: rows of each stretch of the HF tensor; for `Rows.SEGMENTS` alone.
+        segments: for `Rows.SEGMENTS` rows of each stretch of the HF tensor; for `Rows.DELTA_NET`
+            key heads, rows of each, value heads, rows of each.
 
     Returns:
         Views of the shard; empty where it holds vocabulary padding alone.
@@ -182,6 +190,8 @@ def cut_shard(
         return _cut_padded(shard, wholes)
     if rows is Rows.SEGMENTS:
         return _cut_runs(shard, wholes[0][1:], _segment_runs(shard, wholes, segments))
+    if rows is Rows.DELTA_NET:
+        return _cut_runs(shard, wholes[0][1:], _delta_net_runs(shard, segments))
     return _cut_runs(shard, wholes[0][1:], _RUNS[rows](shard, wholes, heads))
 
 
@@ -275,6 +285,20 @@ def _segment_runs(shard: Shard, wholes: Sequence[Shape], segments: Sequence[int]
         _Run(0, start + index * share, share)
         for index in range(shard.count)
         for start, share in shares
+    ]
+
+
+def _delta_net_runs(shard: Shard, segments: Sequence[int]) -> list[_Run]:
+    keys, key_rows, values, value_rows = segments
+    per_key = _blocks(shard, values, keys, "value heads")
+    own = _blocks(shard, keys, shard.count, "key heads")
+    qkvz = [key_rows, key_rows, per_key * value_rows, per_key * value_rows]
+    parts = [(0, qkvz, place) for place in range(4)] + [(1, [per_key] * 2, n) for n in range(2)]
+    return [
+        _Run(part, head * sum(extents) + sum(extents[:place]), extents[place])
+        for rank in range(shard.count)
+        for part, extents, place in parts
+        for head in range(rank * own, (rank + 1) * own)
     ]
 
 

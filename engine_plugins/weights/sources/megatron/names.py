@@ -140,6 +140,8 @@ class MegatronNames:
             rows=rule.rows,
             segments=rule.segments,
             expert=rule.expert,
+            number=numbers.get("expert", 0),
+            plus=rule.plus,
         )
 
     @staticmethod
@@ -171,7 +173,7 @@ class MegatronNames:
         return known
 
     def segments(self, rule: Rule) -> list[int]:
-        """Rows of each stretch of a rule with `Rows.SEGMENTS`."""
+        """The numbers of a rule's `segments`."""
         return [self._sizes[size] for size in rule.segments]
 
     @property

@@ -25,8 +25,11 @@ class Rule:
         role: the cut, and the group that it goes over; None: as the class of its module says.
         sizes: each HF tensor's shape, in expressions of `sizes.py`; None: as the shards say.
         rows: the order of the rows.
-        segments: with `Rows.SEGMENTS`, the rows of each stretch, as expressions.
+        segments: with `Rows.SEGMENTS`, the rows of each stretch, as expressions; with
+            `Rows.DELTA_NET`, key heads, rows of each, value heads, rows of each.
         expert: whether it is a parameter of one expert.
+        number: the expert's number over the model, once a parameter's rule is found.
+        plus: what HF's values are above Megatron's.
     """
 
     hf: tuple[str, ...]
@@ -35,6 +38,8 @@ class Rule:
     rows: Rows = Rows.PLAIN
     segments: tuple[str, ...] = ()
     expert: bool = False
+    number: int = 0
+    plus: int = 0
 
 
 Rules = Mapping[str, Rule]

@@ -1,7 +1,7 @@
 """The source map of a Megatron trainer: native shards as boxes of HF tensors.
 
 Plain data in, views of the trainer's own memory out; Megatron itself is not needed.
-`megatron_names` says which HF tensors a parameter holds, `megatron_layout` how it is cut.
+`megatron/names.py` says which HF tensors a parameter holds, `megatron/layout.py` how it is cut.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.megatron.config import check_norms
 from engine_plugins.weights.sources.megatron.layout import (
     Cut,
+    Piece,
     Role,
     Rows,
+    Shape,
     Shard,
     cut_shard,
     with_output_gate,
 )
 from engine_plugins.weights.sources.megatron.legacy import split_legacy_experts
+from engine_plugins.weights.sources.megatron.made import MadeTensors
 from engine_plugins.weights.sources.megatron.names import (
     SUPPORTED_MODEL_TYPES,
     HfConfig,
@@ -35,6 +38,7 @@ from engine_plugins.weights.sources.megatron.names import (
 from engine_plugins.weights.sources.megatron.rank import MegatronChunk, MegatronRank, strip_wrappers
 from engine_plugins.weights.sources.megatron.registry import GivenRules
 from engine_plugins.weights.sources.megatron.rules import Rule
+from engine_plugins.weights.sources.megatron.stacked import stacked_gated, stacked_plain
 from engine_plugins.weights.sources.megatron.tied_heads import check_megatron_heads
 from engine_plugins.weights.sources.torch_source import plain_view
 
@@ -64,7 +68,10 @@ class _Parameter:
 
 
 def megatron_boxes(
-    rank: MegatronRank, config: HfConfig, rules: GivenRules | None = None
+    rank: MegatronRank,
+    config: HfConfig,
+    rules: GivenRules | None = None,
+    made: MadeTensors | None = None,
 ) -> list[SourceBox]:
     """Describe what one Megatron rank holds as boxes of HF tensors.
 
@@ -75,9 +82,11 @@ def megatron_boxes(
         rank: the rank's chunks and coordinates.
         config: the model's HF config, as plain data or a `transformers` object.
         rules: rules of its own, before those of the model's family.
+        made: copies made before; they are filled again and stay where they are.
 
     Returns:
-        Boxes whose `data` are views of the given tensors, outside autograd.
+        Boxes whose `data` are views of the given tensors, outside autograd. Where HF's values or
+        their order are such that no view has them (`made`), copies.
 
     Raises:
         UnsupportedError: a model family, tensor class or dtype that cannot be published.
@@ -87,6 +96,8 @@ def megatron_boxes(
             and the parameter.
     """
     names = MegatronNames(config, rules)
+    made = MadeTensors() if made is None else made
+    made.begin()
     boxes: list[SourceBox] = []
     owners: dict[tuple[str, tuple[int, ...]], str] = {}
     with _naming(rank):
@@ -96,7 +107,7 @@ def megatron_boxes(
             if chunk.module is not None:
                 check_norms(chunk.module, zero_centered=names.zero_centered)
         for parameter in _parameters(rank, names):
-            for box in _parameter_boxes(rank, names, parameter):
+            for box in _parameter_boxes(rank, names, parameter, made):
                 place = (box.name, box.start)
                 if place in owners:
                     raise SourceError(
@@ -109,12 +120,15 @@ def megatron_boxes(
 
 
 def megatron_boxes_of(
-    ranks: Sequence[MegatronRank], config: HfConfig, rules: GivenRules | None = None
+    ranks: Sequence[MegatronRank],
+    config: HfConfig,
+    rules: GivenRules | None = None,
+    made: MadeTensors | None = None,
 ) -> list[SourceBox]:
     """The boxes of several ranks that one process plays; see `megatron_boxes`."""
     if len(ranks) > 1 and MegatronNames(config, rules).tied:
         check_megatron_heads(ranks)
-    return [box for rank in ranks for box in megatron_boxes(rank, config, rules)]
+    return [box for rank in ranks for box in megatron_boxes(rank, config, rules, made)]
 
 
 def megatron_roles(rank: MegatronRank, config: HfConfig) -> Counter[Role]:
@@ -156,17 +170,16 @@ def _parameters(rank: MegatronRank, names: MegatronNames) -> Iterator[_Parameter
 
 
 def _parameter_boxes(
-    rank: MegatronRank, names: MegatronNames, parameter: _Parameter
+    rank: MegatronRank, names: MegatronNames, parameter: _Parameter, made: MadeTensors
 ) -> Iterator[SourceBox]:
     rule = parameter.rule
     if not rule.hf:
         return
-    view = plain_view(parameter.native, parameter.tensor)
     role = _role(parameter)
     index, count = _place(rank, role)
     shard = Shard(
         name=parameter.native,
-        data=view,
+        data=plain_view(parameter.native, parameter.tensor),
         index=index,
         count=count,
         glu_interleave=parameter.glu_interleave,
@@ -174,14 +187,30 @@ def _parameter_boxes(
     shapes = names.shapes(rule, shard)
     if rule.rows is Rows.QKV:
         shapes = with_output_gate(shard, shapes)
-    pieces = cut_shard(rule.rows, role.cut, shard, shapes, names.heads(rule), names.segments(rule))
-    for piece in pieces:
+    for piece in _pieces(rule, role.cut, shard, shapes, names):
+        data, name = piece.data, rule.hf[piece.part]
+        is_made = rule.plus != 0 or rule.rows is Rows.STACKED_GATED
+        if is_made:
+            made.wait_for(data)
+            values = data + rule.plus if rule.plus else data.flatten(-2)
+            data = made.copy((rank.label, name, piece.start), values)
         yield SourceBox(
-            name=rule.hf[piece.part],
+            name=name,
             global_shape=shapes[piece.part],
             start=piece.start,
-            data=piece.data,
+            data=data,
+            made=is_made,
         )
+
+
+def _pieces(
+    rule: Rule, cut: Cut, shard: Shard, shapes: Sequence[Shape], names: MegatronNames
+) -> list[Piece]:
+    if rule.rows is Rows.STACKED:
+        return stacked_plain(shard, cut, shapes, rule.number)
+    if rule.rows is Rows.STACKED_GATED:
+        return [stacked_gated(shard, shapes, rule.number)]
+    return cut_shard(rule.rows, cut, shard, shapes, names.heads(rule), names.segments(rule))
 
 
 def _role(parameter: _Parameter) -> Role:

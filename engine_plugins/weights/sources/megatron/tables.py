@@ -30,6 +30,7 @@ __all__ = [
     "norm",
     "one",
     "shared_experts",
+    "stacked_experts",
 ]
 
 
@@ -114,6 +115,28 @@ def shared_experts(module: str, size: str) -> Rules:
         "mlp.shared_experts.linear_fc2.weight": one(
             Role.ROW, f"{module}.down_proj.weight", "hidden", size
         ),
+    }
+
+
+def stacked_experts(module: str, size: str) -> Rules:
+    """Gated experts, biases too, that HF holds in one tensor for all."""
+
+    def stacked(role: Role, name: str, *sizes: str, rows: Rows) -> Rule:
+        return Rule(
+            role=role,
+            hf=(f"{module}.{name}",),
+            sizes=(("experts", *sizes),),
+            rows=rows,
+            expert=True,
+        )
+
+    fc1, fc2 = "mlp.experts.linear_fc1", "mlp.experts.linear_fc2"
+    gated, down, up = Rows.STACKED_GATED, Rows.STACKED, Role.EXPERT_COLUMN
+    return {
+        f"{fc1}.weight{{expert}}": stacked(up, "gate_up_proj", "hidden", f"2*{size}", rows=gated),
+        f"{fc1}.bias{{expert}}": stacked(up, "gate_up_proj_bias", f"2*{size}", rows=gated),
+        f"{fc2}.weight{{expert}}": stacked(Role.EXPERT_ROW, "down_proj", size, "hidden", rows=down),
+        f"{fc2}.bias{{expert}}": stacked(Role.REPLICATED, "down_proj_bias", "hidden", rows=down),
     }
 
 
