@@ -31,6 +31,7 @@ def with_draft(target: LoaderTrace, draft: LoaderTrace, own: Container[str]) -> 
         copies=target.copies + copies,
         # A tensor that only the draft model reads is given to it with the place of the whole.
         strided=target.strided - read_by_draft,
+        whole=target.whole,
         parameter_numel={
             **target.parameter_numel,
             **{DRAFT + name: n for name, n in draft.parameter_numel.items() if name in own},

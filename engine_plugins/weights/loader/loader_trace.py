@@ -13,13 +13,14 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from engine_plugins.errors import WeightMismatchError
+from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.alike_layers import AlikeLayers
 from engine_plugins.weights.loader.engine_tensors import (
@@ -27,6 +28,7 @@ from engine_plugins.weights.loader.engine_tensors import (
     saved_buffers,
     tensors_beside,
 )
+from engine_plugins.weights.loader.loader_threads import pools_done_here
 from engine_plugins.weights.loader.loader_watch import (
     SourceView,
     TracedCopy,
@@ -92,6 +94,8 @@ class LoaderTrace:
     """What the loader writes to, by parameter or buffer."""
     strided: frozenset[str] = frozenset()
     """Tensors that it reads alike where what it needs of them lies with strides of its own."""
+    whole: bool = False
+    """Whether the loader has to be given everything in one call."""
 
     def sources(self) -> set[str]:
         """HF names that reached a parameter of this rank."""
@@ -128,6 +132,8 @@ def trace_loader(
     parameters: Mapping[str, torch.Tensor],
     load_weights: LoadWeights,
     tensors: Sequence[LogicalTensor],
+    *,
+    may_load_whole: bool = False,
 ) -> LoaderTrace:
     """Record what `load_weights` does with `tensors`.
 
@@ -143,6 +149,8 @@ def trace_loader(
             load one module at a time.
         load_weights: the model's own loader.
         tensors: the tensors that would be fed, in the order in which they would be fed.
+        may_load_whole: whether an engine can load a whole model at once, where its loader does
+            not load one module at a time.
 
     Raises:
         WeightMismatchError: the loader refused a tensor; the text names it.
@@ -173,8 +181,13 @@ def trace_loader(
     trace = replace(trace, strided=_strided(loader, trace, tensors, alike))
     if model is None:
         return trace
-    refuse_unless_in_parts(trace.copies, trace.modules(), part)
-    return loader.with_missing(trace, saved_buffers(model))
+    try:
+        refuse_unless_in_parts(trace.copies, trace.modules(), part)
+    except UnsupportedError:
+        if not may_load_whole:
+            raise
+        trace = replace(trace, whole=True)
+    return loader.with_missing(trace, saved_buffers(model), tensors if trace.whole else ())
 
 
 def _strided(
@@ -254,7 +267,7 @@ class _Loader:
         making = nullcontext() if self._model is None else parameters_on_meta()
         feed = _Feed(tensors, copies, strides or {})
         try:
-            with torch.no_grad(), making, watch(copies):
+            with torch.no_grad(), making, pools_done_here(), watch(copies):
                 self._load_weights(iter(feed))
         except Exception as error:  # the engine's loader raises whatever it likes
             raise _refused(feed.current, error) from error
@@ -285,20 +298,34 @@ class _Loader:
             strided=strided,
         )
 
-    def with_missing(self, trace: LoaderTrace, saved: AbstractSet[str]) -> LoaderTrace:
-        """The trace with the buffers that the tensors leave out and a checkpoint would fill."""
+    def with_missing(
+        self, trace: LoaderTrace, saved: AbstractSet[str], always: Sequence[LogicalTensor]
+    ) -> LoaderTrace:
+        """The trace with the buffers that the tensors leave out and a checkpoint would fill.
+
+        Args:
+            trace: of what was offered.
+            saved: buffers that may be saved.
+            always: what the loader has to be given beside any tensor.
+        """
         left = {
             name: self._beside[name]
             for name in sorted(saved - trace.parameter_numel.keys())
             if name in self._beside
         }
-        missing = missing_buffers(left, trace.copies, self._filled_with)
-        return self.trace(trace.copies, missing, trace.strided) if missing else trace
+        filled_with = partial(self._filled_with, always)
+        missing = missing_buffers(left, trace.copies, filled_with)
+        if not missing:
+            return trace
+        return replace(self.trace(trace.copies, missing, trace.strided), whole=trace.whole)
 
-    def _filled_with(self, name: str, like: torch.Tensor) -> set[str]:
+    def _filled_with(
+        self, always: Sequence[LogicalTensor], name: str, like: torch.Tensor
+    ) -> set[str]:
         tensor = LogicalTensor(name=name, shape=tuple(like.shape), dtype=like.dtype)
+        others = [each for each in always if each.name != name]
         try:
-            seen = self.run([tensor], following)
+            seen = self.run([*others, tensor], following)
         except WeightMismatchError:  # it knows no such name
             return set()
         return {copy.parameter for copy in seen.copies if copy.sources}
