@@ -18,7 +18,7 @@ PROMPT = "What is new? "
 SENTENCES = ("fresh weights, no restart!", "other weights, same server.", "and so on, step by step")
 """What the model learns to answer, step by step: an engine with older weights says another."""
 ITERATIONS_PER_STEP = 40
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 28
 
 
 def parsed_options(about: str) -> argparse.Namespace:

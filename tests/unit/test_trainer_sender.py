@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from engine_plugins.admin_answers import UpdateRequest
 from engine_plugins.admin_client import AdminClient
-from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.errors import AdminAnswerError, SettingsError, SourceError
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
@@ -443,3 +443,53 @@ def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEng
         assert {source.agent for source in engine.sources.values()} == {"trainer-0", "trainer-1"}
         assert [len(ids) for ids in engine.plans.values()] == [2, 2]
         assert len(engine.sources) == 3, "rank 1 moved and offered again, rank 0 did not"
+
+
+def test_ranks_that_do_not_lead_need_neither_token_nor_route(
+    tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leading rank publishes for all, in one call; who moved is published again, alone."""
+    monkeypatch.delenv("ENGINE_PLUGINS_ADMIN_TOKEN", raising=False)
+    for engine in engines:
+        engine.pulls = False  # the bytes lie in other processes
+    steps = ("update:1", "update:2", "swap:1:3", "outside:1:4", "update:5")
+    first, second = two_ranks(tmp_path, engines, *steps, ALONE="1")
+    for step in steps:
+        if not step.startswith("outside"):
+            assert "on 2 engines" in first[step].get("report", ""), first[step]
+            assert first[step]["report"] == second[step]["report"]
+    assert "on trainer rank 1 of 2: ZeroDivisionError" in first["outside:1:4"]["error"]
+    assert first["outside:1:4"]["s"] < 10
+    assert second["outside:1:4"]["kind"] == "ZeroDivisionError"
+    for engine in engines:
+        assert engine.batches == [2, 1]
+        assert engine.version == 5
+        assert {each.agent for each in engine.sources.values()} == {"trainer-0", "trainer-1"}
+
+
+def test_each_rank_may_publish_for_itself(tmp_path: Path, engines: list[FakeEngine]) -> None:
+    for engine in engines:
+        engine.pulls = False  # the bytes lie in other processes
+    first, second = two_ranks(tmp_path, engines, "update:1", "swap:1:2", PUBLISH="each_rank")
+    for step in ("update:1", "swap:1:2"):
+        assert "on 2 engines" in first[step]["report"]
+        assert first[step]["report"] == second[step]["report"]
+    assert all(engine.batches == [1, 1, 1] for engine in engines)
+
+
+def test_a_batch_over_the_engines_limit_goes_in_parts(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Whatever the engine's operator has set; one manifest that is too long is a failure."""
+    engine = engines[0]
+    engine.most_in_batch = 2
+    with (
+        WeightSource(lambda: hf_boxes({"w": torch.zeros(2)}), transport) as source,
+        AdminClient(engine.url, token=TOKEN) as client,
+    ):
+        ids = client.put_sources([source.manifest_bytes] * 7)
+        assert engine.batches == [1, 2, 2, 2]
+        assert list(engine.sources) == ids
+        engine.most_in_batch = 0
+        with pytest.raises(AdminAnswerError, match="body_too_large"):
+            client.put_sources([source.manifest_bytes] * 2)
