@@ -104,13 +104,16 @@ class AdminServer:
         assert connected.status_code == 200, connected.text
         return str(connected.json()["plan_id"])
 
-    async def until(self, state: str, *, phase: str | None = None, within_s: float = 10) -> None:
-        """Wait until the engine is in a state (and an update in a phase)."""
+    async def until(
+        self, state: str, *, phase: str | None = None, moved: bool = False, within_s: float = 10
+    ) -> None:
+        """Wait until the engine is in a state (and an update in a phase, or has moved bytes)."""
         give_up = time.monotonic() + within_s
         while True:
             now = self.shared.read()
             reached = phase is None or (now.update is not None and now.update.phase == phase)
-            if now.state == state and reached:
+            has_moved = not moved or (now.update is not None and now.update.bytes_done > 0)
+            if now.state == state and reached and has_moved:
                 return
             assert time.monotonic() < give_up, f"still {now}"
             await asyncio.sleep(0.005)

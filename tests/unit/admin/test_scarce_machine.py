@@ -86,7 +86,7 @@ async def test_an_update_under_way_ends_well(
             server.engine.ranks[0].installer.install_s = 0.05
         asked = {"plan_id": plan_id, "version": 5, "request_id": "r", "mode": "staged"}
         running = asyncio.create_task(server.post("/weights/update", **asked))
-        await server.until("updating", phase=phase)
+        await server.until("updating", phase=phase, moved=phase == "pull")
         with shortage(runtime_dir):
             assert (await second.state())["update"]["version"] == 5
             answer = await running

@@ -23,8 +23,6 @@ from tests.support.block_fp8 import quantized_whole
 from tests.support.fake_engine import TOKEN, FakeEngine, served
 from tests.support.process_group import output_of_ranks
 
-peft = pytest.importorskip("peft", reason="peft is not installed")
-
 
 def tiny(**more: Any) -> nn.Module:
     config = Qwen3Config(
