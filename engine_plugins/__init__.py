@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engine_plugins.sender.joining import AddedEngines as AddedEngines
     from engine_plugins.sender.report import EnginesFailedError as EnginesFailedError
     from engine_plugins.sender.report import SenderReport as SenderReport
     from engine_plugins.trainer_sender import WeightSender as WeightSender
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AddedEngines": "engine_plugins.sender.joining",
     "EnginesFailedError": "engine_plugins.sender.report",
     "MegatronChunk": "engine_plugins.weights.sources.megatron.rank",
     "MegatronRank": "engine_plugins.weights.sources.megatron.rank",
@@ -33,6 +35,7 @@ _HOMES = {
 """What a trainer imports; loaded when asked for, since engines import this package too."""
 
 __all__ = [
+    "AddedEngines",
     "EnginesFailedError",
     "MegatronChunk",
     "MegatronRank",

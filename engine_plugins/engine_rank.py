@@ -19,6 +19,7 @@ from engine_plugins.sleep.memory_ledger import MemoryLedger
 from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.sleep.rank_sleep import RankSleep
 from engine_plugins.sleep.storages import storages
+from engine_plugins.weights.hardware.machine import machine_id
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
 from engine_plugins.weights.memory.kv_pages import clear_non_finite
 from engine_plugins.weights.peers.agent_network import AgentNetwork
@@ -68,7 +69,7 @@ def make_rank_service(
         direct_landing=settings.direct_landing,
         reader=Reader(
             policy=settings.source_policy,
-            host=socket.gethostname(),
+            host=machine_id(),
             tp_rank=tp_rank,
             tp_size=tp_size,
         ),

@@ -20,13 +20,15 @@ def engine_url(url: str) -> httpx.URL:
     try:
         parts = httpx.URL(url)
     except (httpx.InvalidURL, TypeError) as error:
-        raise SettingsError(f"an engine's url cannot be read: {error}") from error
+        raise SettingsError(
+            f"an engine's url cannot be read: {error}", remedy="give http://host:port"
+        ) from error
+    # Without what may be a secret.
+    shown = parts.copy_with(userinfo=b"", query=None, fragment=None)
     known = parts.scheme in ("http", "https") and parts.host and (parts.port or 80) < 2**16
     if not known or parts.userinfo or parts.query or parts.fragment:
-        # Without what may be a secret.
-        shown = parts.copy_with(userinfo=b"", query=None, fragment=None)
         raise SettingsError(
-            f"{shown} is not an engine's url",
+            f"{shown} is not an engine's url{_why_not(parts)}",
             remedy="give http://host:port, without user, password or query",
         )
     if parts.path.rstrip("/").endswith("/v1") and not parts.path.rstrip("/").endswith(PREFIX):
@@ -37,3 +39,14 @@ def engine_url(url: str) -> httpx.URL:
             remedy=f"give {str(plain).rstrip('/')}",
         )
     return parts
+
+
+def _why_not(parts: httpx.URL) -> str:
+    """What of a url that looks right is too much; its value may be a secret."""
+    more = {
+        "a user or a password": parts.userinfo,
+        "a query": parts.query,
+        "a fragment": parts.fragment,
+    }
+    named = [name for name, value in more.items() if value]
+    return f": it came with {' and '.join(named)}, which are not shown" if named else ""

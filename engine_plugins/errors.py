@@ -51,7 +51,8 @@ __all__ = [
 class EnginePluginError(Exception):
     """Root of every error that this package raises on purpose.
 
-    `code` is stable and machine readable; `remedy` says what the caller can do.
+    `code` is stable and machine readable; `remedy` says what the caller can do. Printed, an error
+    says both: a traceback is often all that people see. Within another's text `message` is told.
     """
 
     code: str = "engine_plugin_error"
@@ -63,7 +64,7 @@ class EnginePluginError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return self.message
+        return f"{self.message} [{self.remedy}]" if self.remedy else self.message
 
 
 class SettingsError(EnginePluginError):

@@ -43,6 +43,15 @@ TRAINERS = (
     Trainer(name="fsdp2-offload", program="fsdp2.py", processes=2, options=["--offload"]),
     Trainer(name="hsdp", program="fsdp2.py", processes=4, options=["--mesh", "2x2"]),
     Trainer(name="ddp-compiled", program="ddp.py", processes=2),
+    Trainer(name="lora", program="lora.py", processes=1),
+    Trainer(name="megatron-dp2", program="megatron_core.py", processes=2, environment="megatron"),
+    Trainer(
+        name="megatron-tp2-dp2",
+        program="megatron_core.py",
+        processes=4,
+        options=["--mesh", "2x2"],
+        environment="megatron",
+    ),
 )
 
 
@@ -95,6 +104,7 @@ def run(children: Children, engine: Engine, chosen: Sequence[Trainer], token: st
             f"{verdict:>6} {trainer.name} ({trainer.processes} processes, "
             f"{time.monotonic() - began:.0f} s): {[said['text'] for said in answers]}",
             markup=False,
+            soft_wrap=True,
         )
     return 1 if failed else 0
 

@@ -144,8 +144,8 @@ class _Inquiry:
     def _unknown(self) -> UpdateEndUnknownError:
         return UpdateEndUnknownError(
             f"what became of the update to version {self._request.version} cannot be found out "
-            f"(request {self._request.request_id}; {self._cause}). The trainer's memory was taken "
-            "back: an engine that still reads it refuses what it has read",
+            f"(request {self._request.request_id}; {self._cause.message}). The trainer's memory "
+            "was taken back: an engine that still reads it refuses what it has read",
             remedy="look at the engine and at what stands before it; GET /admin/v1/weights says "
             "what it holds. Then update again",
         )

@@ -207,7 +207,7 @@ class RankWire:
                     wait_s=wait_s,
                     what="did not come to what the others had begun",
                 )
-            if steps and waited >= self._warn_after_s and not warned:
+            if steps and waited >= self._warn_after_s + self._look_s and not warned:
                 warned = True
                 logger.warning(
                     "trainer rank %d has waited %.0f s for ranks %s to come to the update too, "

@@ -29,7 +29,7 @@ __all__ = ["Meeting", "meet", "members_of", "missing_ranks"]
 LONGEST_PAUSE_S = 0.05
 LOOK_S = 1.0
 """How long a rank waits for the leading one before signals are handled again."""
-GRACE_S = 5.0
+GRACE_S = 2.0
 """How much longer the other ranks wait than the leading one, who can say which are missing."""
 FORMED_S = 60.0
 """For ranks that are all there to connect to each other."""
@@ -81,6 +81,7 @@ def meet(members: Sequence[int], me: int, *, wait_s: float) -> Meeting:
     whose = hashlib.sha256(repr(list(members)).encode()).hexdigest()[:16]
     store = PrefixStore(f"engine_plugins/{whose}", _get_default_store())
     mine, ticket = _here(me), secrets.token_hex(8)
+    store.delete_key(_left(me))
     store.set(mine, ticket)
     try:
         if me == members[0]:
@@ -89,6 +90,7 @@ def meet(members: Sequence[int], me: int, *, wait_s: float) -> Meeting:
             place = _wait_for_call(store, members, me, ticket, wait_s + GRACE_S)
     except BaseException:  # an interrupt too: nobody may take us for one who waits
         with suppress(RuntimeError):
+            store.set(_left(me), "")
             store.delete_key(mine)
         raise
     ours = PrefixStore(place, store)
@@ -156,8 +158,16 @@ def _wait_for_call(
     while not store.check([key]):
         if time.monotonic() >= until:
             raise _not_all(store, members, me, wait_s - GRACE_S)
-        with suppress(dist.DistStoreError):
+        try:
             store.wait([key], timedelta(seconds=min(LOOK_S, wait_s)))
+        except dist.DistNetworkError as lost:
+            raise UpdateFailedError(
+                f"trainer rank {me} of {len(members)} lost the store that the ranks meet by: "
+                f"{lost}",
+                remedy="look for the process that torch.distributed was set up by: it has ended",
+            ) from lost
+        except RuntimeError:  # each store has a class of its own for a wait that timed out
+            continue
     told = str(store.get(key), "utf-8")
     store.delete_key(key)
     if told.startswith("!"):
@@ -167,7 +177,8 @@ def _wait_for_call(
 
 
 def _not_all(store: Store, members: Sequence[int], me: int, wait_s: float) -> UpdateFailedError:
-    missing = [rank for rank in members if not store.check([_here(rank)])]
+    came = [rank for rank in members if store.check([_here(rank)]) or store.check([_left(rank)])]
+    missing = [rank for rank in members if rank not in came]
     return missing_ranks(
         missing, len(members), me=me, wait_s=wait_s, what="did not come to meet the others"
     )
@@ -179,3 +190,8 @@ def _here(rank: int) -> str:
 
 def _called(ticket: str) -> str:
     return f"called/{ticket}"
+
+
+def _left(rank: int) -> str:
+    """Of one that came and has given up waiting: it is not missing."""
+    return f"left/{rank}"

@@ -71,10 +71,12 @@ class EngineDtypes:
         )
         if offers:  # on the leading rank, or where each rank publishes
             offers[0].failures.update(answers.failures)
+        if not answers.wanted:
+            return False
         self._dtypes.learn(
             {name: dtype_named(dtype) for dtype, names in answers.wanted.items() for name in names}
         )
-        return bool(answers.wanted)
+        return True
 
     def _answers(
         self,

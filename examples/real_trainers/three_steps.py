@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 __all__ = ["SENTENCES", "judge", "parsed_options", "train"]
 
@@ -18,7 +18,7 @@ PROMPT = "What is new? "
 SENTENCES = ("fresh weights, no restart!", "other weights, same server.", "and so on, step by step")
 """What the model learns to answer, step by step: an engine with older weights says another."""
 ITERATIONS_PER_STEP = 40
-MAX_NEW_TOKENS = 24
+MAX_NEW_TOKENS = 28
 
 
 def parsed_options(about: str) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def judge(engine: str, folder: str, weights: Iterable[tuple[str, torch.Tensor]])
         folder: the checkpoint that the trainer began with.
         weights: whole tensors under the names of transformers' model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # of any release
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     _overwrite(model, dict(weights))
     tokens = tokenizer(PROMPT, return_tensors="pt").input_ids

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 import torch
 
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest, encode_manifest
+from engine_plugins.weights.contract.manifest_reader import ManifestReader
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.loader.needed import needed_boxes
@@ -81,9 +81,8 @@ def _measured(
         _, bare_s = _median(lambda: _load_alone(rank, tensors), max(asked.runs // 2, 1))
     offers = _offers(tensors, asked.trainer)
     bodies = [encode_manifest(offer) for offer in offers]
-    decoder = msgspec.msgpack.Decoder(SourceManifest)
-    _, decode_s = _median(lambda: [decoder.decode(body) for body in bodies], 1)
-    agreed, agree_s = _median(lambda: logical_tensors(offers), 1)
+    read, decode_s = _median(lambda: list(map(ManifestReader().read, bodies)), 1)
+    agreed, agree_s = _median(lambda: logical_tensors(read), 1)
     (steps, needed), group_s = _median(lambda: _wanted(rank, trace, agreed), 1)
 
     def plan(manifests: list[SourceManifest]) -> FetchPlan:

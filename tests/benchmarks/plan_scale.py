@@ -13,10 +13,11 @@ from typing import Any
 
 from rich.table import Table
 
+from tests.benchmarks.plan_sources import CASES
 from tests.support.engine_server import ROOT
 from tests.support.sglang_server import SGLANG_SHIMS
 
-__all__ = ["plan_scale"]
+__all__ = ["plan_scale", "plan_sources"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,44 @@ def plan_scale(sglang_python: Path, *, runs: int) -> Table:
         python = sys.executable if case.engine == "vllm" else str(sglang_python)
         found = _run([python, "-m", "tests.benchmarks.plan_rank", *case.arguments.split()], runs)
         table.add_row(case.engine, case.model, case.rank, *_cells(found))
+    return table
+
+
+def plan_sources(*, runs: int) -> Table:
+    """The same for the manifests of larger jobs, with what it takes to read them."""
+    table = Table(title="Manifests of large jobs, to one rank's plan; processor seconds")
+    for column in (
+        "model",
+        "HF tensors",
+        "trainer",
+        "engine rank",
+        "boxes",
+        "MB of manifests",
+        "read",
+        "agree",
+        "plan",
+        "the rank in all",
+        "check (once an engine)",
+        "MiB held",
+        "operations",
+    ):
+        table.add_column(column, justify="right")
+    for case in CASES:
+        found = _run(
+            [sys.executable, "-m", "tests.benchmarks.plan_sources", "--case", case], min(runs, 3)
+        )
+        seconds = [found[name] for name in ("read_s", "agree_s", "plan_s")]
+        table.add_row(
+            found["model"],
+            f"{found['tensors']:,}",
+            found["trainer"],
+            found["engine"],
+            f"{found['boxes']:,}",
+            f"{found['bytes'] / 1e6:.0f}",
+            *(f"{each:.2f}" for each in (*seconds, sum(seconds), found["check_s"])),
+            f"{found['held_mib']:.0f}",
+            f"{found['operations']:,}",
+        )
     return table
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from tests.benchmarks.cast_cost import cast_cost
 from tests.benchmarks.event_loop import event_loop
 from tests.benchmarks.gate_cost import gate_cost
 from tests.benchmarks.gate_error import gate_error
@@ -25,9 +26,12 @@ from tests.benchmarks.held_pull import held_pull
 from tests.benchmarks.memory_probe import memory_probe
 from tests.benchmarks.pause_beside_copy import pause_beside_copy
 from tests.benchmarks.peaks import peaks
-from tests.benchmarks.plan_scale import plan_scale
+from tests.benchmarks.plan_scale import plan_scale, plan_sources
+from tests.benchmarks.publishing import publishing
 from tests.benchmarks.push_beside_pull import push_beside_pull
+from tests.benchmarks.refresh import refresh
 from tests.benchmarks.row_cost import row_cost
+from tests.benchmarks.trainer_cost import trainer_cost
 from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
 from tests.support.cpu_features import cpu_line
 from tests.support.engine_server import ROOT
@@ -49,10 +53,14 @@ def main() -> None:
         choices=[
             *BESIDE_OTHERS,
             "push",
+            "publish",
             "rows",
+            "cast",
             "kernels",
             "probe",
             "gate",
+            "refresh",
+            "trainer",
             "plan",
             "phases",
             "peaks",
@@ -82,21 +90,30 @@ def main() -> None:
             subprocess.run(command, cwd=ROOT, check=True)
     if chosen.only in (None, "push"):
         console.print(push_beside_pull(pairs=pairs))
+    if chosen.only in (None, "publish"):
+        console.print(publishing(runs=pairs))
     if chosen.only in (None, "rows"):
         console.print(row_cost(pairs=pairs))
+    if chosen.only in (None, "cast"):
+        console.print(cast_cost(pairs=pairs))
     if chosen.only in (None, "kernels"):
         subprocess.run([sys.executable, "-m", "tests.benchmarks.kernel_bandwidth"], cwd=ROOT)
     if chosen.only in (None, "probe"):
         console.print(memory_probe(runs=pairs))
     if chosen.only in (None, "gate"):
         console.print(gate_cost())
+    if chosen.only in (None, "refresh"):
+        console.print(refresh(runs=pairs))
     if chosen.only in (None, "plan"):
         wide = Console(width=180)
+        wide.print(plan_sources(runs=pairs))
         wide.print(plan_scale(SGLANG_PYTHON, runs=pairs))
         wide.print(event_loop())
     with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
         if chosen.only in (None, "phases"):
             console.print(update_phases(Path(folder), pairs=pairs))
+        if chosen.only in (None, "trainer"):
+            console.print(trainer_cost(Path(folder)))
         if chosen.only in (None, "peaks"):
             console.print(peaks(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "held-pull"):

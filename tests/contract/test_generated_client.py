@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from engine_plugins.weights.contract.manifest_batch import encode_batch
 from tests.support.configurations import DENSE, NEW, OLD, on
 from tests.support.documented import document
 from tests.support.engine_server import TOKEN
@@ -109,6 +110,9 @@ def _update_each_way(drive: Driver) -> None:
         for body in (plain, typed)
     ]
     assert sources[0] == sources[1], "the same manifest, in both its forms"
+    many = drive.generated.types.File(payload=encode_batch([msgspec.msgpack.encode(manifest)]))
+    batch = drive("weights.add_sources", "SourcesAccepted", body=many)
+    assert batch.source_ids == sources[:1]
     connect = drive.body("ConnectBody", source_ids=sources[:1])
     plan = drive("weights.connect_sources", "PlanSummary", body=connect)
     assert plan.ranks
@@ -156,6 +160,7 @@ def test_every_route_answers_a_stranger_and_a_reader_in_type(drive: Driver) -> N
     """401 without a right token, 403 without the scope, 503 where there is none at all."""
     drive.served.write_tokens("read", "control", "weights", more="read only-a-reader-of-state\n")
     bodies = {
+        "weights.add_sources": drive.generated.types.File(payload=b"x"),
         "weights.connect_sources": drive.body("ConnectBody", source_ids=["x"]),
         "weights.update_weights": drive.body("UpdateBody", plan_id="x", version=1),
         "weights.prepare_weights": drive.body("UpdateBody", plan_id="x", version=1),

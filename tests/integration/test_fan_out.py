@@ -108,7 +108,7 @@ def fleet(
 
 @contextmanager
 def sending(
-    tensors: Mapping[str, torch.Tensor], members: list[Member], fan_out: int
+    tensors: Mapping[str, torch.Tensor], members: list[Member], fan_out: int | None
 ) -> Iterator[WeightSender]:
     with WeightSender.from_hf(
         tensors,
@@ -171,13 +171,27 @@ def _check_bytes(report: SenderReport, fleet: list[Member]) -> None:
     assert min(moved) == nbytes
 
 
+def test_newcomers_have_the_version_before_they_are_added(fleet: list[Member]) -> None:
+    """From the engine that holds it: the trainer has taken a step since, and is not read."""
+    first, *newcomers = fleet
+    tensors, urls = OLD.tensors(), [member.url for member in newcomers]
+    with sending(tensors, [first], fan_out=None) as sender:
+        sender.update(4)
+        for tensor in tensors.values():
+            tensor.fill_(float("nan"))
+        added = sender.add_engines(urls)
+    assert added.waiting == {}
+    assert added.fed_by == dict.fromkeys(urls, first.url)
+    assert all(member.serves(OLD, 4) for member in fleet)
+
+
 def test_an_inner_engine_that_dies_is_replaced(fleet: list[Member]) -> None:
     """In a chain of three the middle one is killed while the last reads from it."""
     first, middle, last = fleet
-    tensors = OLD.tensors()
+    tensors = NEW.tensors()
     with sending(tensors, fleet, fan_out=1) as sender, ThreadPoolExecutor(1) as background:
         hold = last.steps.hold(rank=0, module=HALF_WAY)
-        update = background.submit(sender.update, 4)
+        update = background.submit(sender.update, 5)
         last.installing()
         middle.kill()
         hold.unlink()
@@ -189,16 +203,16 @@ def test_an_inner_engine_that_dies_is_replaced(fleet: list[Member]) -> None:
     assert caught.value.fed_by == {first.url: "trainer", last.url: first.url}
     moved = [caught.value.reports[member.url].bytes_moved for member in (first, last)]
     assert moved == [sum(tensor.nbytes for tensor in tensors.values())] * 2
-    assert all(member.serves(OLD, 4) for member in (first, last))
+    assert all(member.serves(NEW, 5) for member in (first, last))
 
 
 def test_a_root_that_dies_is_replaced_by_the_trainer(fleet: list[Member]) -> None:
     """No other engine holds the version: the one that was half fed gets all of it from there."""
     first, _, last = fleet
-    with sending(NEW.tensors(), [first, last], fan_out=1) as sender:
+    with sending(OLD.tensors(), [first, last], fan_out=1) as sender:
         with ThreadPoolExecutor(1) as background:
             hold = last.steps.hold(rank=0, module=HALF_WAY)
-            update = background.submit(sender.update, 5)
+            update = background.submit(sender.update, 6)
             last.installing()
             first.kill()
             hold.unlink()
@@ -206,4 +220,4 @@ def test_a_root_that_dies_is_replaced_by_the_trainer(fleet: list[Member]) -> Non
                 update.result(120)
         assert list(caught.value.failures) == [first.url]
         assert caught.value.fed_by == {last.url: "trainer"}
-        assert last.serves(NEW, 5)
+        assert last.serves(OLD, 6)

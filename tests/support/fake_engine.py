@@ -73,6 +73,7 @@ class FakeEngine:
         self.models: list[dict[str, Any]] = []
         self.updates: list[dict[str, Any]] = []
         self.batches: list[int] = []
+        self.most_in_batch = 4096
         self.encodings: list[str | None] = []
         self.answered: dict[str, UpdateReport] = {}
         self.prepared: dict[str, dict[str, Any]] = {}
@@ -113,6 +114,8 @@ class FakeEngine:
         return {"source_id": source_id}
 
     def put_sources(self, elements: list[bytes]) -> dict[str, Any]:
+        if len(elements) > self.most_in_batch:
+            raise Refused(413, "body_too_large", "the body is over the limit")
         self.batches.append(len(elements))
         plain = [gzip.decompress(each) if is_gzip(each) else each for each in elements]
         return {"source_ids": [self.put_source(each, MSGPACK)["source_id"] for each in plain]}

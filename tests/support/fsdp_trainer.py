@@ -49,10 +49,11 @@ def training(
     rendezvous: Path,
     *models: LiveModel,
     direction: Direction = "pull",
+    dtype: str = "float32",
 ) -> Iterator[FsdpTrainer]:
     """A trainer that sends some weights in turn, the first as the next version."""
     server, version = served.server.url, str(served.next_version())
-    options = [str(rendezvous), server, TOKEN, mesh, direction, version]
+    options = [str(rendezvous), server, TOKEN, mesh, direction, dtype, version]
     options += [str(model.folder) for model in models]
     world_size = prod(int(size) for size in mesh.split("x"))
     arguments = [[str(rank), *options] for rank in range(world_size)]

@@ -1,11 +1,12 @@
 r"""One process of an FSDP2 trainer: shards a transformers model and updates a live engine.
 
     python -m tests.support.fsdp_trainer_rank \
-        RANK RENDEZVOUS URL TOKEN MESH DIRECTION VERSION FOLDER...
+        RANK RENDEZVOUS URL TOKEN MESH DIRECTION DTYPE VERSION FOLDER...
 
-MESH is `3` for three shards or `2x2` for two replicas of two. The weights of each folder are
-written into the same sharded parameters in turn and sent, as VERSION and those that follow it. The
-process prints each report's version and bytes as JSON, and goes on when it is told to by a line.
+MESH is `3` for three shards or `2x2` for two replicas of two, DTYPE what they hold. The weights of
+each folder are written into the same sharded parameters in turn and sent, as VERSION and those that
+follow it. The process prints each report's version and bytes as JSON, and goes on when it is told
+to by a line.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ from transformers import AutoModelForCausalLM
 
 from engine_plugins import WeightSender
 from engine_plugins.admin_answers import Direction
+from engine_plugins.weights.boxes.dtypes import DTYPES
 
 
-def sharded(folder: str, mesh: tuple[int, ...]) -> nn.Module:
+def sharded(folder: str, mesh: tuple[int, ...], dtype: torch.dtype) -> nn.Module:
     """The model of a folder, layer by layer under fully_shard."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     places = init_device_mesh("cpu", mesh, mesh_dim_names=("replicate", "shard")[-len(mesh) :])
     for layer in model.model.layers:
         fully_shard(layer, mesh=places)
@@ -43,7 +45,8 @@ def overwrite(model: nn.Module, folder: str) -> None:
         for name, shard in model.named_parameters():
             assert isinstance(shard, DTensor)
             mesh, placements = shard.device_mesh, shard.placements
-            shard.copy_(distribute_tensor(whole[name], mesh, placements, src_data_rank=None))
+            values = whole[name].to(shard.dtype)
+            shard.copy_(distribute_tensor(values, mesh, placements, src_data_rank=None))
 
 
 def main() -> None:
@@ -51,11 +54,12 @@ def main() -> None:
     global_rank, rendezvous, url, token = sys.argv[1:5]
     mesh = tuple(int(size) for size in sys.argv[5].split("x"))
     direction: Direction = "push" if sys.argv[6] == "push" else "pull"
-    first, folders = int(sys.argv[7]), sys.argv[8:]
+    dtype = DTYPES[sys.argv[7]]
+    first, folders = int(sys.argv[8]), sys.argv[9:]
     dist.init_process_group(
         "gloo", init_method=f"file://{rendezvous}", rank=int(global_rank), world_size=prod(mesh)
     )
-    model = sharded(folders[0], mesh)
+    model = sharded(folders[0], mesh, dtype)
     with WeightSender.from_fsdp(
         model, engines=url, token=token, config=model.config, direction=direction
     ) as sender:

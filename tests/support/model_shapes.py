@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 
-__all__ = ["ONE_TRILLION", "QWEN3_30B_A3B", "logical_tensors_of"]
+__all__ = ["ONE_TRILLION", "QWEN3_30B_A3B", "fused", "logical_tensors_of"]
 
 Config = dict[str, Any]
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
@@ -77,6 +78,30 @@ ONE_TRILLION: Config = {
 def logical_tensors_of(config: Config, dtype: torch.dtype = torch.bfloat16) -> list[LogicalTensor]:
     """A checkpoint's tensors, in its order."""
     return [LogicalTensor(name=name, shape=shape, dtype=dtype) for name, shape in _shapes(config)]
+
+
+def fused(tensors: Sequence[LogicalTensor]) -> list[LogicalTensor]:
+    """The same with a layer's experts in two tensors, as `transformers` holds them."""
+    experts: dict[str, int] = {}
+    found: dict[str, LogicalTensor] = {}
+    for tensor in tensors:
+        module, _, expert = tensor.name.partition(".experts.")
+        if not expert:
+            found[tensor.name] = tensor
+            continue
+        number, leaf, _ = expert.split(".")
+        experts[module] = max(experts.get(module, 0), int(number) + 1)
+        if number == "0" and leaf != "up_proj":
+            rows, columns = tensor.shape
+            name = "gate_up_proj" if leaf == "gate_proj" else leaf
+            shape = (2 * rows if leaf == "gate_proj" else rows, columns)
+            whole = LogicalTensor(name=f"{module}.experts.{name}", shape=shape, dtype=tensor.dtype)
+            found[whole.name] = whole
+    for name, tensor in found.items():
+        module, _, expert = name.partition(".experts.")
+        if expert:
+            found[name] = replace(tensor, shape=(experts[module], *tensor.shape))
+    return list(found.values())
 
 
 def _shapes(config: Config) -> Shapes:

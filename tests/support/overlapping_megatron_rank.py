@@ -10,38 +10,19 @@ whether the next forward pass has a smaller loss; and what a sender of one rank 
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from engine_plugins.errors import SourceError
 from engine_plugins.sender.megatron_job import gathers_of, ranks_of
 from engine_plugins.weights.sources.megatron.source import megatron_boxes_of
+from megatron_on_cpu import OnCpu, patch_for_cpu
 
 WORLD = 2
-
-
-class OnCpu(TorchFunctionMode):
-    """Makes on the CPU what Megatron makes on a GPU without asking."""
-
-    def __torch_function__(
-        self, function: Any, kinds: Any, arguments: Any = (), options: Any = None
-    ) -> Any:
-        """Call the function, with another device where it names CUDA."""
-        given = dict(options or {})
-        if str(given.get("device")).startswith("cuda"):
-            given["device"] = "cpu"
-        result = function(*arguments, **given)
-        # The distributed optimizer takes parameters of these types alone, by name.
-        names = function is torch.Tensor.type and isinstance(result, str)
-        return result.replace("torch.", "torch.cuda.") if names else result
 
 
 HF = {
@@ -59,7 +40,7 @@ HF = {
 def main() -> None:
     """Step, look, gather, look again."""
     rank, rendezvous = int(sys.argv[1]), sys.argv[2]
-    _patch_for_cpu()
+    patch_for_cpu()
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
     from megatron.core import parallel_state
 
@@ -79,24 +60,6 @@ def main() -> None:
     told = {"stale": stale, "left": left, "goes_on": goes_on, "alone": alone}
     print(json.dumps(told), flush=True)
     dist.destroy_process_group()
-
-
-def _patch_for_cpu() -> None:
-    """What Megatron asks of CUDA without need: a device, streams, random numbers, a mask."""
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    warnings.filterwarnings("ignore")
-    from megatron.core.fusions import fused_softmax
-    from megatron.core.tensor_parallel import random
-
-    def set_to(owner: Any, name: str, value: object) -> None:
-        setattr(owner, name, value)
-
-    set_to(torch.cuda, "current_device", lambda: torch.device("cpu"))
-    set_to(torch.Tensor, "cuda", lambda self, *_, **__: self)
-    set_to(random.CudaRNGStatesTracker, "fork", lambda *_, **__: nullcontext())
-    set_to(
-        fused_softmax, "get_default_causal_mask", lambda size: torch.ones(size, size).triu(1) > 0
-    )
 
 
 def _trainer() -> tuple[nn.Module, Any]:

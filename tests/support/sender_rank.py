@@ -5,9 +5,11 @@
 Steps: `update:N`, `bad:RANK:N` (that rank's tensors raise ValueError), `gone:RANK:N` (they raise
 SourceError), `swap:RANK:N` (they move first), `versions` (each rank asks for another),
 `die:RANK:N` (that rank ends instead), `interrupt:RANK:N` (that rank gets a SIGINT half a second
-later). Prints one JSON line per rank and step, with what its version word held afterwards. With
-`FAN_OUT` in the environment the engines feed each other. The ranks are forks of one process, which
-imports torch once; it ends as badly as they do.
+later), `outside:RANK:N` (that rank raises where no step of the ranks runs). Prints one JSON line
+per rank and step, with what its version word held afterwards. With `FAN_OUT` in the environment
+the engines feed each other; `PUBLISH` is the option of that name; with `ALONE` ranks but the first
+have no token and no url that leads anywhere, and may make no client. The ranks are forks of one
+process, which imports torch once; it ends as badly as they do.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from engine_plugins.admin_client import AdminClient
 from engine_plugins.errors import EnginePluginError, SourceError
 from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.boxes.placement import SourceBox
@@ -65,6 +68,8 @@ def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
         trainer.data = torch.randn(4, 8)
     if kind == "interrupt" and chosen:
         threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    if kind == "outside" and chosen:
+        sender._job._gather = lambda: 1 / 0  # type: ignore[method-assign, assignment]
     trainer.failure = FAILURES.get(kind) if chosen else None
     source = sender._job.offer._source
     word = None if source is None else source._word
@@ -73,11 +78,17 @@ def run(sender: WeightSender, trainer: Trainer, step: str) -> dict[str, Any]:
         said: dict[str, Any] = {"report": str(sender.update(version))}
     except EnginePluginError as error:
         said = {"kind": type(error).__name__, "error": str(error)}
-    except KeyboardInterrupt:
-        said = {"kind": "KeyboardInterrupt"}
+    except (KeyboardInterrupt, ZeroDivisionError) as error:
+        said = {"kind": type(error).__name__}
+    if kind == "outside" and chosen:
+        del sender._job._gather
     if word is not None:
         said["word"] = ctypes.c_uint64.from_address(word.address).value
     return {"rank": trainer.rank, "step": step, "s": time.monotonic() - started, **said}
+
+
+def no_client(*_: object, **__: object) -> None:
+    raise AssertionError("a rank that does not lead made a client")
 
 
 def run_rank(rank: int, world_size: int, rendezvous: str, urls: str, steps: list[str]) -> None:
@@ -85,11 +96,15 @@ def run_rank(rank: int, world_size: int, rendezvous: str, urls: str, steps: list
         "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
     )
     trainer = Trainer(rank, world_size)
+    knows = not rank or "ALONE" not in os.environ
+    if not knows:
+        AdminClient.__init__ = no_client  # type: ignore[method-assign]
     transport = InMemoryTransport(f"trainer-{rank}")
     with WeightSender(
         trainer.boxes,
-        engines=urls.split(","),
-        token=TOKEN,
+        engines=urls.split(",") if knows else "http://127.0.0.1:1",
+        token=TOKEN if knows else None,
+        publish="each_rank" if os.environ.get("PUBLISH") == "each_rank" else "leading_rank",
         transport=transport,
         fan_out=int(os.environ["FAN_OUT"]) if "FAN_OUT" in os.environ else None,
     ) as sender:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from engine_plugins.errors import SourceError
+from engine_plugins import MegatronRule
+from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.sources.megatron.families import FAMILIES
 from engine_plugins.weights.sources.megatron.rank import MegatronRank
+from engine_plugins.weights.sources.megatron.rules import Rule
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN, FakeEngine, served
 from tests.support.megatron_fixtures import MegatronCase, fixture_folders
@@ -170,3 +174,39 @@ def test_what_no_view_can_be_is_copied_anew_for_every_update(
                 for chunk in rank.chunks:
                     for shard in chunk.tensors.values():
                         shard.mul_(2)
+
+
+def said(rule: Rule) -> MegatronRule:
+    """A rule of ours as a user would give it, its shapes left out."""
+    rows: Any = rule.rows.value
+    return MegatronRule(rule.hf, cut=rule.role.cut.value if rule.role else None, rows=rows)
+
+
+def test_rules_of_one_sender_are_sent_by(transport: InMemoryTransport) -> None:
+    """A family that nobody knows, its last parameter said in place; without it, nothing is sent."""
+    config = dense_config("llama") | {"model_type": "nobody_knows"}
+    hf = hf_tensors(dense_config("llama"))
+    ranks = megatron_ranks(hf, config, tp_size=2)
+    down = "decoder.layers.{layer}.mlp.linear_fc2.weight"
+    rules = {native: said(rule) for native, rule in FAMILIES["llama"].rules(config).items()}
+    assert down in rules
+    with served(FakeEngine()) as engine:
+        with pytest.raises(UnsupportedError, match="nobody_knows"):
+            WeightSender.from_megatron(
+                ranks, config, engines=engine.url, token=TOKEN, transport=transport
+            )
+        with pytest.raises(SourceError, match=r"linear_fc2\.weight"):
+            WeightSender.from_megatron(
+                ranks,
+                config,
+                engines=engine.url,
+                token=TOKEN,
+                transport=transport,
+                rules={name: rule for name, rule in rules.items() if name != down},
+            )
+        with WeightSender.from_megatron(
+            ranks, config, engines=engine.url, token=TOKEN, transport=transport, rules=rules
+        ) as sender:
+            sender.update(1)
+        assert sorted(engine.weights) == sorted(hf)
+        assert all(torch.equal(engine.weights[name], tensor) for name, tensor in hf.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,7 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from engine_plugins.admin_answers import UpdateRequest
 from engine_plugins.admin_client import AdminClient
-from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.errors import (
+    AdminAnswerError,
+    EnginePluginError,
+    SettingsError,
+    SourceError,
+)
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
@@ -27,6 +33,8 @@ from engine_plugins.weights.sources.megatron.source import MegatronChunk, Megatr
 from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.families.catalogue import family_named
+from tests.families.maker import random_model
 from tests.support.bad_gateway import bad_gateway
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 from tests.support.process_group import output_of_ranks
@@ -391,7 +399,14 @@ def test_every_rank_takes_its_own_memory_back(
         gateway.delivery = "never"
         monkeypatch.setattr(engine, "url", gateway.url)
         first, second = two_ranks(
-            tmp_path, [engine], "update:1", "update:2", "interrupt:0:3", "update:4"
+            tmp_path,
+            [engine],
+            "update:1",
+            "update:2",
+            "interrupt:0:3",
+            "update:4",
+            "interrupt:1:5",
+            "update:6",
         )
     for rank in (first, second):
         assert "cannot be found out" in rank["update:1"]["error"]
@@ -402,7 +417,13 @@ def test_every_rank_takes_its_own_memory_back(
     assert first["interrupt:0:3"]["kind"] == "KeyboardInterrupt"
     assert first["interrupt:0:3"]["s"] < 1.4
     assert "trainer rank 0 of 2: KeyboardInterrupt" in second["interrupt:0:3"]["error"]
-    assert engine.version == 4
+    for rank in (first, second):
+        assert rank["interrupt:1:5"]["word"] == CLOSED
+        assert "on 1 engine" in rank["update:6"]["report"]
+    assert second["interrupt:1:5"]["kind"] == "KeyboardInterrupt"
+    assert second["interrupt:1:5"]["s"] < 1.9
+    assert "trainer rank 1 of 2: KeyboardInterrupt" in first["interrupt:1:5"]["error"]
+    assert engine.version == 6
 
 
 def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEngine]) -> None:
@@ -443,3 +464,113 @@ def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEng
         assert {source.agent for source in engine.sources.values()} == {"trainer-0", "trainer-1"}
         assert [len(ids) for ids in engine.plans.values()] == [2, 2]
         assert len(engine.sources) == 3, "rank 1 moved and offered again, rank 0 did not"
+
+
+def test_an_engines_refusal_says_what_the_trainer_calls_the_tensors(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Of a transformers model, whose names in memory are others; of named tensors how to tell."""
+    model = random_model(family_named("mixtral"), seed=0, dtype=torch.float32)
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    refused = Refused(422, "weight_mismatch", f"{gate}: the engine's loader refuses it")
+    engines[0].refuse["/weights/connect"] = refused
+    own = f"{gate} is the model's model.layers.0.mlp.gate.weight"
+    for weights, words in ((model, own), (dict(model.state_dict()), "give from_hf the model")):
+        sender = WeightSender.from_hf(
+            weights, engines=engines[0].url, token=TOKEN, transport=transport
+        )
+        with sender, pytest.raises(EnginesFailedError) as caught:
+            sender.update(1)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "words"),
+    [
+        (iter(()), None, "the generator had none"),
+        (tiny().parameters(), None, r"a Parameter is given without a name \[.*named_parameters"),
+        ("model", None, "a str is no model"),
+        (torch.zeros(2), None, "a Tensor is no model"),
+        ({"w": torch.zeros(0)}, None, r"w has no values now, its shape is \(0,\): was it offload"),
+        ({"w": torch.zeros(2, device="meta")}, None, r"meta tensor .* \(was it offloaded\?\)"),
+        ({"v_head.weight": torch.zeros(2)}, None, "value head"),
+        ({"w": torch.zeros(2)}, "/no/such/folder", "no config can be read there"),
+        ({"base_model.model.lora_A.w": torch.zeros(2)}, None, "adapters"),
+        ({"_fsdp_wrapped_module.w": torch.zeros(2)}, None, "FSDP1"),
+        ({}, None, "no tensors given"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_before_any_engine_is_asked(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    weights: Any,
+    config: object,
+    words: str,
+) -> None:
+    with pytest.raises(EnginePluginError) as caught:
+        WeightSender.from_hf(weights, config=config, engines=engines[0].url, transport=transport)
+    assert re.search(words, f"{caught.value} [{caught.value.remedy}]")
+    assert not engines[0].sources
+
+
+def test_a_part_needs_patterns_that_match_and_no_fan_out(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    model = tiny()
+    with pytest.raises(SourceError, match=r"only=\['2\.\*'\] matches no tensor"):
+        hf_sender(model, engines, transport, only=["0.*", "2.*"])
+    with pytest.raises(SettingsError, match="none can be sent a part"):
+        hf_sender(model, engines, transport, only="0.*", fan_out=2)
+    with hf_sender(model, engines, transport, only="0.*") as sender:
+        sender.update(1)
+    assert engines[0].weights.keys() == {"0.weight", "0.bias"}
+
+
+def test_ranks_that_do_not_lead_need_neither_token_nor_route(
+    tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The leading rank publishes for all, in one call; who moved is published again, alone."""
+    monkeypatch.delenv("ENGINE_PLUGINS_ADMIN_TOKEN", raising=False)
+    for engine in engines:
+        engine.pulls = False  # the bytes lie in other processes
+    steps = ("update:1", "update:2", "swap:1:3", "outside:1:4", "update:5")
+    first, second = two_ranks(tmp_path, engines, *steps, ALONE="1")
+    for step in steps:
+        if not step.startswith("outside"):
+            assert "on 2 engines" in first[step].get("report", ""), first[step]
+            assert first[step]["report"] == second[step]["report"]
+    assert "on trainer rank 1 of 2: ZeroDivisionError" in first["outside:1:4"]["error"]
+    assert first["outside:1:4"]["s"] < 10
+    assert second["outside:1:4"]["kind"] == "ZeroDivisionError"
+    for engine in engines:
+        assert engine.batches == [2, 1]
+        assert engine.version == 5
+        assert {each.agent for each in engine.sources.values()} == {"trainer-0", "trainer-1"}
+
+
+def test_each_rank_may_publish_for_itself(tmp_path: Path, engines: list[FakeEngine]) -> None:
+    for engine in engines:
+        engine.pulls = False  # the bytes lie in other processes
+    first, second = two_ranks(tmp_path, engines, "update:1", "swap:1:2", PUBLISH="each_rank")
+    for step in ("update:1", "swap:1:2"):
+        assert "on 2 engines" in first[step]["report"]
+        assert first[step]["report"] == second[step]["report"]
+    assert all(engine.batches == [1, 1, 1] for engine in engines)
+
+
+def test_a_batch_over_the_engines_limit_goes_in_parts(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Whatever the engine's operator has set; one manifest that is too long is a failure."""
+    engine = engines[0]
+    engine.most_in_batch = 2
+    with (
+        WeightSource(lambda: hf_boxes({"w": torch.zeros(2)}), transport) as source,
+        AdminClient(engine.url, token=TOKEN) as client,
+    ):
+        ids = client.put_sources([source.manifest_bytes] * 7)
+        assert engine.batches == [1, 2, 2, 2]
+        assert list(engine.sources) == ids
+        engine.most_in_batch = 0
+        with pytest.raises(AdminAnswerError, match="body_too_large"):
+            client.put_sources([source.manifest_bytes] * 2)

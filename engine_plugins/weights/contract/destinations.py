@@ -69,10 +69,13 @@ class Writes(msgspec.Struct, frozen=True, kw_only=True):
                 "the columns of a push's writes are not of one length", remedy="connect again"
             )
         rows = np.stack([np.frombuffer(column, _ADDRESS) for column in columns], axis=1)
-        pairs = np.stack([np.frombuffer(column, _DEVICE) for column in devices], axis=1)
-        for local, remote in np.unique(pairs, axis=0):
-            chosen = (pairs == (local, remote)).all(axis=1)
-            yield int(local), int(remote), rows[chosen].astype(np.uint64)
+        local, remote = (np.frombuffer(column, _DEVICE) for column in devices)
+        order = np.lexsort((remote, local))
+        local, remote = local[order], remote[order]
+        changes = np.flatnonzero((local[1:] != local[:-1]) | (remote[1:] != remote[:-1])) + 1
+        for chosen in np.split(order, changes) if len(order) else []:
+            yield int(local[0]), int(remote[0]), rows[chosen].astype(np.uint64)
+            local, remote = local[len(chosen) :], remote[len(chosen) :]
 
 
 class Destination(msgspec.Struct, frozen=True, kw_only=True):

@@ -133,7 +133,8 @@ class SourceManifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     regions: RegionColumns
     boxes: BoxColumns
     host: str = ""
-    """Name of the machine, to find the nearest source; empty if it is not said."""
+    """A word for the machine, to find the nearest source: its kernel's boot id; empty if it is not
+    said. An engine takes a source for near whose word is its own."""
     global_rank: GlobalRank | None = None
     """Rank in the trainer's job, where there is one."""
     partial: bool = False

@@ -27,8 +27,9 @@ def not_told_apart(boxes: BoxTable) -> Column:
     rows = np.arange(len(boxes))
     group = boxes.tensor
     idle, axis = 0, 0
+    as_given = True
     while len(rows) and idle < axes:
-        if axis or idle:
+        if not as_given:
             order = np.lexsort((boxes.start[rows, axis], group))
             rows, group = rows[order], group[order]
         start = boxes.start[rows, axis]
@@ -38,7 +39,7 @@ def not_told_apart(boxes: BoxTable) -> Column:
         group = begins.cumsum()
         alone = begins & np.append(begins[1:], True)
         rows, group = rows[~alone], group[~alone]
-        axis = (axis + 1) % axes
+        axis, as_given = (axis + 1) % axes, False
     return np.unique(boxes.tensor[rows])
 
 

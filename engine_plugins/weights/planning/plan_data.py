@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Landing(NamedTuple):
-    """A whole HF tensor, contiguous, at an offset from its step's start."""
+    """A whole HF tensor, at an offset from its step's start."""
 
     tensor: LogicalTensor
     offset_bytes: int
@@ -91,6 +91,14 @@ class PackedTable:
     form: Column
     forms: Sequence[PieceForm]
 
+    def reads(self, rows: Column, scratch: int) -> Descriptors:
+        """[n, 3] uint64 of some pieces: address in the scratch area, remote address, bytes."""
+        found = np.empty((len(rows), 3), np.uint64)
+        found[:, 0] = self.scratch_offset[rows] + scratch
+        found[:, 1] = self.remote_address[rows]
+        found[:, 2] = self.nbytes[rows]
+        return found
+
 
 class PackedBatch(Sequence[PackedPiece]):
     """Some pieces of a table that follow each other, made on demand.
@@ -110,6 +118,17 @@ class PackedBatch(Sequence[PackedPiece]):
     def nbytes(self) -> int:
         """Of all pieces, as they are read."""
         return int(self.table.nbytes[self.rows].sum())
+
+    def by_peer(self) -> Iterator[tuple[int, int, Column]]:
+        """Source, device there, and rows of the table, for each pair of the two."""
+        table, rows = self.table, np.arange(self.rows.start, self.rows.stop)
+        source, device = table.source[rows], table.remote_device[rows]
+        order = np.lexsort((device, source))
+        source, device = source[order], device[order]
+        changes = np.flatnonzero((source[1:] != source[:-1]) | (device[1:] != device[:-1])) + 1
+        firsts = [0, *changes.tolist()] if len(rows) else []
+        for first, of_peer in zip(firsts, np.split(rows[order], changes), strict=False):
+            yield int(source[first]), int(device[first]), of_peer
 
     def __len__(self) -> int:
         return int(self.rows.stop - self.rows.start)
@@ -144,12 +163,17 @@ class Step:
     modules: tuple[str, ...]
     tensors: Sequence[LogicalTensor]
     offsets: Column
-    """[n] bytes from the step's start, for each of the tensors."""
+    """[n] bytes from the step's start to each tensor's first element. It may be less than 0: only
+    the box that is needed has a place in the receive buffer."""
+    strides_bytes: Column
+    """[n, axes] of each tensor there, aligned at the right."""
+    reach: tuple[int, int]
+    """Bytes from the step's start to where views of its whole tensors begin and end: they may
+    reach past what is needed."""
     direct: bool
     """Whether what is fetched goes into live parameters instead of the receive buffer."""
     nbytes: int
-    """Receive buffer of the step: its whole tensors, of which only what is needed is fetched.
-    None at all for a direct step."""
+    """Receive buffer of the step: what is needed of its tensors. None at all for a direct step."""
     bytes_needed: int
     reads: tuple[StepRead, ...]
     packed: tuple[PackedBatch, ...]

@@ -1,7 +1,7 @@
 """Which of the sources that hold the same box gives it to a rank.
 
-`balanced`: that which has least to give so far. `nearest`: a source on the rank's own host where
-one has the box, balanced among equals. `same_rank`: for fabrics whose rails do not reach each
+`balanced`: that which has least to give so far. `nearest`: a source on the rank's own machine
+where one has the box, balanced among equals. `same_rank`: for fabrics whose rails do not reach each
 other, only sources whose global rank is the rank's own, modulo the engine's ranks.
 """
 

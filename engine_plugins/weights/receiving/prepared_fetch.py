@@ -13,7 +13,8 @@ from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.version_word import WordReader
 from engine_plugins.weights.memory.live_memory import LiveMemory
 from engine_plugins.weights.peers.acquaintances import Acquaintances
-from engine_plugins.weights.planning.plan import FetchPlan, PackedPiece, Step, Window
+from engine_plugins.weights.planning.plan_data import FetchPlan, PackedBatch, Step
+from engine_plugins.weights.planning.ring import Window
 from engine_plugins.weights.receiving.late_bytes import LateReads
 from engine_plugins.weights.receiving.receive_buffer import ReceiveBuffer
 from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer, Transport
@@ -217,11 +218,9 @@ class PreparedFetch:
             self.landings_may_be_active = error.stuck and self.plan.steps[steps.start].direct
             raise
         for index in steps:
-            batches = zip(self.plan.steps[index].packed, self._packed[index], strict=True)
-            for batch, reads in batches:
+            for batch, reads in enumerate(self._packed[index]):
                 self._run(range(index, index + 1), reads, stall_timeout_s, deadline, cancelled)
-                for piece in batch:
-                    self._buffer.spread(index, piece)
+                self._buffer.spread(index, batch)
 
     def close(self) -> None:
         """Release the reads, then the arena."""
@@ -316,19 +315,11 @@ class PreparedFetch:
             for part in transfers_of(np.concatenate(rows))
         ]
 
-    def _packed_reads(self, batch: Sequence[PackedPiece]) -> list[PreparedTransfer]:
-        by_peer: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-        for piece in batch:
-            row = (
-                self._buffer.scratch + piece.scratch_offset,
-                piece.remote_address,
-                piece.nbytes,
-            )
-            by_peer.setdefault((piece.source, piece.remote_device), []).append(row)
+    def _packed_reads(self, batch: PackedBatch) -> list[PreparedTransfer]:
         return [
             self._read(source, part, local_device=HOST, remote_device=remote_device)
-            for (source, remote_device), rows in by_peer.items()
-            for part in transfers_of(np.array(rows, np.uint64))
+            for source, remote_device, rows in batch.by_peer()
+            for part in transfers_of(batch.table.reads(rows, self._buffer.scratch))
         ]
 
     def _read(
@@ -360,5 +351,5 @@ def _room(step: Step) -> int:
 def sources_of(plan: FetchPlan) -> list[int]:
     """The sources that a plan takes bytes from, by their numbers in it."""
     straight = {read.source for step in plan.steps for read in step.reads}
-    packed = {p.source for step in plan.steps for batch in step.packed for p in batch}
-    return sorted(straight | packed)
+    packed = (batch.by_peer() for step in plan.steps for batch in step.packed)
+    return sorted(straight | {source for peers in packed for source, _, _ in peers})

@@ -147,8 +147,8 @@ class PreparedPush:
         self.touched = True
         for index in steps:
             step = self.plan.steps[index]
-            for piece in (piece for batch in step.packed for piece in batch):
-                self._buffer.spread(index, piece)
+            for batch in range(len(step.packed)):
+                self._buffer.spread(index, batch)
             self.bytes_done += step.bytes_to_move
 
     def close(self) -> None:
@@ -181,10 +181,10 @@ class PreparedPush:
                 table = read.descriptors[:, [1, 0, 2]]
                 table[:, 1] += np.uint64(base)
                 rows[read.source].append((table, read.remote_device, device))
-            for piece in (piece for batch in step.packed for piece in batch):
-                ours = self._buffer.scratch + piece.scratch_offset
-                row = np.array([[piece.remote_address, ours, piece.nbytes]], dtype=np.uint64)
-                rows[piece.source].append((row, piece.remote_device, HOST))
+            for batch in step.packed:
+                for source, device, pieces in batch.by_peer():
+                    table = batch.table.reads(pieces, self._buffer.scratch)[:, [1, 0, 2]]
+                    rows[source].append((table, device, HOST))
         return rows
 
 

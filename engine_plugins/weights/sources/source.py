@@ -34,6 +34,7 @@ from engine_plugins.weights.contract.manifest import (
 )
 from engine_plugins.weights.contract.manifest_checks import check_manifest
 from engine_plugins.weights.contract.version_word import CLOSED, VersionWord, new_word
+from engine_plugins.weights.hardware.machine import machine_id
 from engine_plugins.weights.hardware.queued_work import finish_queued_work
 from engine_plugins.weights.memory.source_memory import (
     Region,
@@ -332,7 +333,7 @@ class WeightSource:
                 devices=packed(region.device for region in regions),
             ),
             boxes=_box_columns(self._placed, list(tensors), regions, axes),
-            host=socket.gethostname(),
+            host=machine_id(),
             global_rank=self._global_rank,
             partial=self._partial,
         )

@@ -115,7 +115,8 @@ def run_transfers(
         if isinstance(error, TransferTimeoutError):
             raise
         raise type(error)(
-            f"{error}; {run.bytes_done} of {run.total} bytes had arrived", remedy=error.remedy
+            f"{error.message}; {run.bytes_done} of {run.total} bytes had arrived",
+            remedy=error.remedy,
         ) from error
     except BaseException as error:  # Ctrl-C: the caller will use its memory again
         run.drain(error, drain_s)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 from collections.abc import AsyncIterator, Callable
 
+import httpx
+import msgspec
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
@@ -12,6 +14,7 @@ from engine_plugins.admin.body_limit import BodyLimit
 from engine_plugins.admin.sources import MAX_SOURCES
 from engine_plugins.settings import Settings
 from engine_plugins.weights.contract.manifest import encode_manifest
+from engine_plugins.weights.contract.manifest_batch import MAX_BATCH
 from tests.support.admin_server import MSGPACK, TOKEN, AdminServer
 from tests.support.in_memory_model import hf_tensors
 from tests.support.source_ranks import offered_tensors
@@ -124,3 +127,52 @@ async def test_manifests_have_a_limit_of_their_own_also_once_unpacked(
                 if status == 200:
                     ids.add(answer.json()["source_id"])
     assert len(ids) == 1, "the same manifest has the same id, however it was packed"
+
+
+@pytest.mark.anyio
+async def test_many_manifests_in_one_body(make_server: MakeServer) -> None:
+    """Plain or packed, each within the bounds of one; an error says of which it is."""
+    server = make_server(settings=SMALL)
+    with (
+        offered_tensors(hf_tensors(seed=1)) as first,
+        offered_tensors(hf_tensors(seed=2)) as second,
+    ):
+        plain = [encode_manifest(each.manifest) for each in (first, second)]
+        packed = [gzip.compress(each) for each in plain]
+        bomb = gzip.compress(bytes(1 << 20))
+        async with server.running():
+
+            async def post(elements: object, kind: str = MSGPACK["content-type"]) -> httpx.Response:
+                return await server.http.post(
+                    "/weights/sources/batch",
+                    content=msgspec.msgpack.encode(elements),
+                    headers={"content-type": kind},
+                )
+
+            singly = [
+                (await server.publish(each.manifest)).json()["source_id"]
+                for each in (first, second)
+            ]
+            for elements in (plain, packed, [plain[0], packed[1]]):
+                answer = await post(elements)
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["source_ids"] == singly
+            refused: list[tuple[object, int, str]] = [
+                ([plain[0], bomb], 413, "manifest 2 of 2: "),
+                ([packed[0], packed[1][:-20]], 400, "manifest 2 of 2: "),
+                ([b"garbage", plain[1]], 400, "manifest 1 of 2: "),
+                ([b""], 400, "manifest 1 of 1: "),
+                ([plain[0], bytes(20_001)], 413, "over this route's limit"),
+                ([], 400, "not an array of 1 to"),
+                ([b"x"] * (MAX_BATCH + 1), 400, "not an array of 1 to"),
+                (plain[0], 400, "not an array of 1 to"),
+                (["a text"], 400, "not an array of 1 to"),
+                ({"manifests": plain[:1]}, 400, "not an array of 1 to"),
+            ]
+            for sent, status, words in refused:
+                answer = await post(sent)
+                assert answer.status_code == status, answer.text
+                assert words in answer.json()["detail"], answer.text
+            answer = await post(plain[:1], "application/json")
+            assert answer.status_code == 400
+            assert "content type" in answer.json()["detail"]

@@ -15,7 +15,8 @@ from engine_plugins.admin.bounded_control import BoundedControl, bounded
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.errors import EngineCallError, EngineDeadError, EngineStuckError
 from engine_plugins.shared_page import SharedPage
-from engine_plugins.weights.receiving.worker_service import BUSY_SINCE, encode_call, pull_page
+from engine_plugins.weights.receiving.worker_messages import encode_call
+from engine_plugins.weights.receiving.worker_service import BUSY_SINCE, pull_page
 from tests.support.in_memory_engine import InMemoryEngine
 from tests.support.signed_in import signed_in
 from tests.support.waiting import until
@@ -78,7 +79,7 @@ async def test_ranks_that_have_not_come_out_of_a_call_are_named(
     page = SharedPage(pull_page(runtime_dir, 1))
     page.gauges[BUSY_SINCE] = int((time.monotonic() - 7) * 1e6)
     engine.freeze_at = "resume"
-    with pytest.raises(EngineStuckError, match=r"still in a call: rank 1 for 7\.\d s$"):
+    with pytest.raises(EngineStuckError, match=r"still in a call: rank 1 for 7\.\d s \["):
         await control.until(time.monotonic).resume()
 
 

@@ -209,6 +209,7 @@ BAD_REQUESTS: list[tuple[str, str, dict[str, Any], int, str]] = [
     ("POST", "/weights/commit", {"json": {"request_id": ""}}, 400, "malformed_request"),
     ("POST", "/weights/sources", {"content": b"garbage"}, 400, "malformed_request"),
     ("POST", "/weights/sources", {"content": b""}, 400, "malformed_request"),
+    ("POST", "/weights/sources/batch", {"content": b"garbage"}, 400, "malformed_request"),
     ("GET", "/nothing", {}, 404, "unknown_route"),
     ("GET", "/pause", {}, 405, "method_not_allowed"),
     ("DELETE", "/state", {}, 405, "method_not_allowed"),

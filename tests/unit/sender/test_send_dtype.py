@@ -293,3 +293,22 @@ def test_every_rank_learns_what_the_leading_one_hears(tmp_path: Path) -> None:
     ]
     assert offered == [{"w": "bfloat16", "short": "bfloat16", "router": "float32"}] * 2
     assert len(engine.plans) == 1
+
+
+@pytest.mark.parametrize("way", [{"two_phase": True}, {"direction": "push"}, {"fan_out": 1}])
+def test_different_wishes_are_refused_by_every_way(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    weights: dict[str, torch.Tensor],
+    way: dict[str, Any],
+) -> None:
+    """In two phases nobody installs; down a tree the one that could be fed does."""
+    first, second = engines
+    second.wants = {**WANTS, NORM: "float16"}
+    with (
+        sender_of(weights, engines, transport, **way) as sender,
+        pytest.raises(EnginesFailedError, match=r"wants norm\.weight in float16, and .* bfloat16"),
+    ):
+        sender.update(1)
+    assert second.version is None
+    assert first.version == (1 if "fan_out" in way else None)

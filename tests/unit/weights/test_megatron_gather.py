@@ -104,7 +104,8 @@ def test_offloaded_parameters_are_not_gathered_into() -> None:
 @pytest.mark.skipif(not MEGATRON.exists(), reason="Megatron is not here: make setup-megatron")
 def test_real_megatron_ranks_are_alike_once_gathered(tmp_path: Path) -> None:
     """Two gloo ranks of megatron-core 0.16.1 and its distributed optimizer, after one step."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    needed = [ROOT, ROOT / "kernels", ROOT / "examples" / "real_trainers"]
+    paths = os.pathsep.join(map(str, needed))
     ranks = [
         subprocess.Popen(
             [

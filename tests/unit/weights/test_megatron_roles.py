@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 from engine_plugins.weights.sources.megatron.layout import Role
-from engine_plugins.weights.sources.megatron.source import megatron_boxes, megatron_roles
+from engine_plugins.weights.sources.megatron.names import MegatronNames, classified
+from engine_plugins.weights.sources.megatron.source import megatron_boxes
 from tests.support.qwen3_30b import CONFIG, EXPERTS, LAYERS, NARROW, rank_of
 
 
 def test_every_parameter_has_its_role() -> None:
     """12,627 parameters, none unknown; the tensors are on meta and are never read."""
-    roles = megatron_roles(rank_of(CONFIG, device="meta"), CONFIG)
+    rank, names = rank_of(CONFIG, device="meta"), MegatronNames(CONFIG)
+    roles = Counter(
+        classified(native, names.find(native, rank, chunk.global_layers), rank, None).role
+        for chunk in rank.chunks
+        for native in chunk.tensors
+    )
     assert roles == {
         Role.EXPERT_COLUMN: 6144,
         Role.EXPERT_ROW: 6144,

@@ -21,6 +21,7 @@ from engine_plugins.weights.planning.plan import (
     FetchPlan,
     build_plan,
     coalesced,
+    laid_apart,
     logical_tensors,
     schedule,
 )
@@ -287,6 +288,54 @@ def test_short_runs_are_fetched_with_their_rows_while_the_rest_of_a_row_is_short
     assert step.bytes_needed == 64 * 48 * 4
     assert step.bytes_to_move == (data.nbytes if whole_rows else step.bytes_needed)
     assert (step.operations == 64) == (not whole_rows)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_short_rows_of_any_axis_are_packed_bit_for_bit(data: st.DataObject) -> None:
+    """Fused experts cut along any axes, read by columns: pieces begin anywhere, and fit."""
+    shape = tuple(data.draw(st.integers(1, most)) for most in (5, 24, 48))
+    tensor = random_bits(shape, torch.float32, seed=data.draw(st.integers(0, 99)))
+    cuts = [sorted({0, n, *data.draw(st.lists(st.integers(1, n), max_size=2))}) for n in shape]
+    cells = list(itertools.product(*(itertools.pairwise(cut) for cut in cuts)))
+    ranks = [
+        [
+            SourceBox(
+                name="w",
+                global_shape=shape,
+                start=tuple(first for first, _ in cell),
+                data=tensor[tuple(slice(*ends) for ends in cell)].clone(),
+            )
+        ]
+        for cell in cells
+    ]
+    needed = {"w": data.draw(grids(shape))}
+    other = torch.zeros(data.draw(st.sampled_from([1, 4096])))  # the scratch area is by its size
+    with offered_boxes(*ranks, [whole("other", other)]) as made:
+        wanted = [tensor_of("w", tensor), tensor_of("other", other)]
+        plan = build_plan([rank.manifest for rank in made], [(["all"], wanted)], needed)
+        landed = carry_out(plan, needed)
+        apart = carry_out(laid_apart(plan), needed)
+    for start, extent in needed["w"]:
+        part = tuple(slice(a, a + n) for a, n in zip(start, extent, strict=True))
+        assert same_bits(landed["w"][part], tensor[part])
+        assert same_bits(apart["w"][part], tensor[part])
+
+
+def test_columns_of_fused_experts_are_blocks_of_each_expert() -> None:
+    """Half the columns of 8 experts of 64 rows: a block for each, not a read for each row."""
+    experts = torch.randn(8, 64, 96)
+    needed = {"down": [((0, 0, 0), (8, 64, 48))]}
+    with offered_boxes([whole("down", experts), whole("other", torch.zeros(64_000))]) as (rank,):
+        wanted = [
+            tensor_of("down", experts),
+            LogicalTensor(name="other", shape=(64_000,), dtype=torch.float32),
+        ]
+        plan = build_plan([rank.manifest], [(["m"], wanted)], needed)
+        landed = carry_out(plan, needed)
+    (step,) = plan.steps
+    assert torch.equal(landed["down"][:, :, :48], experts[:, :, :48])
+    assert step.operations <= 8 + 1
 
 
 def test_long_rows_go_straight_into_place() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers, packed
+from engine_plugins.weights.planning import plan_cache
 from engine_plugins.weights.planning.plan import FetchPlan, Step, build_plan
 from engine_plugins.weights.planning.plan_cache import PlanCache, rebased, same_topology
 from tests.support.model_shapes import QWEN3_30B_A3B, logical_tensors_of
@@ -70,7 +71,7 @@ def assert_same(one: FetchPlan, other: FetchPlan) -> None:
                 for read, same in zip(mine, theirs, strict=True):
                     assert (read.source, read.remote_device) == (same.source, same.remote_device)
                     np.testing.assert_array_equal(read.descriptors, same.descriptors)
-            elif each.name == "offsets":
+            elif each.name in ("offsets", "strides_bytes"):
                 np.testing.assert_array_equal(mine, theirs)
             else:
                 assert mine == theirs, each.name
@@ -144,3 +145,26 @@ def test_any_other_difference_is_another_topology(change: str) -> None:
     second[1] = msgspec.structs.replace(second[1], **new)
     assert not same_topology(first, second)
     assert not same_topology(first, first[:3])
+
+
+def test_a_plan_that_cannot_follow_leaves_all_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of two plans the second fails to move: the first has not either, and both move once after."""
+    cache, before, after = PlanCache(), offers(), offers(address=1 << 41)
+    for key in ("pull", "push"):
+        cache.plan(before, key, lambda: plan_of(before))
+    moved: list[FetchPlan] = []
+
+    def at_first(plan: FetchPlan, *sources: list[SourceManifest]) -> FetchPlan:
+        moved.append(plan)
+        if len(moved) == 2:
+            raise MemoryError
+        return rebased(plan, *sources)
+
+    monkeypatch.setattr(plan_cache, "rebased", at_first)
+    with pytest.raises(MemoryError):
+        cache.plan(after, "pull", lambda: plan_of(after))
+    for key in ("pull", "push"):
+        assert_same(cache.plan(after, key, lambda: plan_of(after)), plan_of(after))
+    assert len(moved) == 4

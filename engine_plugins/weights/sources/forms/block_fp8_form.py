@@ -48,6 +48,7 @@ class BlockFp8Form:
         self._form = form
         self._quantize = quantize
         self._maxima: Maxima | None = None
+        self.changes = 0
 
     def parts(self, box: SourceBox) -> Sequence[SourceBox]:
         """Values and scales of a matrix that is quantized.

@@ -28,10 +28,14 @@ class SentDtypes:
         everywhere: of all floating tensors but routers' correction biases; None leaves each as it
             is held. What is learned of an engine goes before it.
         learns: whether engines are asked.
+
+    Attributes:
+        changes: how often it was taught.
     """
 
     def __init__(self, everywhere: torch.dtype | None, *, learns: bool) -> None:
         self.learns = learns
+        self.changes = 0
         self._everywhere = everywhere
         self._learned: dict[str, torch.dtype] = {}
 
@@ -48,6 +52,7 @@ class SentDtypes:
     def learn(self, wanted: Mapping[str, torch.dtype]) -> None:
         """Send these tensors in these dtypes from now on."""
         self._learned.update(wanted)
+        self.changes += 1
 
 
 def sent_dtypes(asked: object, others: torch.dtype | None = None) -> SentDtypes:
@@ -78,6 +83,11 @@ class Cast:
 
     def __init__(self, dtypes: SentDtypes) -> None:
         self._dtypes = dtypes
+
+    @property
+    def changes(self) -> int:
+        """How often other dtypes were learned."""
+        return self._dtypes.changes
 
     def parts(self, box: SourceBox) -> Sequence[SourceBox]:
         """A copy of the box in its dtype, where that is another."""

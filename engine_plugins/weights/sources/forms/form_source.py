@@ -12,10 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 
 from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.hardware.queued_work import finish_queued_work
 from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
 from engine_plugins.weights.sources.forms.slots import Slots
+from engine_plugins.weights.sources.remembered import KnownBoxes
 
-__all__ = ["Filled", "Form", "FormSource", "wait_for_queued_work"]
+__all__ = ["Filled", "Form", "FormSource"]
 
 
 class Filled(NamedTuple):
@@ -27,6 +29,11 @@ class Filled(NamedTuple):
 
 class Form(Protocol):
     """One way in which an offer differs from what is held."""
+
+    @property
+    def changes(self) -> int:
+        """How often it has come to claim other boxes, or in another way."""
+        ...
 
     def parts(self, box: SourceBox) -> Sequence[SourceBox]:
         """What is offered in place of a box, on the meta device; nothing where it is not for it.
@@ -67,6 +74,10 @@ class FormSource:
         self._slots = Slots()
         self._taken: Sequence[SourceBox] | None = None
         self._due = False
+        self._filled: list[list[Filled]] = []
+        """By form, what is to be filled of the boxes that were offered last."""
+        self._known: tuple[Sequence[SourceBox], list[int]] | None = None
+        self._offered: Sequence[SourceBox] = ()
 
     @property
     def slot_bytes(self) -> int:
@@ -80,7 +91,7 @@ class FormSource:
             SourceError: a box that cannot be offered in its form.
         """
         self._taken = self._describe()
-        wait_for_queued_work(self._taken)
+        finish_queued_work(box.data for box in self._taken)
         with torch.no_grad():
             return [said for form in self._forms for said in form.measure(self._taken)]
 
@@ -98,39 +109,43 @@ class FormSource:
             SourceError: a box that cannot be offered in its form.
         """
         taken, self._taken = self._describe() if self._taken is None else self._taken, None
-        claims = [self._claimed(box) for box in taken]
-        laid_out = self._slots.lay_out(taken, [parts for _, parts in claims])
-        if not any(laid_out):
-            return taken
+        self._lay_out(taken)
         if self._due:
             self._due = False  # or a second look within an update would fill them again
-            wait_for_queued_work(taken)
-            filled: list[list[Filled]] = [[] for _ in self._forms]
-            for box, (number, _), slots in zip(taken, claims, laid_out, strict=True):
-                if slots:
-                    filled[number].append(Filled(box, slots))
+            if any(self._filled):
+                finish_queued_work(box.data for box in taken)
             with torch.no_grad():
-                for form, each in zip(self._forms, filled, strict=True):
+                for form, each in zip(self._forms, self._filled, strict=True):
                     form.fill(each)
-        pairs = zip(taken, laid_out, strict=True)
-        return [offered for box, slots in pairs for offered in slots or [box]]
+        return self._offered
 
     def release(self) -> None:
         """Let go of the slots, and of whatever was measured; the next `boxes` makes them anew."""
-        self._taken, self._due = None, False
+        self._taken, self._due, self._known = None, False, None
+        self._filled, self._offered = [], ()
         self._slots.release()
+
+    def _lay_out(self, taken: Sequence[SourceBox]) -> None:
+        """Give the boxes their slots; for the same boxes there is nothing to do."""
+        changes = [form.changes for form in self._forms]
+        if self._known is not None and taken is self._known[0] and changes == self._known[1]:
+            return
+        claims = [self._claimed(box) for box in taken]
+        laid_out = self._slots.lay_out(taken, [parts for _, parts in claims])
+        self._filled = [[] for _ in self._forms]
+        for box, (number, _), slots in zip(taken, claims, laid_out, strict=True):
+            if slots:
+                self._filled[number].append(Filled(box, slots))
+        if not any(laid_out):
+            self._offered = taken
+        else:
+            pairs = zip(taken, laid_out, strict=True)
+            self._offered = KnownBoxes(part for box, slots in pairs for part in slots or [box])
+        if isinstance(taken, KnownBoxes):
+            self._known = taken, changes
 
     def _claimed(self, box: SourceBox) -> tuple[int, Sequence[SourceBox]]:
         for number, form in enumerate(self._forms):
             if parts := form.parts(box):
                 return number, parts
         return 0, ()
-
-
-def wait_for_queued_work(boxes: Iterable[SourceBox]) -> None:
-    """Wait for what is queued on the GPUs of some boxes, on any stream: an optimizer's step, say.
-
-    Copies and casts are launched on the current stream, and would otherwise read before it.
-    """
-    for device in {box.data.device for box in boxes if box.data.is_cuda}:
-        torch.cuda.synchronize(device)

@@ -14,8 +14,8 @@ from torch import nn
 
 from engine_plugins.errors import SourceError
 from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.hardware.queued_work import finish_queued_work
 from engine_plugins.weights.sources.dtensor_source import is_dtensor, shard_boxes
-from engine_plugins.weights.sources.forms.form_source import wait_for_queued_work
 from engine_plugins.weights.sources.forms.peft_model import (
     Adapted,
     Delta,
@@ -95,7 +95,7 @@ class MergedLora:
     @torch.no_grad()
     def _fill(self) -> None:
         laid_out = self._laid_out()
-        wait_for_queued_work(_whole(each.name, base) for each, base, _ in laid_out)
+        finish_queued_work(base for _, base, _ in laid_out)
         for each, base, slot in laid_out:
             deltas = [_whole_delta(delta) for delta in each.deltas]
             weight = each.weight

@@ -7,7 +7,6 @@ Plain data in, views of the trainer's own memory out; Megatron itself is not nee
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,7 +48,6 @@ __all__ = [
     "MegatronRank",
     "megatron_boxes",
     "megatron_boxes_of",
-    "megatron_roles",
 ]
 
 _LAYER_PREFIX = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -129,18 +127,6 @@ def megatron_boxes_of(
     if len(ranks) > 1 and MegatronNames(config, rules).tied:
         check_megatron_heads(ranks)
     return [box for rank in ranks for box in megatron_boxes(rank, config, rules, made)]
-
-
-def megatron_roles(rank: MegatronRank, config: HfConfig) -> Counter[Role]:
-    """Count a rank's parameters by role; reads no memory, so meta tensors will do.
-
-    Raises:
-        UnsupportedError: a model family without tables.
-        SourceError: as for `megatron_boxes`, shapes apart.
-    """
-    names = MegatronNames(config)
-    with _naming(rank):
-        return Counter(_role(parameter) for parameter in _parameters(rank, names))
 
 
 @contextmanager
