@@ -92,10 +92,10 @@ class LoaderTrace:
     buffer that the loader fills."""
     layouts: Mapping[str, ParameterLayout] = field(default_factory=dict)
     """What the loader writes to, by parameter or buffer."""
-    strided: frozenset[str] = frozenset()
-    """Tensors that it reads alike where what it needs of them lies with strides of its own."""
     whole: bool = False
     """Whether the loader has to be given everything in one call."""
+    strided: frozenset[str] = frozenset()
+    """Tensors that it reads alike where what it needs of them lies with strides of its own."""
 
     def sources(self) -> set[str]:
         """HF names that reached a parameter of this rank."""
@@ -313,8 +313,7 @@ class _Loader:
             for name in sorted(saved - trace.parameter_numel.keys())
             if name in self._beside
         }
-        filled_with = partial(self._filled_with, always)
-        missing = missing_buffers(left, trace.copies, filled_with)
+        missing = missing_buffers(left, trace.copies, partial(self._filled_with, always))
         if not missing:
             return trace
         return replace(self.trace(trace.copies, missing, trace.strided), whole=trace.whole)
