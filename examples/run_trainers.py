@@ -81,7 +81,7 @@ def run(children: Children, engine: Engine, chosen: Sequence[Trainer], token: st
     model = children.folder / "model"
     with waiting("making a tiny Qwen3 and its tokenizer"):
         make = [sys.executable, str(HERE / "tiny_model.py"), str(model)]
-        children.start("tiny_model", make).wait()
+        children.start("tiny_model", make, engine.environment).wait()
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     with waiting(f"starting {engine.title} on the CPU, in bfloat16"):

@@ -24,7 +24,8 @@ from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.entry import GateBoard
 from engine_plugins.prefill_gate.gate_on_demand import GateOnDemand
 from engine_plugins.settings import Settings
-from engine_plugins.weights.receiving.worker_service import WorkerService, refuse
+from engine_plugins.weights.receiving.worker_messages import refuse
+from engine_plugins.weights.receiving.worker_service import WorkerService
 from sglang_ext.core_hooks import SchedulerHooks, mark_from_the_start
 from sglang_ext.engine_memory import memory_backend, tagged_tensors
 from sglang_ext.hooks import missing

@@ -141,7 +141,9 @@ _UPDATES = EngineNames(
             "ModelRunner: device, gpu_id, load_config, model, model_config, token_to_kv_pool, "
             "weight_updater",
         ),
-        "sglang.srt.configs.model_config": ("ModelConfig: dtype, hf_config, hf_text_config",),
+        "sglang.srt.configs.model_config": (
+            "ModelConfig: dtype, hf_config, hf_text_config, model_path, revision",
+        ),
         "sglang.srt.model_loader.loader": (
             "_get_quantization_config(model_config, load_config)",
             "_initialize_model(model_config, load_config, quant_config)",

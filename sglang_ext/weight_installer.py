@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -22,6 +23,7 @@ from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.coverage import left_out_by_design, prediction_layers
 from engine_plugins.weights.loader.engine_tensors import ModelParameters, tensors_beside
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
+from engine_plugins.weights.loader.own_checkpoint import left_as_built, tensors_of_checkpoint
 from engine_plugins.weights.loader.wrapped_layers import without_wrappers
 from sglang_ext.loader_model import loader_model
 
@@ -65,8 +67,22 @@ class SglangWeightInstaller:
         self._refuse_derived_caches()
         with loader_model(self._runner) as model:
             parameters = ModelParameters(model, _made_after_loading(model))
-            meant = [tensor for tensor in tensors if not self.may_go_unused(tensor.name)]
-            return trace_loader(parameters, cast(LoadWeights, model.load_weights), meant)
+            traced = partial(self._traced, parameters, cast(LoadWeights, model.load_weights))
+            config = self._runner.model_config
+            return left_as_built(
+                traced(tensors),
+                lambda: tensors_of_checkpoint(config.model_path, config.revision),
+                traced,
+            )
+
+    def _traced(
+        self,
+        parameters: ModelParameters,
+        load_weights: LoadWeights,
+        tensors: Sequence[LogicalTensor],
+    ) -> LoaderTrace:
+        meant = [tensor for tensor in tensors if not self.may_go_unused(tensor.name)]
+        return trace_loader(parameters, load_weights, meant, may_load_whole=True)
 
     def _refuse_derived_caches(self) -> None:
         """SGLang's own routes ask this before they write; its loader does not."""

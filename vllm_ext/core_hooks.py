@@ -28,7 +28,7 @@ from engine_plugins.prefill_gate.engine_gate import EngineGate
 from engine_plugins.prefill_gate.entry import GateBoard
 from engine_plugins.prefill_gate.gate_on_demand import GateOnDemand
 from engine_plugins.settings import Settings
-from engine_plugins.weights.receiving.worker_service import answer_call
+from engine_plugins.weights.receiving.worker_messages import answer_call
 from vllm_ext.asked import has_extension
 from vllm_ext.hooks import settings_of
 

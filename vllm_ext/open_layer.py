@@ -6,7 +6,9 @@ is kept aside, and gets the new values when the layer is closed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -49,22 +51,34 @@ def close_layer(layer: nn.Module) -> None:
 
 
 def name_loaders(model: nn.Module) -> None:
-    """Give weight loaders that have no name one: vLLM's reload asks them for it.
+    """Look at every weight loader as vLLM's reload will, and name those that have no name.
+
+    The reload asks each for its name and its arguments, of the tensors that serve and of those
+    that it has noted of the model as it was built.
 
     Raises:
-        UnsupportedError: one cannot be given a name; the reload would fail half way.
+        UnsupportedError: one has neither; the reload would fail half way.
     """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        loader = getattr(tensor, "weight_loader", None)
-        if loader is None or hasattr(loader, "__name__"):
-            continue
-        try:
+    for name, module in model.named_modules():
+        noted = layerwise.get_layerwise_info(module).restore_metadata
+        tensors = [*layer_tensors(module), *noted[0].items(), *noted[1].items()]
+        for key, tensor in tensors:
+            loader = getattr(tensor, "weight_loader", None)
+            if loader is not None:
+                _make_askable(loader, f"{name}.{key}")
+
+
+def _make_askable(loader: Any, parameter: str) -> None:
+    try:
+        if not hasattr(loader, "__name__"):
             loader.__name__ = type(loader).__name__
-        except AttributeError:
-            raise UnsupportedError(
-                f"vLLM cannot reload {name}: its weight loader, {loader!r}, has no name",
-                remedy="report it, with the model's name",
-            ) from None
+        inspect.signature(loader)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UnsupportedError(
+            f"vLLM cannot reload {parameter}: of its weight loader, {loader!r}, neither name nor "
+            f"arguments can be told ({error})",
+            remedy="report it, with the model's name",
+        ) from None
 
 
 def _put_aside(layer: nn.Module, info: layerwise.LayerReloadingInfo) -> None:

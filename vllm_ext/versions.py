@@ -147,7 +147,7 @@ _UPDATES = EngineNames(
         ),
         "vllm.model_executor.model_loader.reload.types": (
             "LayerReloadingInfo: kernel_non_persistent_buffers, kernel_tensors, load_numel, "
-            "load_numel_total, loaded_weights",
+            "load_numel_total, loaded_weights, restore_metadata",
             "LayerReloadingInfo.can_load(self)",
             "LayerReloadingInfo.reset(self)",
         ),

@@ -44,6 +44,7 @@ from engine_plugins.weights.loader.coverage import (
 from engine_plugins.weights.loader.engine_tensors import ModelParameters
 from engine_plugins.weights.loader.filled_elements import FilledElements
 from engine_plugins.weights.loader.joined_traces import DRAFT
+from engine_plugins.weights.loader.loader_threads import pools_done_here
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
 from engine_plugins.weights.loader.wrapped_layers import without_wrappers
 from vllm_ext.draft_model import DraftModel
@@ -215,7 +216,7 @@ class VllmWeightInstaller:
             filled = FilledElements(
                 tensor for layer in loaded.values() for _, tensor in layer_tensors(layer)
             )
-            with filled:
+            with pools_done_here(), filled:
                 self._load(tensors)
             self._refuse_holes(filled, loaded)
             for layer in loaded.values():

@@ -17,7 +17,8 @@ from engine_plugins.admin.runtime_dir import RUNTIME_DIR, hold_runtime_dir
 from engine_plugins.engine_rank import make_rank_service
 from engine_plugins.errors import EngineCallError, EnginePluginError
 from engine_plugins.settings import Settings
-from engine_plugins.weights.receiving.worker_service import WorkerService, refuse
+from engine_plugins.weights.receiving.worker_messages import refuse
+from engine_plugins.weights.receiving.worker_service import WorkerService
 from vllm_ext.draft_model import draft_of
 from vllm_ext.engine_memory import memory_backend, tagged_tensors
 from vllm_ext.hooks import install, speak_through_vllm

@@ -24,7 +24,7 @@ from engine_plugins.admin_answers import EngineOffer
 from engine_plugins.errors import ConflictError, EnginePluginError, WeightMismatchError
 from engine_plugins.weights.boxes.model_facts import compare_facts
 from engine_plugins.weights.contract.report import PlanSummary
-from engine_plugins.weights.receiving.worker_service import ConnectAnswer
+from engine_plugins.weights.receiving.worker_messages import ConnectAnswer
 
 __all__ = ["Connecting"]
 

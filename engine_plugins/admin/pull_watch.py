@@ -16,7 +16,11 @@ import psutil
 
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.shared_page import SharedPage
-from engine_plugins.weights.receiving.worker_service import PullNote, StatusAnswer, raised
+from engine_plugins.weights.receiving.worker_messages import (
+    PullNote,
+    StatusAnswer,
+    raised,
+)
 
 __all__ = ["PullWatch"]
 

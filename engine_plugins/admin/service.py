@@ -53,10 +53,7 @@ from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.settings import Settings
 from engine_plugins.sleep.memory_report import ResidualReport
 from engine_plugins.weights.contract.report import PlanSummary, UpdateReport
-from engine_plugins.weights.receiving.worker_service import (
-    encode_call,
-    read_answer,
-)
+from engine_plugins.weights.receiving.worker_messages import encode_call, read_answer
 
 __all__ = ["AdminService"]
 

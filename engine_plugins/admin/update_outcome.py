@@ -17,7 +17,7 @@ from engine_plugins.errors import (
     UpdateAbortedError,
 )
 from engine_plugins.weights.contract.report import Outcome, Phases, RankReport, UpdateReport
-from engine_plugins.weights.receiving.worker_service import StatusAnswer
+from engine_plugins.weights.receiving.worker_messages import StatusAnswer
 
 __all__ = ["behind", "failure_report", "half_way", "lost_memory", "report_of", "stands_still"]
 

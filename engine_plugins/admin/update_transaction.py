@@ -38,7 +38,7 @@ from engine_plugins.errors import (
 from engine_plugins.scarce import explained
 from engine_plugins.weights.contract.report import PlanSummary, RankReport, UpdateReport
 from engine_plugins.weights.receiving.staging import ModeChoice
-from engine_plugins.weights.receiving.worker_service import StatusAnswer
+from engine_plugins.weights.receiving.worker_messages import StatusAnswer
 from engine_plugins.weights.transport.transfers import DRAIN_S
 
 __all__ = ["UpdateTransaction"]

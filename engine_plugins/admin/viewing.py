@@ -19,7 +19,7 @@ from engine_plugins.admin.schemas import (
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.admin.state import EngineState
 from engine_plugins.admin.worker_calls import WorkerCalls
-from engine_plugins.weights.receiving.worker_service import WorkerDescription
+from engine_plugins.weights.receiving.worker_messages import WorkerDescription
 
 __all__ = ["Viewing"]
 

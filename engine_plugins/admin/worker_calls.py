@@ -14,7 +14,7 @@ from engine_plugins.admin.engine_control import EngineControl
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.contract.report import RankReport
 from engine_plugins.weights.receiving.staging import StagingRoom
-from engine_plugins.weights.receiving.worker_service import (
+from engine_plugins.weights.receiving.worker_messages import (
     GENERATION,
     AbortAnswer,
     ConnectAnswer,

@@ -73,7 +73,8 @@ class Job:
                 self._choose()
                 named = partial(named_urls, engines, self._access)
                 urls = self._ranks.lead("naming the engines", named, list[str])
-                self._ranks.agree("registering the weights", partial(self._open, urls), None)
+                register = partial(self._open, urls)
+                self._ranks.agree("registering the weights", register, int, judge=_some_bytes)
         except BaseException:  # an interrupt too must leave nothing registered
             self.close()
             raise
@@ -86,7 +87,7 @@ class Job:
         if len(result.reports) < self._ways.needed(len(self._fleet.urls)):
             raise EnginesFailedError(
                 version=report.version,
-                failures=result.failures,
+                failures=self._recipe.told(result.failures),
                 reports=result.reports,
                 fed_by=result.fed_by,
                 require=self._ways.require,
@@ -282,10 +283,12 @@ class Job:
                 judge=only.refuse_idle,
             )
 
-    def _open(self, urls: Sequence[str]) -> None:
+    def _open(self, urls: Sequence[str]) -> int:
+        """Register, and say how many bytes are offered."""
         self._fleet.add(urls)
         self.offer.reach(self._fleet.hosts)
         self.offer.open()
+        offered = self.offer.source.nbytes
         if self._ways.register == "every_update":
             self.offer.release()
         self._rounds = UpdateRounds(
@@ -298,11 +301,21 @@ class Job:
             again=self._refresh,
             shown=partial(progress_of, access=self._access, shown=self._progress),
         )
+        return offered
 
     def _open_rounds(self) -> UpdateRounds:
         if self._rounds is None:
             raise SourceError("this sender is closed", remedy="make a new one")
         return self._rounds
+
+
+def _some_bytes(offered: Sequence[int]) -> None:
+    """A rank may have nothing to offer, where another one has gathered all."""
+    if not any(offered):
+        raise SourceError(
+            "no tensors given, on any rank (a generator that was used up?)",
+            remedy="give the model itself, or a function that gives its named tensors",
+        )
 
 
 def _one_version(told: Sequence[tuple[int, int]]) -> None:

@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import msgspec
 from torch import nn
 
-from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.errors import SettingsError, SourceError, WeightMismatchError
 from engine_plugins.sender.megatron_job import MegatronRanks, Place, gathers_of, ranks_of
 from engine_plugins.sender.options import SenderOptions
+from engine_plugins.sender.report import EngineFailure
 from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
@@ -47,6 +49,7 @@ class Recipe:
         form: of what is offered, where it is not what the trainer holds.
         only: the part of the model that is sent; None for all of it.
         merged: what adapters are merged into.
+        in_own_words: what to add to an engine's words about tensors; see `HfOffer`.
     """
 
     boxes: Boxes
@@ -57,11 +60,24 @@ class Recipe:
     form: BlockFp8 | None = None
     merged: MergedLora | None = None
     only: Only | None = None
+    in_own_words: Callable[[str], str] = lambda text: ""
+
+    def told(self, failures: Mapping[str, EngineFailure]) -> dict[str, EngineFailure]:
+        """Engines' failures, with what the trainer calls the tensors that do not fit."""
+        return {
+            url: self._told(each) if each.code == WeightMismatchError.code else each
+            for url, each in failures.items()
+        }
+
+    def _told(self, failure: EngineFailure) -> EngineFailure:
+        words = self.in_own_words(failure.detail)
+        detail = f"{failure.detail} ({words})" if words else failure.detail
+        return msgspec.structs.replace(failure, detail=detail)
 
 
 def of_part(recipe: Recipe, options: SenderOptions) -> Recipe:
     """The recipe, of the tensors that the options choose."""
-    only = _only(options)
+    only = recipe.only or _only(options)
     if only is None:
         return recipe
     if options.get("fan_out") is not None:
@@ -69,6 +85,8 @@ def of_part(recipe: Recipe, options: SenderOptions) -> Recipe:
             "with fan_out engines feed each other whole models, so none can be sent a part",
             remedy="leave out fan_out, or only",
         )
+    if recipe.only is not None:  # and its boxes are chosen
+        return recipe
     boxes = recipe.boxes
     return replace(recipe, boxes=lambda: only.of(boxes()), only=only)
 
@@ -89,7 +107,8 @@ def of_hf(
     weights: HfWeights, config: object, options: SenderOptions, *, merge_lora: bool = False
 ) -> Recipe:
     """An HF model, or HF-named tensors; see `WeightSender.from_hf`."""
-    offer = HfOffer(weights, config, only=_only(options), merge_lora=merge_lora)
+    only = _only(options)
+    offer = HfOffer(weights, config, only=only, merge_lora=merge_lora)
     return Recipe(
         boxes=offer.boxes,
         model=offer.facts,
@@ -97,6 +116,8 @@ def of_hf(
         forget=offer.forget,
         form=_form(options, offer.config),
         merged=offer.merged,
+        only=only,
+        in_own_words=offer.in_own_words,
     )
 
 

@@ -25,7 +25,7 @@ from engine_plugins.admin.shared_state import SharedState, create_runtime_dir
 from engine_plugins.settings import Settings
 from engine_plugins.weights.contract.manifest import MSGPACK, encode_manifest
 from engine_plugins.weights.contract.report import RankPlan
-from engine_plugins.weights.receiving.worker_service import ConnectAnswer, WorkerDescription
+from engine_plugins.weights.receiving.worker_messages import ConnectAnswer, WorkerDescription
 from tests.support.in_memory_engine import InMemoryEngine
 from tests.support.model_shapes import ONE_TRILLION, logical_tensors_of
 from tests.support.simulated_trainers import SimulatedJob

@@ -29,7 +29,9 @@ from tests.benchmarks.peaks import peaks
 from tests.benchmarks.plan_scale import plan_scale, plan_sources
 from tests.benchmarks.publishing import publishing
 from tests.benchmarks.push_beside_pull import push_beside_pull
+from tests.benchmarks.refresh import refresh
 from tests.benchmarks.row_cost import row_cost
+from tests.benchmarks.trainer_cost import trainer_cost
 from tests.benchmarks.update_phases import SGLANG_PYTHON, update_phases
 from tests.support.cpu_features import cpu_line
 from tests.support.engine_server import ROOT
@@ -57,6 +59,8 @@ def main() -> None:
             "kernels",
             "probe",
             "gate",
+            "refresh",
+            "trainer",
             "plan",
             "phases",
             "peaks",
@@ -98,6 +102,8 @@ def main() -> None:
         console.print(memory_probe(runs=pairs))
     if chosen.only in (None, "gate"):
         console.print(gate_cost())
+    if chosen.only in (None, "refresh"):
+        console.print(refresh(runs=pairs))
     if chosen.only in (None, "plan"):
         wide = Console(width=180)
         wide.print(plan_sources(runs=pairs))
@@ -106,6 +112,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="engine-plugins-bench-") as folder:
         if chosen.only in (None, "phases"):
             console.print(update_phases(Path(folder), pairs=pairs))
+        if chosen.only in (None, "trainer"):
+            console.print(trainer_cost(Path(folder)))
         if chosen.only in (None, "peaks"):
             console.print(peaks(Path(folder), SGLANG_PYTHON))
         if chosen.only in (None, "held-pull"):

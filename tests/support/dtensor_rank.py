@@ -22,7 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -35,7 +40,10 @@ from engine_plugins.errors import UnsupportedError
 from engine_plugins.weights.boxes.placement import SourceBox, assemble
 from engine_plugins.weights.sources.dtensor_source import is_dtensor
 from engine_plugins.weights.sources.fsdp_source import fsdp_tensors
+from engine_plugins.weights.sources.hf_offer import HfOffer
 from engine_plugins.weights.sources.torch_source import hf_boxes
+from tests.families.catalogue import family_named
+from tests.families.maker import random_model
 
 __all__ = ["CASES"]
 
@@ -183,6 +191,40 @@ def stepped() -> str | None:
     return wrong or difference(together(hf_boxes(moved)), gathered(moved))
 
 
+def offloaded() -> str | None:
+    """Shares that lie on the CPU while they are not computed with, and then lie elsewhere."""
+    model = model_of(6, 7)
+    for layer in (*model, model):
+        fully_shard(layer, mesh=mesh_of(4), offload_policy=CPUOffloadPolicy(pin_memory=False))
+    offer = HfOffer(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(torch.randn(2, 6)).square().sum().backward()
+        optimizer.step()
+        for each in model.parameters():  # offloaded and brought back: other storages
+            held: Any = each.data
+            each.data = DTensor.from_local(
+                held.to_local().clone(),
+                held.device_mesh,
+                held.placements,
+                shape=held.shape,
+                stride=held.stride(),
+            )
+        wrong = difference(together(list(offer.boxes())), gathered(dict(fsdp_tensors(model))))
+        if wrong:
+            return wrong
+    return None
+
+
+def transformers_experts() -> str | None:
+    """Renamed modules and fused experts of a model under fully_shard, as they would be saved."""
+    family = family_named("mixtral")
+    model, whole = (random_model(family, seed=0, dtype=torch.float32) for _ in range(2))
+    for layer in (*model.model.layers, model):
+        fully_shard(layer, mesh=mesh_of(4))
+    return difference(together(list(HfOffer(model).boxes())), assemble(HfOffer(whole).boxes()))
+
+
 def unsharded() -> str | None:
     """A root module stays unsharded after a forward pass: it is resharded before the offer."""
     model = sharded_by_fsdp(6, 7, 4)
@@ -226,7 +268,9 @@ def not_cut_as_torch_does() -> str | None:
 
 def fsdp1() -> str | None:
     model = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
-    return refused(lambda: list(fsdp_tensors(model)), "FSDP1", "FullyShardedDataParallel")
+    words = ("FSDP1", "FullyShardedDataParallel")
+    named = refused(lambda: hf_boxes(model.named_parameters()), *words)
+    return named or refused(lambda: list(fsdp_tensors(model)), *words)
 
 
 CASES: dict[str, Case] = {
@@ -256,6 +300,8 @@ CASES: dict[str, Case] = {
     "experts_by_expert_and_row": partial(experts, (2, 2), Shard(0), Shard(1)),
     "experts_strided": partial(experts, (4,), _StridedShard(1, split_factor=2), ffn=4),
     "stepped": stepped,
+    "offloaded": offloaded,
+    "transformers_experts": transformers_experts,
     "unsharded": unsharded,
     "partial_sums": partial_sums,
     "not_cut_as_torch_does": not_cut_as_torch_does,

@@ -24,7 +24,8 @@ from engine_plugins.prefill_gate.rank_meter import OwnRank, RankMeter
 from engine_plugins.prefill_gate.step_memory import HostStepMemory
 from engine_plugins.prefill_gate.step_shape import Candidate, StepShape
 from engine_plugins.settings import Settings
-from engine_plugins.weights.receiving.worker_service import WorkerService, answer_call
+from engine_plugins.weights.receiving.worker_messages import answer_call
+from engine_plugins.weights.receiving.worker_service import WorkerService
 
 __all__ = ["SMALLEST_CHUNK", "TICK_S", "GeneratingEngine", "Request"]
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.sleep.memory_ledger import MemoryLedger
 from engine_plugins.sleep.rank_memory import RankMemory
@@ -73,8 +75,9 @@ class _BreakableReceiver(WeightReceiver):
         """And poison what was installed: nothing that a later step did not bring can pass."""
         super()._install(prepared, step, index)
         if not step.direct:
-            for _, tensor in prepared.tensors(index):
-                tensor.fill_(float("nan"))
+            held = prepared._buffer._memory  # type: ignore[attr-defined]
+            offset = prepared.windows[index].offset_bytes
+            held.tensor(offset, (step.nbytes,), torch.uint8).fill_(0xFF)  # NaN in every dtype
 
     def _maybe_fail(self, call: str) -> None:
         error = self.failures.pop(call, None)

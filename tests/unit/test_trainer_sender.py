@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,7 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from engine_plugins.admin_answers import UpdateRequest
 from engine_plugins.admin_client import AdminClient
-from engine_plugins.errors import AdminAnswerError, SettingsError, SourceError
+from engine_plugins.errors import (
+    AdminAnswerError,
+    EnginePluginError,
+    SettingsError,
+    SourceError,
+)
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
@@ -27,6 +33,8 @@ from engine_plugins.weights.sources.megatron.source import MegatronChunk, Megatr
 from engine_plugins.weights.sources.source import WeightSource
 from engine_plugins.weights.sources.torch_source import hf_boxes
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.families.catalogue import family_named
+from tests.families.maker import random_model
 from tests.support.bad_gateway import bad_gateway
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 from tests.support.process_group import output_of_ranks
@@ -456,6 +464,66 @@ def test_two_ranks_succeed_and_fail_as_one(tmp_path: Path, engines: list[FakeEng
         assert {source.agent for source in engine.sources.values()} == {"trainer-0", "trainer-1"}
         assert [len(ids) for ids in engine.plans.values()] == [2, 2]
         assert len(engine.sources) == 3, "rank 1 moved and offered again, rank 0 did not"
+
+
+def test_an_engines_refusal_says_what_the_trainer_calls_the_tensors(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """Of a transformers model, whose names in memory are others; of named tensors how to tell."""
+    model = random_model(family_named("mixtral"), seed=0, dtype=torch.float32)
+    gate = "model.layers.0.block_sparse_moe.gate.weight"
+    refused = Refused(422, "weight_mismatch", f"{gate}: the engine's loader refuses it")
+    engines[0].refuse["/weights/connect"] = refused
+    own = f"{gate} is the model's model.layers.0.mlp.gate.weight"
+    for weights, words in ((model, own), (dict(model.state_dict()), "give from_hf the model")):
+        sender = WeightSender.from_hf(
+            weights, engines=engines[0].url, token=TOKEN, transport=transport
+        )
+        with sender, pytest.raises(EnginesFailedError) as caught:
+            sender.update(1)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "config", "words"),
+    [
+        (iter(()), None, "the generator had none"),
+        (tiny().parameters(), None, r"a Parameter is given without a name \[.*named_parameters"),
+        ("model", None, "a str is no model"),
+        (torch.zeros(2), None, "a Tensor is no model"),
+        ({"w": torch.zeros(0)}, None, r"w has no values now, its shape is \(0,\): was it offload"),
+        ({"w": torch.zeros(2, device="meta")}, None, r"meta tensor .* \(was it offloaded\?\)"),
+        ({"v_head.weight": torch.zeros(2)}, None, "value head"),
+        ({"w": torch.zeros(2)}, "/no/such/folder", "no config can be read there"),
+        ({"base_model.model.lora_A.w": torch.zeros(2)}, None, "adapters"),
+        ({"_fsdp_wrapped_module.w": torch.zeros(2)}, None, "FSDP1"),
+        ({}, None, "no tensors given"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_before_any_engine_is_asked(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    weights: Any,
+    config: object,
+    words: str,
+) -> None:
+    with pytest.raises(EnginePluginError) as caught:
+        WeightSender.from_hf(weights, config=config, engines=engines[0].url, transport=transport)
+    assert re.search(words, f"{caught.value} [{caught.value.remedy}]")
+    assert not engines[0].sources
+
+
+def test_a_part_needs_patterns_that_match_and_no_fan_out(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    model = tiny()
+    with pytest.raises(SourceError, match=r"only=\['2\.\*'\] matches no tensor"):
+        hf_sender(model, engines, transport, only=["0.*", "2.*"])
+    with pytest.raises(SettingsError, match="none can be sent a part"):
+        hf_sender(model, engines, transport, only="0.*", fan_out=2)
+    with hf_sender(model, engines, transport, only="0.*") as sender:
+        sender.update(1)
+    assert engines[0].weights.keys() == {"0.weight", "0.bias"}
 
 
 def test_ranks_that_do_not_lead_need_neither_token_nor_route(

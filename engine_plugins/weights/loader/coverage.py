@@ -133,7 +133,8 @@ def engine_steps(
         for tensor in tensors
         if tensor.name not in reached and not rules.may_go_unused(tensor.name)
     ]
-    return _grouped(trace, {tensor.name: tensor for tensor in tensors}), unused
+    steps = _grouped(trace, {tensor.name: tensor for tensor in tensors})
+    return _as_one(steps) if trace.whole else steps, unused
 
 
 def left_out(trace: LoaderTrace) -> frozenset[str]:
@@ -274,6 +275,12 @@ def _grouped(trace: LoaderTrace, tensors: dict[str, LogicalTensor]) -> list[Engi
                 step_of[name] = first
                 first[1].append(tensors[name])
     return steps
+
+
+def _as_one(steps: Sequence[EngineStep]) -> list[EngineStep]:
+    """All steps together, for a loader that wants everything in one call."""
+    modules = [module for step in steps for module in step[0]]
+    return [(modules, [tensor for step in steps for tensor in step[1]])] if steps else []
 
 
 def _model_order(trace: LoaderTrace, modules: dict[str, list[str]]) -> list[str]:

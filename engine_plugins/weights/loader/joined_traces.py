@@ -26,8 +26,12 @@ def with_draft(target: LoaderTrace, draft: LoaderTrace, own: Container[str]) -> 
         for copy in draft.copies
         if copy.parameter in own
     )
+    read_by_draft = {name for copy in copies for name in copy.sources}
     return LoaderTrace(
         copies=target.copies + copies,
+        # A tensor that only the draft model reads is given to it with the place of the whole.
+        strided=target.strided - read_by_draft,
+        whole=target.whole,
         parameter_numel={
             **target.parameter_numel,
             **{DRAFT + name: n for name, n in draft.parameter_numel.items() if name in own},

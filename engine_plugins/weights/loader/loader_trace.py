@@ -12,14 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from engine_plugins.errors import WeightMismatchError
+from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.loader.alike_layers import AlikeLayers
 from engine_plugins.weights.loader.engine_tensors import (
@@ -27,6 +28,7 @@ from engine_plugins.weights.loader.engine_tensors import (
     saved_buffers,
     tensors_beside,
 )
+from engine_plugins.weights.loader.loader_threads import pools_done_here
 from engine_plugins.weights.loader.loader_watch import (
     SourceView,
     TracedCopy,
@@ -37,8 +39,10 @@ from engine_plugins.weights.loader.loader_watch import (
 from engine_plugins.weights.loader.loading_in_parts import refuse_unless_in_parts
 from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
 from engine_plugins.weights.loader.missing_buffers import missing_buffers
+from engine_plugins.weights.loader.needed import needed_boxes
 from engine_plugins.weights.loader.short_reasons import short_reason
 from engine_plugins.weights.loader.strided_cover import Place, distinct_numel
+from engine_plugins.weights.loader.strided_reads import read_alike, room_strides
 
 __all__ = [
     "Filling",
@@ -88,6 +92,10 @@ class LoaderTrace:
     buffer that the loader fills."""
     layouts: Mapping[str, ParameterLayout] = field(default_factory=dict)
     """What the loader writes to, by parameter or buffer."""
+    strided: frozenset[str] = frozenset()
+    """Tensors that it reads alike where what it needs of them lies with strides of its own."""
+    whole: bool = False
+    """Whether the loader has to be given everything in one call."""
 
     def sources(self) -> set[str]:
         """HF names that reached a parameter of this rank."""
@@ -124,6 +132,8 @@ def trace_loader(
     parameters: Mapping[str, torch.Tensor],
     load_weights: LoadWeights,
     tensors: Sequence[LogicalTensor],
+    *,
+    may_load_whole: bool = False,
 ) -> LoaderTrace:
     """Record what `load_weights` does with `tensors`.
 
@@ -139,6 +149,8 @@ def trace_loader(
             load one module at a time.
         load_weights: the model's own loader.
         tensors: the tensors that would be fed, in the order in which they would be fed.
+        may_load_whole: whether an engine can load a whole model at once, where its loader does
+            not load one module at a time.
 
     Raises:
         WeightMismatchError: the loader refused a tensor; the text names it.
@@ -166,10 +178,31 @@ def trace_loader(
     def part(names: Container[str]) -> WatchedCopies:
         return loader.run([tensor for tensor in tensors if tensor.name in names], following)
 
+    trace = replace(trace, strided=_strided(loader, trace, tensors, alike))
     if model is None:
         return trace
-    refuse_unless_in_parts(trace.copies, trace.modules(), part)
-    return loader.with_missing(trace, saved_buffers(model))
+    try:
+        refuse_unless_in_parts(trace.copies, trace.modules(), part)
+    except UnsupportedError:
+        if not may_load_whole:
+            raise
+        trace = replace(trace, whole=True)
+    return loader.with_missing(trace, saved_buffers(model), tensors if trace.whole else ())
+
+
+def _strided(
+    loader: _Loader, trace: LoaderTrace, tensors: Sequence[LogicalTensor], alike: AlikeLayers
+) -> frozenset[str]:
+    """Show the loader a few layers once more, as they would lie in a small receive buffer."""
+    strides = room_strides(tensors, needed_boxes(trace, tensors))
+    if not strides:
+        return frozenset()
+    few = [tensors[place] for place in alike.samples]
+    try:
+        shown = loader.run(few, following).copies
+    except WeightMismatchError:  # it wants all of them, or none
+        return frozenset()
+    return read_alike(strides, few, shown, lambda tried: loader.run(few, following, tried).copies)
 
 
 def _samples_followed(
@@ -220,14 +253,21 @@ class _Loader:
         self,
         tensors: Sequence[LogicalTensor],
         watch: Callable[[WatchedCopies], AbstractContextManager[object]],
+        strides: Mapping[str, tuple[int, ...]] | None = None,
     ) -> WatchedCopies:
-        """Run the loader once, and say what it did."""
+        """Run the loader once, and say what it did.
+
+        Args:
+            tensors: what it is shown.
+            watch: how it is looked at.
+            strides: of tensors that are not contiguous, in elements.
+        """
         self._beside = self.beside()
         copies = WatchedCopies(self._parameters, self._beside, self._parameters_now)
         making = nullcontext() if self._model is None else parameters_on_meta()
-        feed = _Feed(tensors, copies)
+        feed = _Feed(tensors, copies, strides or {})
         try:
-            with torch.no_grad(), making, watch(copies):
+            with torch.no_grad(), making, pools_done_here(), watch(copies):
                 self._load_weights(iter(feed))
         except Exception as error:  # the engine's loader raises whatever it likes
             raise _refused(feed.current, error) from error
@@ -242,7 +282,10 @@ class _Loader:
         return {} if self._model is None else dict(self._model.named_parameters())
 
     def trace(
-        self, copies: Sequence[TracedCopy], missing: AbstractSet[str] = frozenset()
+        self,
+        copies: Sequence[TracedCopy],
+        missing: AbstractSet[str] = frozenset(),
+        strided: frozenset[str] = frozenset(),
     ) -> LoaderTrace:
         """The trace of copies: a buffer belongs to it if a tensor is copied there as published."""
         wanted = missing | {copy.parameter for copy in copies if copy.read is not None}
@@ -252,22 +295,37 @@ class _Loader:
             copies=tuple(copies),
             parameter_numel={name: _loadable_numel(tensor) for name, tensor in held.items()},
             layouts={name: ParameterLayout.of(tensor) for name, tensor in held.items()},
+            strided=strided,
         )
 
-    def with_missing(self, trace: LoaderTrace, saved: AbstractSet[str]) -> LoaderTrace:
-        """The trace with the buffers that the tensors leave out and a checkpoint would fill."""
+    def with_missing(
+        self, trace: LoaderTrace, saved: AbstractSet[str], always: Sequence[LogicalTensor]
+    ) -> LoaderTrace:
+        """The trace with the buffers that the tensors leave out and a checkpoint would fill.
+
+        Args:
+            trace: of what was offered.
+            saved: buffers that may be saved.
+            always: what the loader has to be given beside any tensor.
+        """
         left = {
             name: self._beside[name]
             for name in sorted(saved - trace.parameter_numel.keys())
             if name in self._beside
         }
-        missing = missing_buffers(left, trace.copies, self._filled_with)
-        return self.trace(trace.copies, missing) if missing else trace
+        filled_with = partial(self._filled_with, always)
+        missing = missing_buffers(left, trace.copies, filled_with)
+        if not missing:
+            return trace
+        return replace(self.trace(trace.copies, missing, trace.strided), whole=trace.whole)
 
-    def _filled_with(self, name: str, like: torch.Tensor) -> set[str]:
+    def _filled_with(
+        self, always: Sequence[LogicalTensor], name: str, like: torch.Tensor
+    ) -> set[str]:
         tensor = LogicalTensor(name=name, shape=tuple(like.shape), dtype=like.dtype)
+        others = [each for each in always if each.name != name]
         try:
-            seen = self.run([tensor], following)
+            seen = self.run([*others, tensor], following)
         except WeightMismatchError:  # it knows no such name
             return set()
         return {copy.parameter for copy in seen.copies if copy.sources}
@@ -302,12 +360,14 @@ class _Feed:
     They are made beforehand: under a watch each would cost as much as a copy.
     """
 
-    def __init__(self, tensors: Sequence[LogicalTensor], copies: WatchedCopies) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[LogicalTensor],
+        copies: WatchedCopies,
+        strides: Mapping[str, tuple[int, ...]],
+    ) -> None:
         self.current: LogicalTensor | None = None
-        self._offers = [
-            (tensor, torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-            for tensor in tensors
-        ]
+        self._offers = [(tensor, _placeholder(tensor, strides)) for tensor in tensors]
         for tensor, placeholder in self._offers:
             copies.add_source(tensor.name, placeholder)
 
@@ -315,3 +375,10 @@ class _Feed:
         for tensor, placeholder in self._offers:
             self.current = tensor
             yield tensor.name, placeholder
+
+
+def _placeholder(tensor: LogicalTensor, strides: Mapping[str, tuple[int, ...]]) -> torch.Tensor:
+    own = strides.get(tensor.name)
+    if own is None:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return torch.empty_strided(tensor.shape, own, dtype=tensor.dtype, device="meta")

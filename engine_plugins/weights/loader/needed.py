@@ -5,16 +5,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
+from typing import Protocol
 
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import Interval
-from engine_plugins.weights.loader.loader_trace import LoaderTrace, SourceView
+from engine_plugins.weights.loader.loader_watch import SourceView, TracedCopy
 
 __all__ = ["needed_boxes"]
 
 
+class _Trace(Protocol):
+    @property
+    def copies(self) -> Sequence[TracedCopy]: ...
+
+
 def needed_boxes(
-    trace: LoaderTrace, tensors: Sequence[LogicalTensor]
+    trace: _Trace, tensors: Sequence[LogicalTensor]
 ) -> Mapping[str, tuple[Interval, ...]]:
     """Disjoint boxes (start, shape) of every tensor that reaches this rank.
 

@@ -32,10 +32,14 @@ class Arena:
     CUDA memory comes from torch's allocator, or, with a warning, from plain cudaMalloc where that
     allocator uses expandable segments.
 
+    Around host memory more addresses may be reserved, which are neither registered nor ever
+    resident: views may reach over them, as long as nobody writes through that part.
+
     Args:
         nbytes: its size in bytes.
         transport: registers it; the arena must be closed before the transport is.
         device: `cpu`, or a CUDA device such as `cuda:0`.
+        margins: bytes that views may reach past the arena's begin and past its end; on the CPU.
 
     Raises:
         TransportError: no bytes, or the transport refused the memory.
@@ -43,16 +47,27 @@ class Arena:
             pool beside them (see `PlainCudaPool`).
     """
 
-    def __init__(self, nbytes: int, transport: Transport, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        nbytes: int,
+        transport: Transport,
+        device: str = "cpu",
+        margins: tuple[int, int] = (0, 0),
+    ) -> None:
         if nbytes <= 0:
             raise TransportError(f"an arena of {nbytes} bytes is of no use", remedy="size it > 0")
         self._nbytes = nbytes
         self._transport = transport
         where = _checked(device)
         self._pool = _pool_if_needed(where, nbytes)
-        self._buffer: torch.Tensor | None = _allocate(nbytes, where, self._pool)
+        self._front, back = (-(-margin // mmap.PAGESIZE) * mmap.PAGESIZE for margin in margins)
+        self._buffer: torch.Tensor | None = (
+            _reserve(self._front, nbytes, back)
+            if where.type == "cpu"
+            else _allocate(nbytes, where, self._pool)
+        )
         self._state = "open"
-        self._address = self._buffer.data_ptr()
+        self._address = self._buffer.data_ptr() + self._front
         transport.register(self._address, nbytes, _device_number(self._buffer))
 
     @property
@@ -85,7 +100,8 @@ class Arena:
                 f"inside an arena of {self._nbytes} bytes",
                 remedy="this is a fault of the plan: report it",
             )
-        return buffer[offset_bytes:end].view(dtype).view(tuple(shape))
+        first = self._front + offset_bytes
+        return buffer[first : self._front + end].view(dtype).view(tuple(shape))
 
     def strided(
         self,
@@ -104,6 +120,34 @@ class Arena:
         strides = [step // dtype.itemsize for step in strides_bytes]
         flat = self.tensor(offset_bytes, (last + 1,), dtype)
         return flat.as_strided(tuple(shape), strides, flat.storage_offset())
+
+    def around(
+        self,
+        offset_bytes: int,
+        shape: Sequence[int],
+        strides_bytes: Sequence[int],
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """A view that may reach into the margins, of which a part alone has its place here.
+
+        Raises:
+            TransportError: as for `tensor`, of the arena with its margins.
+        """
+        buffer = self._usable()
+        item = dtype.itemsize
+        steps = zip(shape, strides_bytes, strict=True)
+        first = self._front + offset_bytes
+        end = first + sum((size - 1) * step for size, step in steps) + item
+        if not 0 <= first <= end <= len(buffer) or first % item:
+            raise TransportError(
+                f"a view of {tuple(shape)} {dtype} at byte {offset_bytes} reaches out of an arena "
+                f"of {self._nbytes} bytes and its margins",
+                remedy="this is a fault of the plan: report it",
+            )
+        flat = buffer[: len(buffer) // item * item].view(dtype)
+        return flat.as_strided(
+            tuple(shape), [step // item for step in strides_bytes], first // item
+        )
 
     def close(self) -> None:
         """Deregister and free. Views that are still held keep the memory, not the registration.
@@ -200,11 +244,15 @@ def _pool_if_needed(device: torch.device, nbytes: int) -> PlainCudaPool | None:
 def _allocate(nbytes: int, device: torch.device, pool: PlainCudaPool | None) -> torch.Tensor:
     if pool is not None:
         return pool.empty((nbytes,), torch.uint8)
-    if device.type == "cuda":
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    reserved = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _reserve(front: int, nbytes: int, back: int) -> torch.Tensor:
+    """[front + nbytes + back] bytes of host memory, of which the margins cost addresses alone."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    reserved = mmap.mmap(-1, front + nbytes + back, flags=flags)
     with contextlib.suppress(OSError):
-        reserved.madvise(mmap.MADV_HUGEPAGE)
+        reserved.madvise(mmap.MADV_HUGEPAGE, front, nbytes)
     return torch.frombuffer(reserved, dtype=torch.uint8)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from math import prod
+from operator import add
 
 import torch
 
@@ -34,6 +37,14 @@ class LiveMemory:
         self._regions = regions_of(tensors)
         self._transport = transport
         self._registered: list[Region] = []
+        held = [item for region in self._regions for item in region.storages.items()]
+        held.sort(key=lambda item: item[0])
+        self._starts = [start for (_, start), _ in held]
+        self._storages = [storage for _, storage in held]
+        sizes = [storage.nbytes() for storage in self._storages]
+        ends = accumulate(map(add, self._starts, sizes), max, initial=0)
+        self._apart = [end <= start for start, end in zip(self._starts, ends, strict=False)]
+        """Of each storage, whether no one before it reaches into it."""
         devices = {region.device for region in self._regions}
         if len(devices) > 1:
             raise TransportError(
@@ -65,12 +76,14 @@ class LiveMemory:
         """
         steps = zip(shape, strides_bytes, strict=True)
         last = address + sum((size - 1) * step for size, step in steps) + dtype.itemsize
-        for region in self._registered:
-            for (_, start), storage in region.storages.items():
-                if start <= address and last <= start + storage.nbytes():
-                    view = torch.empty(0, dtype=dtype, device=storage.device)
-                    strides = [step // dtype.itemsize for step in strides_bytes]
-                    return view.set_(storage, (address - start) // dtype.itemsize, shape, strides)
+        for at in reversed(range(bisect_right(self._starts, address))):
+            start, storage = self._starts[at], self._storages[at]
+            if last <= start + storage.nbytes():
+                view = torch.empty(0, dtype=dtype, device=storage.device)
+                strides = [step // dtype.itemsize for step in strides_bytes]
+                return view.set_(storage, (address - start) // dtype.itemsize, shape, strides)
+            if self._apart[at]:
+                break  # and those before it end before it begins
         raise TransportError(
             f"{prod(shape)} elements of {dtype} at {address:#x} lie in no live parameter",
             remedy="this is a fault of the plan: report it",
@@ -78,5 +91,6 @@ class LiveMemory:
 
     def close(self) -> None:
         """Take the registrations back; the parameters stay. Repeating it does nothing."""
+        self._starts, self._storages, self._apart = [], [], []
         while self._registered:
             self._transport.deregister(self._registered.pop().address)

@@ -122,6 +122,7 @@ def target_table(
     needed: Mapping[str, Sequence[Interval]],
     live: Mapping[str, Sequence[LiveBox]],
     offsets: Column,
+    strides: Column | None = None,
 ) -> TargetTable:
     """The boxes that are wanted and where they go, in the tensors' order.
 
@@ -129,7 +130,8 @@ def target_table(
         tensors: all of them.
         needed: boxes by tensor; without an entry, here or in `live`, a tensor is wanted whole.
         live: boxes that go into live parameters, by tensor.
-        offsets: [n] where each whole tensor of the others goes, contiguous.
+        offsets: [n] where each tensor of the others goes, as if it went there whole.
+        strides: [n, axes] in bytes of each there; contiguous ones if None.
     """
     chosen: list[int] = []
     boxes: list[Interval] = []
@@ -153,7 +155,7 @@ def target_table(
         start=_aligned([start for start, _ in boxes], tensors.axes, 0),
         shape=_aligned([shape for _, shape in boxes], tensors.axes, 1),
     )
-    strides = gathered(tensors.strides_bytes, table.tensor)
+    strides = gathered(tensors.strides_bytes if strides is None else strides, table.tensor)
     offset = offsets[table.tensor] + summed(table.start * strides)
     offset[rows] = [box.address for box in placed]
     strides[rows] = _aligned([box.strides_bytes for box in placed], tensors.axes, 0)

@@ -34,6 +34,7 @@ from engine_plugins.weights.planning.packing import (
     in_batches,
     packed_axis,
 )
+from engine_plugins.weights.planning.places import Places, places_of
 from engine_plugins.weights.planning.plan_data import (
     FetchPlan,
     PackedBatch,
@@ -64,18 +65,30 @@ SCRATCH_SHARE = 256
 """The scratch area may take one byte for so many that a rank receives."""
 
 
-def coalesced(steps: Sequence[EngineStep], direct: Container[str] = ()) -> list[EngineStep]:
+def coalesced(
+    steps: Sequence[EngineStep],
+    direct: Container[str] = (),
+    sizes: Mapping[str, int] | None = None,
+) -> list[EngineStep]:
     """Join neighbouring small modules into one step, so that norms do not travel one by one.
 
     A joined step stays below a quarter of the largest module: several still fit the receive
     buffer, and the next ones are fetched while one is installed. Modules that land directly, by
     name, do not join those that do not.
+
+    Args:
+        steps: one for each module.
+        direct: modules that land directly.
+        sizes: bytes of each tensor's place in the receive buffer, by name; of the whole if None.
     """
-    sizes = [sum(tensor.nbytes for tensor in tensors) for _, tensors in steps]
-    limit = max(sizes, default=0) // 4
+    places = {} if sizes is None else sizes
+    room_of = [
+        sum(places.get(tensor.name, tensor.nbytes) for tensor in tensors) for _, tensors in steps
+    ]
+    limit = max(room_of, default=0) // 4
     joined: list[EngineStep] = []
     room = 0
-    for (modules, tensors), size in zip(steps, sizes, strict=True):
+    for (modules, tensors), size in zip(steps, room_of, strict=True):
         alike = bool(joined) and (joined[-1][0][0] in direct) == (modules[0] in direct)
         if alike and size <= room:
             joined[-1][0].extend(modules)
@@ -93,6 +106,7 @@ def build_plan(
     needed: Mapping[str, Sequence[Interval]] | None = None,
     live: Mapping[str, Sequence[LiveBox]] | None = None,
     reader: Reader | None = None,
+    strided: Container[str] | None = None,
 ) -> FetchPlan:
     """Plan the fetch of what a rank needs of its tensors, step by step.
 
@@ -103,6 +117,7 @@ def build_plan(
             entry is fetched whole. The sources must offer all of it either way.
         live: where tensors go that land in live parameters. A step's tensors all do, or none.
         reader: how this rank chooses among replicas; evenly if not told.
+        strided: see `places_of`: what of a tensor has a place in the receive buffer.
 
     Raises:
         PlanError: a gap or an overlap, or no source that the reader may read; the text names the
@@ -113,9 +128,10 @@ def build_plan(
     sources = source_table(manifests, table)
     live = live or {}
     direct = [bool(tensors) and tensors[0].name in live for _, tensors in steps]
-    layout = _Layout(table, [len(tensors) for _, tensors in steps], direct)
+    places = places_of(table, needed or {}, strided)
+    layout = _Layout(places, [len(tensors) for _, tensors in steps], direct)
     choice = SourceChoice(reader=reader or Reader(), manifests=manifests)
-    targets = target_table(table, needed or {}, live, layout.offset)
+    targets = target_table(table, needed or {}, live, layout.offset, places.strides_bytes)
     parts = intersect(targets, sources, table, choice)
     scratch = _scratch_bytes(layout, parts)
     axis = packed_axis(parts, table, scratch)
@@ -130,6 +146,8 @@ def build_plan(
             modules=tuple(modules),
             tensors=tensors,
             offsets=layout.offset[layout.tensors(number)],
+            strides_bytes=places.strides_bytes[layout.tensors(number)],
+            reach=layout.reach(number, places.span),
             direct=direct[number],
             nbytes=int(layout.nbytes[number]),
             bytes_needed=int(wanted[number]),
@@ -174,15 +192,21 @@ class _Layout:
         nbytes: [steps] receive buffer of each step.
     """
 
-    def __init__(self, tensors: TensorTable, counts: Sequence[int], direct: Sequence[bool]) -> None:
+    def __init__(self, places: Places, counts: Sequence[int], direct: Sequence[bool]) -> None:
         self._first = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        sizes = -(-tensors.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        sizes = -(-places.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
         before = np.concatenate([[0], sizes.cumsum()])
         self.step = np.repeat(np.arange(len(counts)), counts)
-        self.offset = before[:-1] - before[self._first[self.step]]
+        self.offset = before[:-1] - before[self._first[self.step]] + places.origin
         self.nbytes = before[self._first[1:]] - before[self._first[:-1]]
         self.nbytes[np.array(direct, np.bool_)] = 0
         self.largest = int(self.nbytes.max(initial=0))
+
+    def reach(self, step: int, span: Column) -> tuple[int, int]:
+        """Bytes from a step's start to where views of whole tensors begin and end."""
+        own = self.tensors(step)
+        first = int(self.offset[own].min(initial=0))
+        return first, int((self.offset[own] + span[own]).max(initial=0))
 
     def tensors(self, step: int) -> slice:
         """Numbers of a step's tensors."""

@@ -27,7 +27,7 @@ __all__ = [
 
 
 class Landing(NamedTuple):
-    """A whole HF tensor, contiguous, at an offset from its step's start."""
+    """A whole HF tensor, at an offset from its step's start."""
 
     tensor: LogicalTensor
     offset_bytes: int
@@ -163,12 +163,17 @@ class Step:
     modules: tuple[str, ...]
     tensors: Sequence[LogicalTensor]
     offsets: Column
-    """[n] bytes from the step's start, for each of the tensors."""
+    """[n] bytes from the step's start to each tensor's first element. It may be less than 0: only
+    the box that is needed has a place in the receive buffer."""
+    strides_bytes: Column
+    """[n, axes] of each tensor there, aligned at the right."""
+    reach: tuple[int, int]
+    """Bytes from the step's start to where views of its whole tensors begin and end: they may
+    reach past what is needed."""
     direct: bool
     """Whether what is fetched goes into live parameters instead of the receive buffer."""
     nbytes: int
-    """Receive buffer of the step: its whole tensors, of which only what is needed is fetched.
-    None at all for a direct step."""
+    """Receive buffer of the step: what is needed of its tensors. None at all for a direct step."""
     bytes_needed: int
     reads: tuple[StepRead, ...]
     packed: tuple[PackedBatch, ...]

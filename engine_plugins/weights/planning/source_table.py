@@ -76,7 +76,8 @@ class SourceTable:
         distinct: [m] boxes, by tensor and then by their start.
         first: [m + 1] where each box's entries begin.
         layout, row: [n] of each entry: a way to name boxes, and the box's row there.
-        layouts: those ways.
+        begin: [layouts + 1] where the holders of each of those ways begin.
+        holders: numbers of the manifests that have them.
         manifests: the sources, by number.
     """
 
@@ -84,7 +85,8 @@ class SourceTable:
     first: Column
     layout: Column
     row: Column
-    layouts: _Layouts
+    begin: Column
+    holders: Column
     manifests: Sequence[SourceManifest]
 
     def replicas(self, boxes: Column) -> Replicas:
@@ -92,13 +94,13 @@ class SourceTable:
         counts = self.first[boxes + 1] - self.first[boxes]
         entry = ranges(self.first[boxes], counts)
         layout = self.layout[entry]
-        begin = self.layouts.first[layout]
-        sizes = self.layouts.first[layout + 1] - begin
+        begin = self.begin[layout]
+        sizes = self.begin[layout + 1] - begin
         if len(entry) == len(boxes) and (sizes == 1).all():  # as in most jobs: nobody has a replica
             one = np.arange(len(boxes) + 1)
-            return Replicas(one, self.layouts.source[begin], self.row[entry])
+            return Replicas(one, self.holders[begin], self.row[entry])
         of = np.repeat(np.repeat(np.arange(len(boxes)), counts), sizes)
-        source = self.layouts.source[ranges(begin, sizes)]
+        source = self.holders[ranges(begin, sizes)]
         row = np.repeat(self.row[entry], sizes)
         if len(entry) > len(boxes):  # of one layout alone they are in order
             order = np.lexsort((source, of))
@@ -155,7 +157,8 @@ def source_table(manifests: Sequence[SourceManifest], tensors: TensorTable) -> S
         first=first,
         layout=layouts.layout[order],
         row=layouts.row[order],
-        layouts=layouts,
+        begin=layouts.first,
+        holders=layouts.source,
         manifests=manifests,
     )
     given = sums_by_tensor(distinct.tensor, volumes(distinct.shape), len(tensors.tensors))

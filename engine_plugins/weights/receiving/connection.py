@@ -22,6 +22,7 @@ from engine_plugins.weights.loader.coverage import (
 )
 from engine_plugins.weights.loader.dtype_fit import wanted_dtypes
 from engine_plugins.weights.loader.loader_trace import LoaderTrace
+from engine_plugins.weights.planning.places import place_sizes
 from engine_plugins.weights.planning.plan import FetchPlan, build_plan, coalesced, laid_apart
 from engine_plugins.weights.planning.plan_cache import PlanCache
 from engine_plugins.weights.planning.source_choice import Reader
@@ -42,6 +43,8 @@ class Connection:
     manifests: Sequence[SourceManifest]
     steps: Sequence[EngineStep]
     needed: Mapping[str, Sequence[Interval]]
+    strided: frozenset[str] = frozenset()
+    """Tensors that the loader reads alike through any strides."""
     plans: dict[frozenset[str], FetchPlan] = field(default_factory=dict)
     """By the modules that land directly; made once."""
 
@@ -53,8 +56,10 @@ class Connection:
         modules = frozenset(module for modules in chosen for module in modules)
 
         def made() -> FetchPlan:
-            steps, live = coalesced(self.steps, modules), landing.live_boxes(modules)
-            return build_plan(self.manifests, steps, self.needed, live, reader)
+            tensors = [tensor for _, tensors in self.steps for tensor in tensors]
+            sizes = place_sizes(tensors, self.needed, self.strided)
+            steps, live = coalesced(self.steps, modules, sizes), landing.live_boxes(modules)
+            return build_plan(self.manifests, steps, self.needed, live, reader, self.strided)
 
         if modules not in self.plans:
             plan = cache.plan(self.manifests, modules, made)

@@ -218,11 +218,9 @@ class PreparedFetch:
             self.landings_may_be_active = error.stuck and self.plan.steps[steps.start].direct
             raise
         for index in steps:
-            batches = zip(self.plan.steps[index].packed, self._packed[index], strict=True)
-            for batch, reads in batches:
+            for batch, reads in enumerate(self._packed[index]):
                 self._run(range(index, index + 1), reads, stall_timeout_s, deadline, cancelled)
-                for piece in batch:
-                    self._buffer.spread(index, piece)
+                self._buffer.spread(index, batch)
 
     def close(self) -> None:
         """Release the reads, then the arena."""

@@ -147,8 +147,8 @@ class PreparedPush:
         self.touched = True
         for index in steps:
             step = self.plan.steps[index]
-            for piece in (piece for batch in step.packed for piece in batch):
-                self._buffer.spread(index, piece)
+            for batch in range(len(step.packed)):
+                self._buffer.spread(index, batch)
             self.bytes_done += step.bytes_to_move
 
     def close(self) -> None:

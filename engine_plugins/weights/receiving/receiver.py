@@ -141,6 +141,7 @@ class WeightReceiver:
                 manifests=manifests,
                 steps=steps,
                 needed=found("needed", lambda: needed_boxes(trace, tensors)),
+                strided=trace.strided,
             )
             plan = self._plan(connected, direct=self._direct_landing)
         connecting = time.perf_counter()

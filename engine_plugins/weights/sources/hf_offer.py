@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,9 @@ from engine_plugins.weights.sources.remembered import Remembered
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
 __all__ = ["HfOffer", "read_config"]
+
+_NAME = re.compile(r"\w+(?:\.\w+)+")
+_SHOWN = 3
 
 
 class HfOffer:
@@ -91,9 +95,20 @@ class HfOffer:
         if isinstance(self._look, ModuleTensors):
             self._look.forget()
 
-    def own_names(self) -> Mapping[str, str]:
-        """Checkpoint name -> the trainer's own, of all that differ."""
-        return {} if self._names is None else self._names.own_names()
+    def in_own_words(self, text: str) -> str:
+        """What to add to an engine's words about tensors, so that they can be found in the trainer.
+
+        Args:
+            text: an engine's; it speaks of tensors by their checkpoint names.
+        """
+        if self._names is None:
+            return (
+                "if these names are transformers' in memory, give from_hf the model itself or "
+                "config=, by which they become the checkpoint's"
+            )
+        own = self._names.own_names()
+        found = dict.fromkeys(name for name in _NAME.findall(text) if name in own)
+        return "; ".join(f"{name} is the model's {own[name]}" for name in list(found)[:_SHOWN])
 
 
 def _refuse_merging(merge_lora: bool) -> None:

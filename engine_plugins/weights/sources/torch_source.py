@@ -16,7 +16,11 @@ from engine_plugins.weights.sources.fused_experts import split_fused_experts
 from engine_plugins.weights.sources.hf_model import CheckpointNames
 from engine_plugins.weights.sources.module_tensors import ModuleTensors
 from engine_plugins.weights.sources.only import Only
-from engine_plugins.weights.sources.wrapper_names import named_alike, refuse_adapters
+from engine_plugins.weights.sources.wrapper_names import (
+    named_alike,
+    refuse_adapters,
+    refuse_value_heads,
+)
 
 __all__ = ["HfWeights", "hf_boxes", "looked_at_anew", "plain_view"]
 
@@ -85,6 +89,8 @@ def hf_boxes(
     pairs = list(_pairs(named_tensors))
     refuse_fsdp1_names([name for name, _ in pairs])
     refuse_adapters([name for name, _ in pairs])
+    if only is None:
+        refuse_value_heads([name for name, _ in pairs])
     for name, tensor in named_alike(pairs):
         if name in given:
             raise SourceError(

@@ -14,13 +14,21 @@ from torch import nn
 
 from engine_plugins.errors import SourceError
 
-__all__ = ["named_alike", "plain_name", "refuse_adapters", "unwrapped", "without_peft"]
+__all__ = [
+    "named_alike",
+    "plain_name",
+    "refuse_adapters",
+    "refuse_value_heads",
+    "unwrapped",
+    "without_peft",
+]
 
 _PARTS = frozenset({"_checkpoint_wrapped_module", "_orig_mod"})
 _DATA_PARALLEL = "module"
 _PEFT_PREFIX = "base_model.model."
 _PEFT_PARTS = ("base_layer", "modules_to_save", "original_module")
 _ADAPTERS = ("lora_", "ia3_", "oft_", "hada_", "lokr_", "vera_", "adaption_", "prompt_encoder")
+_VALUE_HEADS = ("v_head.", "value_head.")
 _SHOWN = 3
 
 Held = TypeVar("Held")
@@ -72,6 +80,21 @@ def refuse_adapters(names: Sequence[str]) -> None:
             f"{shown}: names of a model with adapters (peft), which the engine does not have",
             remedy="give the peft model itself to from_hf or from_fsdp with merge_lora=True; or "
             "merge first (model.merge_and_unload()) and give what that returns",
+        )
+
+
+def refuse_value_heads(names: Iterable[str]) -> None:
+    """Refuse the heads that reinforcement learning puts beside a language model.
+
+    Raises:
+        SourceError: names them.
+    """
+    found = [name for name in names if plain_name(name).startswith(_VALUE_HEADS)]
+    if found:
+        raise SourceError(
+            f"{', '.join(found[:_SHOWN])}: a value head, which engines do not have",
+            remedy="give the language model alone (trl: model.pretrained_model), or choose its "
+            "tensors with only=",
         )
 
 

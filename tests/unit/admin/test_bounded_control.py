@@ -15,7 +15,8 @@ from engine_plugins.admin.bounded_control import BoundedControl, bounded
 from engine_plugins.admin.shared_state import SharedState
 from engine_plugins.errors import EngineCallError, EngineDeadError, EngineStuckError
 from engine_plugins.shared_page import SharedPage
-from engine_plugins.weights.receiving.worker_service import BUSY_SINCE, encode_call, pull_page
+from engine_plugins.weights.receiving.worker_messages import encode_call
+from engine_plugins.weights.receiving.worker_service import BUSY_SINCE, pull_page
 from tests.support.in_memory_engine import InMemoryEngine
 from tests.support.signed_in import signed_in
 from tests.support.waiting import until

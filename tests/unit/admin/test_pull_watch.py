@@ -16,7 +16,11 @@ from engine_plugins.admin.pull_watch import PullWatch
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.errors import EngineCallError, PeerLostError
 from engine_plugins.shared_page import SharedPage
-from engine_plugins.weights.receiving.worker_service import Failure, PullNote, StatusAnswer
+from engine_plugins.weights.receiving.worker_messages import (
+    Failure,
+    PullNote,
+    StatusAnswer,
+)
 from tests.support.in_memory_engine import InMemoryEngine
 
 pytestmark = pytest.mark.anyio

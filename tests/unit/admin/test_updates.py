@@ -13,7 +13,7 @@ import pytest
 from engine_plugins.admin.state import Fence, moved
 from engine_plugins.admin.update_record import UpdateRecords
 from engine_plugins.errors import TransportError
-from engine_plugins.weights.receiving.worker_service import AbortAnswer
+from engine_plugins.weights.receiving.worker_messages import AbortAnswer
 from engine_plugins.weights.transport import transfers
 from tests.support.admin_server import AdminServer
 from tests.support.in_memory_model import hf_tensors

@@ -10,7 +10,7 @@ import pytest
 
 from engine_plugins.admin.worker_calls import WorkerCalls
 from engine_plugins.weights.contract.report import RankPlan
-from engine_plugins.weights.receiving.worker_service import ConnectAnswer, WorkerDescription
+from engine_plugins.weights.receiving.worker_messages import ConnectAnswer, WorkerDescription
 from tests.support.in_memory_engine import InMemoryEngine
 
 pytestmark = pytest.mark.anyio

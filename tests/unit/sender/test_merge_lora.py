@@ -16,8 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from engine_plugins.errors import SourceError, UnsupportedError
 from engine_plugins.trainer_sender import WeightSender
+from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.sources.hf_offer import HfOffer
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.block_fp8 import quantized_whole
 from tests.support.fake_engine import TOKEN, FakeEngine, served
 from tests.support.process_group import output_of_ranks
 
@@ -235,6 +237,30 @@ def test_every_update_merges_anew_and_release_frees_it(
             if version == 2:
                 assert len(engine.plans) == 1
                 sender.release()
+
+
+def test_merged_weights_are_quantized_like_any_others(
+    engine: FakeEngine, transport: InMemoryTransport
+) -> None:
+    """One form over the slots of another."""
+    base = nn.Module()
+    base.add_module("up_proj", nn.Linear(200, 300, bias=False))
+    model = adapted(base, target_modules=["up_proj"])
+    with WeightSender.from_hf(
+        model,
+        engines=engine.url,
+        token=TOKEN,
+        transport=transport,
+        merge_lora=True,
+        quantization=BlockFp8(),
+    ) as sender:
+        for version in (1, 2):
+            train(model)
+            sender.update(version)
+            expected = quantized_whole(merged(model), BlockFp8())
+            assert engine.weights.keys() == expected.keys()
+            for name, tensor in expected.items():
+                assert torch.equal(engine.weights[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
 def test_sharded_adapters_are_merged_shard_by_shard(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from engine_plugins.admin.pausing import pause_within
 from engine_plugins.admin.runtime_dir import RUNTIME_DIR
 from engine_plugins.admin.shared_state import SharedState, create_runtime_dir
 from engine_plugins.errors import ConflictError, PauseTimeoutError
-from engine_plugins.weights.receiving.worker_service import answer_call
+from engine_plugins.weights.receiving.worker_messages import answer_call
 from sglang_ext.engine_control import SglangEngineControl
 
 pytestmark = pytest.mark.anyio

@@ -20,7 +20,7 @@ from engine_plugins.errors import EngineCallError, SettingsError, UnsupportedErr
 from engine_plugins.prefill_gate.engine_gate import calibration_file
 from engine_plugins.prefill_gate.gate_report import GateReport
 from engine_plugins.settings import Settings
-from engine_plugins.weights.receiving.worker_service import encode_call, read_answer
+from engine_plugins.weights.receiving.worker_messages import encode_call, read_answer
 from tests.support.megatron_hf import dense_config
 from tests.unit.vllm_ext.test_kv_scales import SERVED
 from vllm_ext import asked, core_hooks, engine_arguments, hooks

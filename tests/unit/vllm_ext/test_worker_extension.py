@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine_plugins.errors import EngineCallError, EnginePluginError, SettingsError
-from engine_plugins.weights.receiving.worker_service import (
+from engine_plugins.weights.receiving.worker_messages import (
     WorkerDescription,
     encode_call,
     read_answer,

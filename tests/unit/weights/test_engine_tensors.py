@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from engine_plugins.weights.loader.destination import destination_map
 from engine_plugins.weights.loader.engine_tensors import ModelParameters
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, trace_loader
 from engine_plugins.weights.loader.meta_parameters import parameters_on_meta
+from engine_plugins.weights.loader.own_checkpoint import left_as_built
 
 Load = Callable[["Model", str, torch.Tensor], None]
 SHAPES = {"norm.weight": (8,), "norm.scalar": (1,), "head.weight": (8, 8)}
@@ -70,11 +74,13 @@ def logical(*names: str, dtype: torch.dtype = torch.float32) -> list[LogicalTens
     return [LogicalTensor(name=name, shape=SHAPES[name], dtype=dtype) for name in names]
 
 
-def traced(model: Callable[[], Model], *names: str) -> LoaderTrace:
+def traced(model: Callable[[], Model], *names: str, may_load_whole: bool = False) -> LoaderTrace:
     with parameters_on_meta():
         made = model()
     told = logical(*(names or SHAPES))
-    return trace_loader(ModelParameters(made), made.load_weights, told)
+    return trace_loader(
+        ModelParameters(made), made.load_weights, told, may_load_whole=may_load_whole
+    )
 
 
 def test_a_buffer_that_a_loader_fills_is_covered_and_has_its_place() -> None:
@@ -203,6 +209,73 @@ def test_a_loader_that_wants_everything_at_once_is_refused() -> None:
 
     with pytest.raises(UnsupportedError, match=r"alone.*were not loaded"):
         traced(lambda: Model(load, end=count))
+    trace = traced(lambda: Model(load, end=count), may_load_whole=True)
+    steps, unused = engine_steps(trace, logical(*SHAPES), Rules())
+    assert [sorted(tensor.name for tensor in tensors) for _, tensors in steps] == [sorted(SHAPES)]
+    assert unused == []
+
+
+def test_a_buffer_is_missed_by_a_loader_that_wants_everything_at_once() -> None:
+    """Asked for one tensor alone it would only say that the others are not there."""
+    seen: set[str] = set()
+
+    def load(model: Model, name: str, weight: torch.Tensor) -> None:
+        seen.add(name)
+        model.plainly(name, weight)
+
+    def count(model: Model) -> None:
+        missing = {"norm.weight", "head.weight"} - seen
+        seen.clear()
+        if missing:
+            raise RuntimeError(f"{len(missing)} tensors were not loaded")
+
+    parameters = ("norm.weight", "head.weight")
+    trace = traced(lambda: Model(load, end=count), *parameters, may_load_whole=True)
+    assert trace.whole
+    with pytest.raises(WeightMismatchError, match=r"norm\.scalar"):
+        engine_steps(trace, logical(*parameters), Rules())
+
+
+def test_what_a_loader_copies_in_a_pool_of_threads_is_seen() -> None:
+    """In the loader's own order, and a pool of another thread is left alone."""
+
+    def load(model: Model, name: str, weight: torch.Tensor) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(model.plainly, name, weight).result()
+
+    with ThreadPoolExecutor(1) as another:
+        trace = traced(lambda: Model(load))
+        assert another.submit(threading.get_ident).result() != threading.get_ident()
+    assert [copy.sources for copy in trace.copies] == [(name,) for name in SHAPES]
+    assert trace.fills_exactly()
+
+
+def test_an_error_in_a_loaders_pool_is_the_loaders() -> None:
+    def load(model: Model, name: str, weight: torch.Tensor) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            pool.submit(model.plainly, f"{name}s", weight).result()
+
+    with pytest.raises(WeightMismatchError, match=r"norm\.weight: .*KeyError"):
+        traced(lambda: Model(load))
+
+
+def test_what_the_engines_own_checkpoint_leaves_as_it_was_built_may_be_left() -> None:
+    """Falcon-H1 has no norms where SGLang has some; a head is what a trainer has tied."""
+    offered = logical("norm.weight", "norm.scalar")
+    with parameters_on_meta():
+        model = Model()
+    parameters = ModelParameters(model)
+
+    def again(tensors: Sequence[LogicalTensor]) -> LoaderTrace:
+        return trace_loader(parameters, model.load_weights, tensors)
+
+    trace = again(offered)
+    with pytest.raises(WeightMismatchError, match=r"head\.weight has 64 elements, and no tensor"):
+        engine_steps(trace, offered, Rules())
+    for own, fits in ((offered, True), (logical(*SHAPES), False), ([], False)):
+        left = left_as_built(trace, partial(list, own), again)
+        assert (left.parameter_numel["head.weight"] == 0) is fits
+    assert left_as_built(again(logical(*SHAPES)), lambda: pytest.fail("asked"), again)
 
 
 def test_a_loader_that_changes_what_it_has_just_loaded_is_none_of_these() -> None:

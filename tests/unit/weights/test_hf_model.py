@@ -21,6 +21,7 @@ from engine_plugins.weights.sources.hf_model import (
     names_of_model,
 )
 from engine_plugins.weights.sources.hf_offer import HfOffer
+from engine_plugins.weights.sources.only import Only
 from engine_plugins.weights.sources.torch_source import hf_boxes
 from tests.families.catalogue import FAMILIES, family_named
 from tests.families.family import Family
@@ -118,31 +119,37 @@ def test_what_is_wrapped_is_offered_as_what_is_not(tmp_path: Path) -> None:
         assert_equal(HfOffer(wrapped.state_dict(), model.config).boxes(), expected)
 
 
-class ValueHead(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+class Beside(nn.Module):
+    def __init__(self, model: nn.Module, head: str) -> None:
         super().__init__()
         self.pretrained_model = model
-        self.v_head = nn.Linear(2, 1)
+        self.add_module(head, nn.Linear(2, 1))
 
 
-def test_a_value_head_beside_the_model_is_refused_with_where_the_model_is() -> None:
+def test_what_lies_beside_the_model_is_refused_with_where_the_model_is() -> None:
+    """Or left out, where that is said."""
     _, model = made("llama")
-    with pytest.raises(SourceError, match=r"v_head\.weight.*'pretrained_model'"):
-        HfOffer(ValueHead(model)).boxes()
+    with pytest.raises(SourceError, match=r"scorer\.weight.*'pretrained_model'"):
+        HfOffer(Beside(model, "scorer")).boxes()
+    with pytest.raises(SourceError, match=r"v_head\.weight.*a value head") as raised:
+        HfOffer(Beside(model, "v_head")).boxes()
+    assert "pretrained_model" in raised.value.remedy
+    chosen = HfOffer(Beside(model, "v_head"), only=Only("*")).boxes()
+    assert [box.name for box in chosen] == [box.name for box in HfOffer(model).boxes()]
     both = nn.ModuleList([model, made("llama")[1]])
     with pytest.raises(SourceError, match="several models: 0, 1"):
         HfOffer(both)
 
 
-def test_the_models_names_of_what_is_saved_otherwise_are_known() -> None:
+def test_an_engines_words_are_told_in_the_models_names() -> None:
     _, model = made("mixtral")
     offer = HfOffer(model)
     offer.boxes()
     prefix = "model.layers.0"
-    assert (
-        offer.own_names()[f"{prefix}.block_sparse_moe.gate.weight"] == f"{prefix}.mlp.gate.weight"
-    )
-    assert f"{prefix}.input_layernorm.weight" not in offer.own_names()
+    gate = f"{prefix}.block_sparse_moe.gate.weight"
+    text = f"{gate}: the loader refuses it; {prefix}.input_layernorm.weight missing"
+    assert offer.in_own_words(text) == f"{gate} is the model's {prefix}.mlp.gate.weight"
+    assert "give from_hf the model itself" in HfOffer(model.state_dict()).in_own_words(text)
 
 
 def test_a_config_that_transformers_does_not_know_says_nothing() -> None:

@@ -24,6 +24,7 @@ from torch import nn
 
 from engine_plugins.errors import UnsupportedError, WeightMismatchError
 from engine_plugins.weights.loader.coverage import engine_steps
+from engine_plugins.weights.loader.dtype_fit import wanted_dtypes
 from engine_plugins.weights.loader.engine_tensors import tensors_beside
 from tests.support.loader_maps import (
     PlayedEngine,
@@ -142,6 +143,23 @@ MODELS = {
         "GPTNeoXConfig", {"vocab_size": 264, "tie_word_embeddings": False}, (SGLANG,)
     ),
     "experts in transformers' code": Model("Dots1Config", DOTS, (SGLANG,)),
+    "norms that no checkpoint has": Model(
+        "FalconH1Config",
+        {
+            "head_dim": 16,
+            "mamba_d_ssm": 128,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+            "tie_word_embeddings": False,
+        },
+        (SGLANG,),
+        arguments={
+            "mamba_radix_cache_strategy": "no_buffer",
+            "disable_overlap_schedule": True,
+        },
+    ),
     "biases": Model("Qwen2Config", {"tie_word_embeddings": False}),
 }
 HERE = [name for name, model in MODELS.items() if KIND in model.engines]
@@ -223,11 +241,12 @@ def test_three_updates_leave_what_one_load_gives(
     engine: PlayedEngine, saved: Callable[[str], tuple[Path, Tensors]], name: str, first: str
 ) -> None:
     folder, values = saved(name)
+    more: Mapping[str, Any] = MODELS[name].arguments or {}
     memory = {key: torch.zeros_like(each) for key, each in values.items()}
     with ExitStack() as stack:
-        with engine.rank(folder, tp_size=1, tp_rank=0) as rank:
+        with engine.rank(folder, tp_size=1, tp_rank=0, **more) as rank:
             fresh = freshly_loaded(rank, values, torch.float32)
-        rank = stack.enter_context(engine.rank(folder, tp_size=1, tp_rank=0))
+        rank = stack.enter_context(engine.rank(folder, tp_size=1, tp_rank=0, **more))
         live = rank.model()
         load_through(live, {key: torch.randn_like(each) for key, each in values.items()})
         trainer = stack.enter_context(offered_tensors(memory))
@@ -353,3 +372,52 @@ def test_a_bias_that_an_engine_keeps_in_a_buffer_is_missed(
         without = [tensor for tensor in whole if tensor.name not in bias]
         with pytest.raises(WeightMismatchError, match="e_score_correction_bias"):
             engine_steps(rank.trace(without), without, rank.rules)
+
+
+@pytest.mark.skipif(KIND != SGLANG, reason="SGLang holds this bias in the dtype that it serves in")
+def test_a_wide_bias_is_wanted_in_the_engines_dtype(engine: PlayedEngine, tmp_path: Path) -> None:
+    """Ernie's router has it in float32 in every checkpoint, which SGLang casts as it loads."""
+    sizes = {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_intermediate_size": 32,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+    }
+    values = checkpoint(Model("Ernie4_5_MoeConfig", sizes), tmp_path)
+    bias = {name for name in values if "e_score_correction_bias" in name}
+    assert bias
+    offered = logical(
+        {name: each if name in bias else each.bfloat16() for name, each in values.items()}
+    )
+    with engine.rank(tmp_path, tp_size=1, tp_rank=0, dtype="bfloat16") as rank:
+        trace = rank.trace(offered)
+        wanted = wanted_dtypes(trace, offered, torch.bfloat16)
+        assert wanted == dict.fromkeys(bias, torch.bfloat16)
+        assert engine_steps(trace, offered, rank.rules, mended=bias)[1] == []
+
+
+@pytest.mark.skipif(KIND != VLLM, reason="vLLM's reload asks weight loaders for their names")
+@pytest.mark.parametrize("where", ["serves", "noted"])
+def test_a_loader_that_a_reload_could_not_ask_is_found_when_it_connects(
+    engine: PlayedEngine, saved: Callable[[str], tuple[Path, Tensors]], where: str
+) -> None:
+    """Of what serves, and of what vLLM has noted of the model as it was built."""
+
+    class Nameless:
+        __slots__ = ()
+
+        def __call__(self, parameter: torch.Tensor, weight: torch.Tensor) -> None:
+            parameter.data.copy_(weight)
+
+    folder, values = saved("biases")
+    with engine.rank(folder, tp_size=1, tp_rank=0) as rank:
+        live = rank.model()
+        installer = rank.installer(live)
+        norm = live.get_submodule("model.norm")
+        layerwise = import_module("vllm.model_executor.model_loader.reload.layerwise")
+        noted = layerwise.get_layerwise_info(norm).restore_metadata[0]
+        tensor: Any = noted["weight"] if where == "noted" else norm.weight
+        tensor.weight_loader = Nameless()
+        with pytest.raises(UnsupportedError, match=r"cannot reload model\.norm\.weight"):
+            installer.trace(logical(values))

@@ -27,19 +27,18 @@ from engine_plugins.shared_page import SharedPage
 from engine_plugins.weights.contract.manifest import encode_manifest
 from engine_plugins.weights.contract.report import RankReport
 from engine_plugins.weights.receiving.update_run import PullStatus
-from engine_plugins.weights.receiving.worker_service import (
-    BUSY_SINCE,
+from engine_plugins.weights.receiving.worker_messages import (
     GENERATION,
     AbortAnswer,
     ConnectAnswer,
     Failure,
     StatusAnswer,
     WorkerDescription,
-    WorkerService,
     encode_call,
     raised,
     read_answer,
 )
+from engine_plugins.weights.receiving.worker_service import BUSY_SINCE, WorkerService
 from tests.support.in_memory_model import InMemoryModel, hf_tensors
 from tests.support.in_memory_rank import InMemoryRank
 from tests.support.source_ranks import offered_tensors
