@@ -64,7 +64,8 @@ class EnginePluginError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.message} [{self.remedy}]" if self.remedy else self.message
+        told = hasattr(self, "__notes__")  # a server's start puts it on a line of its own
+        return f"{self.message} [{self.remedy}]" if self.remedy and not told else self.message
 
 
 class SettingsError(EnginePluginError):

@@ -97,7 +97,7 @@ def settings_of(additional_config: Any, *, ours: bool) -> Settings:
         return Settings.load(known.get(OURS))
     except SettingsError as error:
         if ours or any(map(begins_like_ours, known)):
-            # A traceback ends the server's output, and has an error's notes but not its remedy.
+            # A traceback ends the server's output: what to do stands on a line of its own.
             error.add_note(f"engine-plugins: {error.remedy or 'mend --additional-config'}")
             raise
         logger.warning("engine-plugins leaves this server alone: %s", error)

@@ -179,7 +179,7 @@ async def test_one_operation_at_a_time_among_processes_and_within_one(runtime_di
     shared = SharedState(runtime_dir)
     with started(body, runtime_dir) as process:
         began = time.monotonic()
-        said = rf"cannot pause: update \(process {process.pid}, for 0\.\d s\) is under way$"
+        said = rf"cannot pause: update \(process {process.pid}, for 0\.\d s\) is under way \["
         with pytest.raises(ConflictError, match=said):
             await enter(shared, "pause")
         shared.change(lambda state: moved(state, "updating", update=progress(version=7)))
