@@ -7,7 +7,7 @@ is kept aside, and gets the new values when the layer is closed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,9 @@ from vllm.model_executor.model_loader.reload import layerwise
 
 from engine_plugins.errors import UnsupportedError
 from engine_plugins.weights.loader.engine_tensors import passing_buffers
+from engine_plugins.weights.loader.parameter_views import ParameterView
 
-__all__ = ["close_layer", "layer_tensors", "name_loaders", "open_layer"]
+__all__ = ["close_layer", "layer_tensors", "name_loaders", "open_layer", "renew_views"]
 
 
 def layer_tensors(layer: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
@@ -48,6 +49,35 @@ def close_layer(layer: nn.Module) -> None:
         if not loaded.is_meta and _alike(loaded, serving.get(name)):
             serving[name].copy_(loaded)
     layerwise._layerwise_process(layer, info)
+
+
+def renew_views(
+    layer: nn.Module,
+    views: Mapping[str, Sequence[ParameterView]],
+    modules: Mapping[str, nn.Module],
+) -> None:
+    """Copy what was loaded to tensors that were views of it when the model was built.
+
+    Comes before any layer is closed: then parameters are packed, and what a module of the update
+    holds of such a view is copied to where it serves from.
+
+    Args:
+        layer: open, and loaded.
+        views: of its parameters, by their names in it.
+        modules: of the live model, by name.
+    """
+    for name, loaded in layer_tensors(layer):
+        for view in views.get(name, ()):
+            values = view.of(loaded.contiguous())
+            for held in _held(modules[view.module], view.key):
+                if _alike(values, held):
+                    held.copy_(values)
+
+
+def _held(module: nn.Module, key: str) -> list[torch.Tensor]:
+    """A tensor beside parameters: what serves, and what an open module has in its place."""
+    found = [_serving(layerwise.get_layerwise_info(module)).get(key), getattr(module, key, None)]
+    return [each for each in found if isinstance(each, torch.Tensor) and not each.is_meta]
 
 
 def name_loaders(model: nn.Module) -> None:

@@ -46,10 +46,17 @@ from engine_plugins.weights.loader.filled_elements import FilledElements
 from engine_plugins.weights.loader.joined_traces import DRAFT
 from engine_plugins.weights.loader.loader_threads import pools_done_here
 from engine_plugins.weights.loader.loader_trace import LoaderTrace, LoadWeights, trace_loader
+from engine_plugins.weights.loader.parameter_views import ParameterView, views_of_parameters
 from engine_plugins.weights.loader.wrapped_layers import without_wrappers
 from vllm_ext.draft_model import DraftModel
 from vllm_ext.loader_model import loader_model
-from vllm_ext.open_layer import close_layer, layer_tensors, name_loaders, open_layer
+from vllm_ext.open_layer import (
+    close_layer,
+    layer_tensors,
+    name_loaders,
+    open_layer,
+    renew_views,
+)
 from vllm_ext.tied_head import tie_as_the_live_one, was_tied_again
 
 __all__ = ["VllmWeightInstaller"]
@@ -80,6 +87,8 @@ class VllmWeightInstaller:
             self._models.append((draft.model, draft.config))
         self._on_cpu = next(model.parameters()).device.type == "cpu"
         self._covered: dict[str, int] = {}
+        self._views: dict[str, dict[str, Sequence[ParameterView]]] = {}
+        """Of each layer, tensors that the model has in a parameter's memory when it is built."""
 
     def _plain(self) -> AbstractContextManager[None]:
         """The live model without the wrappers that vLLM puts around layers for LoRA."""
@@ -110,6 +119,7 @@ class VllmWeightInstaller:
         with loader_model(self._vllm_config) as model:
             if self._tied_again():
                 tie_as_the_live_one(model)
+            self._views = _by_layer(views_of_parameters(model))
             meant = [tensor for tensor in tensors if self._is_for_target(tensor.name)]
             trace = trace_loader(ModelParameters(model), _loader(model), meant)
         joined = trace if self._draft is None else self._draft.join(trace, tensors)
@@ -219,6 +229,8 @@ class VllmWeightInstaller:
             with pools_done_here(), filled:
                 self._load(tensors)
             self._refuse_holes(filled, loaded)
+            for name, layer in loaded.items():
+                renew_views(layer, self._views.get(name, {}), self._modules)
             for layer in loaded.values():
                 close_layer(layer)
             for layer in layers.values():
@@ -277,6 +289,16 @@ class VllmWeightInstaller:
         for layer in self._modules.values():
             if isinstance(layer, VocabParallelEmbedding) and _has_packed_copy(layer):
                 layer.quant_method.process_weights_after_loading(layer)
+
+
+def _by_layer(
+    views: Mapping[str, Sequence[ParameterView]],
+) -> dict[str, dict[str, Sequence[ParameterView]]]:
+    found: dict[str, dict[str, Sequence[ParameterView]]] = {}
+    for parameter, each in views.items():
+        layer, _, key = parameter.rpartition(".")
+        found.setdefault(layer, {})[key] = each
+    return found
 
 
 def _refuse_deferred(trace: LoaderTrace, modules: Mapping[str, nn.Module]) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import nn
@@ -23,6 +22,8 @@ from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.block_fp8 import quantized_whole
 from tests.support.fake_engine import TOKEN, FakeEngine, served
 from tests.support.process_group import output_of_ranks
+
+peft = pytest.importorskip("peft")  # collected, and not run, in SGLang's environment
 
 
 def tiny(**more: Any) -> nn.Module:
