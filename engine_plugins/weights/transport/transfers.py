@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from engine_plugins.errors import TransferTimeoutError, TransportError
+from engine_plugins.errors import EnginePluginError, TransferTimeoutError, TransportError
 from engine_plugins.weights.transport.base import Descriptors, PreparedTransfer
 
 __all__ = ["DRAIN_S", "LARGEST_TRANSFER_BYTES", "run_transfers", "transfers_of"]
@@ -192,7 +192,7 @@ class _Run:
         try:
             self.wait(self._poll_any)
         except BaseException as error:  # a second Ctrl-C too: it ends the wait, not the transfers
-            reason, then = (str(each) or type(each).__name__ for each in (cause, error))
+            reason, then = (_said(each) for each in (cause, error))
             raise TransferTimeoutError(
                 f"{reason}; then {then}; {len(self._active)} {self.what} are still under way and "
                 "may move bytes later",
@@ -275,3 +275,9 @@ def _take_turns(transfers: Sequence[PreparedTransfer]) -> list[PreparedTransfer]
         seen[transfer.peer] = turns[-1] + 1
     ordered = sorted(zip(turns, transfers, strict=True), key=lambda pair: pair[0])
     return [transfer for _, transfer in ordered]
+
+
+def _said(error: BaseException) -> str:
+    """What was seen: what to do is said once, of the error that is raised."""
+    message = error.message if isinstance(error, EnginePluginError) else str(error)
+    return message or type(error).__name__
