@@ -164,7 +164,7 @@ class CheckpointNames:
                 "function that gives the tensors as save_pretrained would write them",
             )
         made = [made for box in own for made in self._made_of(box)]
-        return made if only is None else only.of(made)
+        return made if only is None else list(only.of(made))
 
     def own_names(self) -> dict[str, str]:
         """Checkpoint name -> the model's, of all that are called otherwise."""

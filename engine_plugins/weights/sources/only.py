@@ -33,10 +33,11 @@ class Only:
         """Whether a tensor of this name is sent."""
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
-    def of(self, boxes: Sequence[SourceBox]) -> list[SourceBox]:
-        """Those that are sent."""
-        chosen = {name for name in {box.name for box in boxes} if self.chooses(name)}
-        return [box for box in boxes if box.name in chosen]
+    def of(self, boxes: Sequence[SourceBox]) -> Sequence[SourceBox]:
+        """Those that are sent; the same object if all are, so that it is known not to have moved."""
+        names = {box.name for box in boxes}
+        chosen = {name for name in names if self.chooses(name)}
+        return boxes if chosen == names else [box for box in boxes if box.name in chosen]
 
     def idle(self, boxes: Sequence[SourceBox]) -> list[str]:
         """Patterns that match none of these."""

@@ -101,7 +101,7 @@ def hf_boxes(
     if names is not None:
         return names.boxes(boxes, only=only)
     named = list(split_fused_experts(boxes))
-    return named if only is None else only.of(named)
+    return named if only is None else list(only.of(named))
 
 
 def _boxes_of(name: str, tensor: torch.Tensor) -> list[SourceBox]:
