@@ -131,6 +131,8 @@ class Job:
         def begin() -> tuple[int, int]:
             self._ways.check_engines(len(self._fleet.urls))
             asked.append(checked(ask()))
+            # Before any slot is filled: an agent that is made anew lets go of them all.
+            self.offer.reach(self._fleet.hosts)
             return asked[0].version, new_word()
 
         asked: list[UpdateRequest] = []

@@ -72,10 +72,9 @@ class UpdateRounds:
             Whether memory has moved, so that engines must be told where it is.
 
         Raises:
-            SourceError: a tensor that can no longer be offered; see also `TrainerOffer.reach`.
+            SourceError: a tensor that can no longer be offered.
         """
         self._word = word
-        self._mine.reach(self._fleet.hosts)
         return self._mine.refresh(word)
 
     def outdate(self, places: Sequence[int]) -> None:

@@ -54,3 +54,23 @@ def test_it_is_the_network_of_the_engines_and_grows_with_them(
         assert len({manifest.agent for manifest in engine.sources.values()}) == 2
     assert listening() <= before
     assert "UCX_NET_DEVICES" not in os.environ
+
+
+def test_slots_are_filled_for_an_agent_that_was_made_anew(
+    engine: FakeEngine, model: torch.nn.Module
+) -> None:
+    """What lets go of the memory within an update must not let go of what was filled for it."""
+    engine.pulls = False
+    weights = dict(model.named_parameters())
+    engine.wants = dict.fromkeys(weights, "bfloat16")
+    with WeightSender.from_hf(model, engines=engine.url, token=TOKEN) as sender:
+        sender.update(1)
+        with socket.create_server((outside(), 0)) as reserved:
+            port = reserved.getsockname()[1]
+        sender.add_engines(f"http://{outside()}:{port}")
+        with pytest.raises(EnginesFailedError, match="1 of 2 engines"):
+            sender.update(2)
+        assert len({manifest.agent for manifest in engine.sources.values()}) == 2
+        placed = {each.box.name: each.memory for each in sender._job.offer.source._placed}
+        for name, weight in weights.items():
+            assert torch.equal(placed[name], weight.bfloat16()), name
