@@ -15,7 +15,9 @@ __all__ = ["fsdp_tensors", "refuse_fsdp1_names", "reshard"]
 _FSDP1_PARTS = ("_fsdp_wrapped_module", "_flat_param")
 
 
-def fsdp_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def fsdp_tensors(
+    model: nn.Module, *, each_place: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Give the parameters, of FSDP2 the sharded ones, and the saved buffers, as they are now.
 
     Modules that are unsharded are resharded first: it is the sharded parameters that the
@@ -23,6 +25,7 @@ def fsdp_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
     Args:
         model: any module; where `fully_shard` was called on it, on every rank.
+        each_place: give a tied parameter under the name of each module that has it.
 
     Raises:
         UnsupportedError: a model wrapped by FSDP1.
@@ -30,7 +33,8 @@ def fsdp_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     _refuse_fsdp1(model)
     reshard(model)
     inner = unwrapped(model)
-    for path, tensor in (*inner.named_parameters(), *_saved_buffers(inner)):
+    parameters = _in_each_place(inner) if each_place else inner.named_parameters()
+    for path, tensor in (*parameters, *_saved_buffers(inner)):
         yield plain_name(path), tensor
 
 
@@ -67,6 +71,11 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def _in_each_place(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, module in model.named_modules():
+        yield from module.named_parameters(prefix, recurse=False)
 
 
 def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

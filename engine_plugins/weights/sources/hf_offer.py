@@ -20,10 +20,15 @@ from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.merged_lora import MergedLora
 from engine_plugins.weights.sources.forms.peft_model import base_model_of, has_adapters
 from engine_plugins.weights.sources.hf_model import names_of_config, names_of_model
-from engine_plugins.weights.sources.megatron.tied_heads import checked_boxes, is_tied
+from engine_plugins.weights.sources.megatron.tied_heads import (
+    TIED,
+    checked_boxes,
+    checked_choice,
+    is_tied,
+)
 from engine_plugins.weights.sources.module_tensors import ModuleTensors
 from engine_plugins.weights.sources.only import Only
-from engine_plugins.weights.sources.remembered import Remembered
+from engine_plugins.weights.sources.remembered import KnownBoxes, Remembered
 from engine_plugins.weights.sources.torch_source import HfWeights, hf_boxes, looked_at_anew
 
 __all__ = ["HfOffer", "read_config"]
@@ -73,8 +78,12 @@ class HfOffer:
         elif self._names is None:
             self._names = names_of_config(self.config)
         self._tied = is_tied(self.config, None)
-        describe = partial(hf_boxes, names=self._names, only=only)
+        # A chosen part of a tied pair is judged by both.
+        self._only = only if self._tied else None
+        described = only if self._only is None else self._only.besides(TIED)
+        describe = partial(hf_boxes, names=self._names, only=described)
         self._described = Remembered(self._look, describe)
+        self._chosen: tuple[KnownBoxes, KnownBoxes] | None = None
 
     @property
     def facts(self) -> dict[str, str | int | bool]:
@@ -85,12 +94,19 @@ class HfOffer:
         """This process's boxes under checkpoint names, as they are now.
 
         Raises:
-            SourceError, UnsupportedError: see `hf_boxes` and `CheckpointNames.boxes`.
+            SourceError, UnsupportedError: see `hf_boxes`, `CheckpointNames.boxes` and
+                `checked_choice`.
         """
-        return checked_boxes(self._described(), tied=self._tied)
+        boxes = self._described()
+        if self._only is None:
+            return checked_boxes(boxes, tied=self._tied)
+        if self._chosen is None or self._chosen[0] is not boxes:
+            self._chosen = boxes, KnownBoxes(self._only.of(boxes))
+        return checked_choice(self._chosen[1], boxes)
 
     def forget(self) -> None:
         """Hold on to no memory; the next `boxes` describes it anew."""
+        self._chosen = None
         self._described.forget()
         if isinstance(self._look, ModuleTensors):
             self._look.forget()

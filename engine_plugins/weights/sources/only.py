@@ -33,6 +33,10 @@ class Only:
         """Whether a tensor of this name is sent."""
         return any(fnmatchcase(name, pattern) for pattern in self.patterns)
 
+    def besides(self, endings: Iterable[str]) -> Only:
+        """What chooses names with these endings too."""
+        return Only([*self.patterns, *(f"*{ending}" for ending in endings)])
+
     def of(self, boxes: Sequence[SourceBox]) -> Sequence[SourceBox]:
         """Those that are sent; the same object if all are: then it is known whether it moved."""
         names = {box.name for box in boxes}

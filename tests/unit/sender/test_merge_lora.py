@@ -208,6 +208,19 @@ def test_a_tied_weight_under_an_adapter_is_refused() -> None:
         offered(adapted(model, target_modules=["embed_tokens"]))
 
 
+def test_an_embedding_that_is_trained_apart_from_its_tied_head_is_refused() -> None:
+    """The head keeps what the embedding was before, and the engine would compute with the new."""
+    model = tiny()
+    head: Any = model.get_submodule("lm_head")
+    head.weight = model.get_parameter("model.embed_tokens.weight")
+    trained = adapted(model, modules_to_save=["embed_tokens"])
+    trained.get_base_model().config.tie_word_embeddings = True
+    with pytest.raises(SourceError, match=r"lm_head\.weight has values of its own"):
+        offered(trained)
+    with trained.disable_adapter():
+        assert "lm_head.weight" not in offered(trained)[1], "one parameter again"
+
+
 def test_names_that_a_peft_model_gives_are_refused() -> None:
     model = adapted(tiny())
     with pytest.raises(SourceError, match="names of a model with adapters"):

@@ -46,3 +46,27 @@ def test_what_lies_beside_the_model_may_be_left_out() -> None:
     boxes = HfOffer(nn.ModuleDict({"model": nn.Linear(2, 2), "head": ValueHead()})).boxes()
     chosen = Only("model.*").of(boxes)
     assert [box.name for box in chosen] == ["model.weight", "model.bias"]
+
+
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@pytest.mark.parametrize("chosen", [[EMBED], [EMBED, HEAD], ["*"]])
+def test_a_tied_head_of_its_own_is_seen_whatever_is_chosen_of_the_two(chosen: list[str]) -> None:
+    """Engines compute with the embedding in its place; what leaves out both changes neither."""
+    pair = {EMBED: torch.ones(2, 3), HEAD: torch.ones(2, 3), "model.a.weight": torch.ones(1)}
+    config = {"tie_word_embeddings": True}
+    offer, other = (HfOffer(pair, config, only=Only(each)) for each in (chosen, "model.a.*"))
+    assert offer.boxes() is offer.boxes()
+    pair[HEAD].mul_(2)
+    with pytest.raises(SourceError, match=r"lm_head\.weight has values of its own"):
+        offer.boxes()
+    assert [box.name for box in other.boxes()] == ["model.a.weight"]
+
+
+def test_a_tied_head_is_not_chosen_without_its_embedding() -> None:
+    """Engines drop it: an update would say that it was installed, and nothing would have been."""
+    pair = {EMBED: torch.ones(2, 3), HEAD: torch.ones(2, 3)}
+    offer = HfOffer(pair, {"tie_word_embeddings": True}, only=Only(HEAD))
+    with pytest.raises(SourceError, match="without the embedding"):
+        offer.boxes()

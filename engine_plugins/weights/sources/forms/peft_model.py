@@ -69,15 +69,18 @@ def base_model_of(model: nn.Module) -> nn.Module:
 def base_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """The base model's parameters and saved buffers under its own names; adapters are left out.
 
-    A module that is trained beside adapters (`modules_to_save`) is given as it is trained.
+    A module that is trained beside adapters (`modules_to_save`) is given as it is trained; what it
+    was tied to has the values from before. A tied parameter is given once.
 
     Raises:
         UnsupportedError: as for `fsdp_tensors`.
     """
     left_out, renamed = _wrapped_paths(model)
-    for path, tensor in fsdp_tensors(model):
-        if path.startswith(left_out):
+    given: set[int] = set()
+    for path, tensor in fsdp_tensors(model, each_place=True):
+        if path.startswith(left_out) or id(tensor) in given:
             continue
+        given.add(id(tensor))
         for trained, own in renamed.items():
             if path.startswith(trained):
                 path = own + path.removeprefix(trained)

@@ -17,12 +17,20 @@ from engine_plugins.weights.boxes.model_facts import model_facts
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.megatron.rank import MegatronChunk, MegatronRank, strip_wrappers
 
-__all__ = ["check_megatron_heads", "checked_boxes", "is_tied"]
+__all__ = [
+    "TIED",
+    "check_megatron_heads",
+    "checked_boxes",
+    "checked_choice",
+    "is_tied",
+]
 
 _ROWS = 4096
 """Compared at once: a trainer has no room to spare for masks of a whole vocabulary."""
 _HEADS = ("lm_head.weight", "embed_out.weight")
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "embeddings.weight")
+TIED = (*_HEADS, *_EMBEDDINGS)
+"""How names of output heads and embeddings end."""
 
 
 def is_tied(config: object, weights: object) -> bool:
@@ -42,6 +50,31 @@ def checked_boxes(boxes: Sequence[SourceBox], *, tied: bool) -> Sequence[SourceB
     if tied:
         _check_head(boxes)
     return boxes
+
+
+def checked_choice(chosen: Sequence[SourceBox], boxes: Sequence[SourceBox]) -> Sequence[SourceBox]:
+    """The chosen boxes of a tied model, which have its head and its embedding both or neither.
+
+    Args:
+        chosen: what is sent.
+        boxes: of these, with the head and the embedding, chosen or not.
+
+    Raises:
+        SourceError: the head is chosen without the embedding; or, with either of them chosen, a
+            head with values of its own.
+    """
+    names = {box.name for box in chosen}
+    heads = [name for name in names if name.endswith(_HEADS)]
+    embeds = any(name.endswith(_EMBEDDINGS) for name in names)
+    if heads and not embeds and any(box.name.endswith(_EMBEDDINGS) for box in boxes):
+        raise SourceError(
+            f"only= chooses {heads[0]} without the embedding, but the HF config has "
+            "tie_word_embeddings = true: engines take the embedding for it and would drop it",
+            remedy="choose the embedding too, or alone",
+        )
+    if heads or embeds:
+        _check_head(boxes)
+    return chosen
 
 
 def _check_head(boxes: Iterable[SourceBox]) -> None:
