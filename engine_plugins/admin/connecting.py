@@ -154,6 +154,12 @@ def _refuse_unused(answers: list[ConnectAnswer]) -> None:
             f"{len(unused)} tensors reach no parameter of the engine's model: {shown}",
             remedy="publish the tensors of the model that this engine serves, and no others",
         )
+    if not any(answer.plan.bytes_needed or answer.wanted for answer in answers):
+        raise WeightMismatchError(
+            "nothing of what is offered has a place in the engine's model (an output head that is "
+            "its embedding, or layers that only a draft model has): no weight would change",
+            remedy="send tensors that this engine serves; of a tied model the embedding",
+        )
 
 
 def _word_of(weights: WeightsInstalled) -> int:

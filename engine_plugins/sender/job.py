@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -70,7 +70,7 @@ class Job:
             with self._ranks.together("making the sender"):
                 read = partial(self._read, recipe, options)
                 self._ranks.agree("reading the model", read, list[Place], judge=_one_topology)
-                self._choose()
+                self._choose(lambda: [box.name for box in self._recipe.boxes()])
                 named = partial(named_urls, engines, self._access)
                 urls = self._ranks.lead("naming the engines", named, list[str])
                 register = partial(self._open, urls)
@@ -248,7 +248,10 @@ class Job:
             moved = rounds.offer(word)
             return moved, self.offer.source.copied_bytes
 
-        rounds.outdate(self._forms.refresh(offer))
+        moved = self._forms.refresh(offer)
+        rounds.outdate(moved)
+        if moved:
+            self._choose(lambda: self.offer.source.manifest.tensors.names)
 
     def _read(self, recipe: Callable[[], Recipe], options: SenderOptions) -> list[Place]:
         """Work out what is sent."""
@@ -274,13 +277,13 @@ class Job:
         self._closing.callback(self.offer.close)
         return list(self._recipe.places())
 
-    def _choose(self) -> None:
-        """Refuse a pattern of `only` that matches nothing on any rank."""
-        only, boxes = self._recipe.only, self._recipe.boxes
+    def _choose(self, names: Callable[[], Collection[str]]) -> None:
+        """Refuse a pattern of `only` that matches none of these names on any rank."""
+        only = self._recipe.only
         if only is not None:
             self._ranks.agree(
                 "choosing tensors",
-                lambda: only.idle(boxes()),
+                lambda: only.idle(names()),
                 list[str],
                 judge=only.refuse_idle,
             )

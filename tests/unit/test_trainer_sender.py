@@ -526,6 +526,28 @@ def test_a_part_needs_patterns_that_match_and_no_fan_out(
     assert engines[0].weights.keys() == {"0.weight", "0.bias"}
 
 
+def test_a_pattern_must_go_on_matching(
+    engines: list[FakeEngine], transport: InMemoryTransport
+) -> None:
+    """A head that is tied later is no tensor of its own any more: nothing would be sent for it."""
+    first, plain = (torch.nn.Linear(4, 4, bias=False) for _ in range(2))
+    model = torch.nn.Sequential(first, plain)
+    with WeightSender.from_hf(
+        model,
+        engines=engines[0].url,
+        token=TOKEN,
+        transport=transport,
+        only=["0.weight", "1.weight"],
+    ) as sender:
+        sender.update(1)
+        own, plain.weight = plain.weight, first.weight
+        with pytest.raises(SourceError, match=r"only=\['1\.weight'\] matches no tensor"):
+            sender.update(2)
+        assert engines[0].version == 1
+        plain.weight = own
+        sender.update(3)
+
+
 def test_ranks_that_do_not_lead_need_neither_token_nor_route(
     tmp_path: Path, engines: list[FakeEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

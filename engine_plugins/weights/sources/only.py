@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from engine_plugins.errors import SourceError
@@ -43,9 +43,8 @@ class Only:
         chosen = {name for name in names if self.chooses(name)}
         return boxes if chosen == names else [box for box in boxes if box.name in chosen]
 
-    def idle(self, boxes: Sequence[SourceBox]) -> list[str]:
+    def idle(self, names: Collection[str]) -> list[str]:
         """Patterns that match none of these."""
-        names = {box.name for box in boxes}
         return [
             pattern
             for pattern in self.patterns

@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from engine_plugins.admin import service as service_module
 from engine_plugins.admin import viewing
@@ -480,6 +481,19 @@ async def test_a_peer_that_is_gone_is_told_at_connect(make_server: MakeServer) -
         answer = await server.connect([manifest])
         assert (answer.status_code, answer.json()["code"]) == (503, "peer_lost")
         assert manifest.agent in answer.json()["detail"]
+
+
+async def test_a_part_that_changes_no_weight_is_refused(make_server: MakeServer) -> None:
+    """A loader may drop all that is offered: a version would name weights that nobody sent."""
+    server = make_server()
+    async with server.running():
+        dropped = {"model.rotary_emb.inv_freq": torch.ones(4)}
+        with offered_tensors(dropped) as trainer:
+            manifest = msgspec.structs.replace(trainer.manifest, partial=True)
+            answer = await server.connect([manifest])
+        assert (answer.status_code, answer.json()["code"]) == (422, "weight_mismatch")
+        assert "no weight would change" in answer.json()["detail"]
+        assert not server.engine.ranks[0].receiver._connected
 
 
 @pytest.mark.parametrize("failing", [0, 1])
