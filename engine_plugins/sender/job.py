@@ -104,7 +104,11 @@ class Job:
         with self._ranks.together("adding engines"):
             urls = self._ranks.lead("adding engines", partial(self._new, engines), list[str])
             self._ranks.agree("adding engines", partial(self._fleet.add, urls), None)
-            return self._ranks.lead("bringing engines up", bring_up_added, AddedEngines)
+            added = self._ranks.lead("bringing engines up", bring_up_added, AddedEngines)
+        if self._held is not None:
+            version, holders = self._held
+            self._held = version, [*holders, *added.reports]
+        return added
 
     def remove_engines(self, engines: Engines) -> None:
         """Let engines go."""

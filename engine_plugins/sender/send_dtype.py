@@ -122,10 +122,12 @@ class EngineDtypes:
             name, dtype = others[0]
             known, by = self._asked[name]
             more = f" (and {len(others) - 1} more tensors)" if len(others) > 1 else ""
+            whose = "it wanted it" if by == url else f"{by} wants it"
             raise WeightMismatchError(
-                f"{url} wants {name} in {dtype}{more}, and {by} wants it in {known}",
+                f"{url} wants {name} in {dtype}{more}, and {whose} in {known}",
                 remedy="update engines that hold their parameters in different dtypes with a "
-                "sender each, or name one dtype that all of them take, by send_dtype",
+                "sender each, or name one dtype that all of them take, by send_dtype; what an "
+                "engine wanted before it was restarted or removed is kept: make a new sender",
             )
         kept = [name for name, _ in found if name in before]
         if kept:

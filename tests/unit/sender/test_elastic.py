@@ -167,6 +167,21 @@ def test_a_newcomer_reads_the_version_from_an_engine_that_holds_it(
         assert list(sender.update(2).engines) == [engine.url for engine in engines]
 
 
+def test_a_newcomer_that_was_brought_up_feeds_the_next_one(
+    engines: list[FakeEngine], transport: InMemoryTransport, model: torch.nn.Module
+) -> None:
+    """Also when the engine that fed it has left."""
+    first, second, third = engines
+    with sender_of(model, [first.url], transport) as sender:
+        weights = train(model)
+        sender.update(1)
+        train(model)
+        sender.add_engines(second.url)
+        sender.remove_engines(first.url)
+        assert sender.add_engines(third.url).fed_by == {third.url: second.url}
+        assert holds(third, weights)
+
+
 @pytest.mark.parametrize("why", ["cannot feed", "holds another", "is gone", "nothing sent"])
 def test_a_newcomer_that_nobody_can_feed_waits_for_the_next_update(
     engines: list[FakeEngine],

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from engine_plugins.errors import SettingsError
+from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
@@ -199,6 +199,42 @@ def test_an_engine_that_comes_later_gets_the_dtypes_that_are_known(
         sender.update(2)
     assert holds(first, weights, WANTS)
     assert how != "added" or holds(second, weights, WANTS)
+
+
+def test_an_engine_that_comes_again_with_other_dtypes_needs_a_new_sender(
+    engine: FakeEngine, transport: InMemoryTransport, weights: dict[str, torch.Tensor]
+) -> None:
+    """Its first wish is kept, and it is not told that it contradicts itself."""
+    engine.wants = {NORM: "bfloat16"}
+    with sender_of(weights, [engine], transport) as sender:
+        sender.update(1)
+        engine.restart()
+        engine.wants = {NORM: "float16"}
+        with pytest.raises(EnginesFailedError, match="it wanted it in bfloat16") as caught:
+            sender.update(2)
+    assert engine.version is None
+    assert "make a new sender" in str(caught.value)
+    with sender_of(weights, [engine], transport) as sender:
+        sender.update(2)
+    assert holds(engine, weights, engine.wants)
+
+
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_a_value_that_the_engines_dtype_cannot_hold_is_refused(
+    engine: FakeEngine, transport: InMemoryTransport, held: torch.dtype
+) -> None:
+    """It would become infinite on the way; what is so in the trainer goes as it is."""
+    engine.wants = {"w": "float16"}
+    weights = {"w": torch.ones(4, 3, dtype=held), "bias": torch.ones(2)}
+    with sender_of(weights, [engine], transport) as sender:
+        sender.update(1)
+        weights["w"][2, 1] = 70_000
+        with pytest.raises(SourceError, match="w has values that float16 cannot hold"):
+            sender.update(2)
+        assert engine.version == 1
+        weights["w"][2, 1] = float("inf")
+        sender.update(3)
+    assert holds(engine, weights, engine.wants)
 
 
 def test_a_dtype_that_is_told_is_sent_to_all(

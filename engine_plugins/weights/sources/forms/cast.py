@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from engine_plugins.errors import SettingsError
+from engine_plugins.errors import SettingsError, SourceError
 from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.sources.forms.form_source import Filled
 from engine_plugins.weights.sources.forms.shared_blocks import SharedBlocks
@@ -102,7 +102,11 @@ class Cast:
         """Nothing is to be heard."""
 
     def fill(self, filled: Sequence[Filled]) -> None:
-        """Cast in as few launches as their memory allows: a batch for each device and dtypes."""
+        """Cast in as few launches as their memory allows: a batch for each device and dtypes.
+
+        Raises:
+            SourceError: a finite value that became infinite, in a dtype of a much smaller range.
+        """
         batches: dict[object, tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for box, (slot,) in filled:
             if box.data.is_contiguous():
@@ -114,3 +118,25 @@ class Cast:
                 slot.data.copy_(box.data)
         for targets, sources in batches.values():
             torch._foreach_copy_(targets, sources)
+        _refuse_overflow(filled)
+
+
+def _refuse_overflow(filled: Sequence[Filled]) -> None:
+    """Look at what went into float16, say; bfloat16 has the range of float32, and costs nothing."""
+    found: dict[torch.device, list[tuple[SourceBox, torch.Tensor]]] = {}
+    for box, (slot,) in filled:
+        held, sent = torch.finfo(box.data.dtype), torch.finfo(slot.data.dtype)
+        if box.data.numel() and sent.max < held.max / 2:
+            lost = (slot.data.isinf() & box.data.isfinite()).any()
+            found.setdefault(box.data.device, []).append((slot, lost))
+    for each in found.values():  # one wait for a device, not for each tensor
+        wrong = torch.stack([lost for _, lost in each]).tolist()
+        slots = [slot for (slot, _), is_wrong in zip(each, wrong, strict=True) if is_wrong]
+        if slots:
+            more = f" (nor those of {len(slots) - 1} more tensors)" if len(slots) > 1 else ""
+            sent_in = str(slots[0].data.dtype).removeprefix("torch.")
+            raise SourceError(
+                f"{slots[0].name} has values that {sent_in} cannot hold{more}: they would be "
+                "infinite in the engine",
+                remedy="start the engine in bfloat16 or float32, whose range is larger",
+            )
