@@ -265,6 +265,16 @@ def test_megatrons_parameters_are_remembered_alike() -> None:
     second = offer.boxes()
     assert second is not first
     assert {box.data.data_ptr() for box in second} == {t.data_ptr() for t in tensors.values()}
+    others = {name: torch.randn_like(each) for name, each in tensors.items()}
+    ranks = [rank]
+    listed = MegatronOffer(lambda: ranks, ranks, config, None)
+    listed.boxes()
+    ranks[0] = MegatronRank(
+        chunks=[MegatronChunk(tensors=others, global_layers=[])], tp_rank=0, tp_size=1
+    )
+    assert {box.data.data_ptr() for box in listed.boxes()} == {
+        each.data_ptr() for each in others.values()
+    }, "another share in the list that was given"
 
 
 def test_boxes_given_once_are_followed_without_being_described() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 
 import torch
@@ -26,7 +26,8 @@ class MegatronOffer:
 
     Args:
         ranks: reads the shares anew.
-        parts: what they are read from: model chunks, or shares that were built by hand.
+        parts: what they are read from, itself looked at anew: model chunks, or shares that were
+            built by hand.
         config: the HF config that the engines serve, object or dict.
         rules: see `register_family`.
     """
@@ -38,13 +39,8 @@ class MegatronOffer:
         config: HfConfig,
         rules: GivenRules | None,
     ) -> None:
-        given = [parts] if isinstance(parts, MegatronRank) else list(parts)
-        self._looks = [
-            ModuleTensors(part, _tensors) for part in given if isinstance(part, nn.Module)
-        ]
-        self._chunks = [
-            chunk for part in given if isinstance(part, MegatronRank) for chunk in part.chunks
-        ]
+        self._parts = parts
+        self._looks: dict[nn.Module, ModuleTensors] = {}
         self._ranks, self._config, self._rules = ranks, config, rules
         self._described = Remembered(self._look, lambda _: self._describe())
         self._made = MadeTensors()
@@ -66,15 +62,24 @@ class MegatronOffer:
     def forget(self) -> None:
         """Hold on to no memory; the next `boxes` describes it anew."""
         self._described.forget()
-        for look in self._looks:
-            look.forget()
+        self._looks.clear()
 
     def _describe(self) -> list[SourceBox]:
         return megatron_boxes_of(self._ranks(), self._config, self._rules, self._made)
 
     def _look(self) -> list[tuple[str, torch.Tensor]]:
-        held = [list(chunk.tensors.items()) for chunk in self._chunks]
-        return list(chain(*(look() for look in self._looks), *held))
+        given: list[MegatronRank | nn.Module] = (
+            [self._parts] if isinstance(self._parts, MegatronRank) else [*self._parts]
+        )
+        looks, self._looks = self._looks, {}
+        found: list[Iterable[tuple[str, torch.Tensor]]] = []
+        for part in given:
+            if isinstance(part, MegatronRank):
+                found += [list(chunk.tensors.items()) for chunk in part.chunks]
+            else:
+                self._looks[part] = looks.get(part) or ModuleTensors(part, _tensors)
+                found.append(self._looks[part]())
+        return list(chain(*found))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
