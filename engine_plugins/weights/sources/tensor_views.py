@@ -24,6 +24,7 @@ class View:
         offset: of the first element, counted in the whole tensor without gaps.
         shape: of the view.
         strides: of the view, in elements of the whole tensor without gaps.
+        whole: shape of the whole tensor.
     """
 
     start: tuple[int, ...]
@@ -32,6 +33,7 @@ class View:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    whole: tuple[int, ...]
 
     def cut(
         self, start: Sequence[int], data: torch.Tensor
@@ -50,7 +52,7 @@ class View:
                 without gaps.
         """
         if self.axes is None:
-            if any(start) or data.numel() < prod(self.shape) or not data.is_contiguous():
+            if tuple(data.shape) != self.whole or not data.is_contiguous():
                 raise ValueError("the view splits or joins axes that are not whole here")
             first = data.storage_offset() + self.offset
             return (0,) * len(self.shape), data.as_strided(self.shape, self.strides, first)
@@ -101,6 +103,7 @@ def view_of(view: torch.Tensor, shape: Sequence[int]) -> View:
         offset=offset,
         shape=tuple(view.shape),
         strides=tuple(view.stride()),
+        whole=tuple(shape),
     )
 
 
