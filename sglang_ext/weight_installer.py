@@ -50,12 +50,12 @@ class SglangWeightInstaller:
 
     def may_go_unused(self, name: str) -> bool:
         """Names that SGLang's loaders leave out by design."""
+        predicting = prediction_layers(self._runner.model_config.hf_text_config)
+        return left_out_by_design(name, tied=self._is_tied(), predicting=predicting)
+
+    def _is_tied(self) -> bool:
         config = self._runner.model_config.hf_text_config
-        return left_out_by_design(
-            name,
-            tied=bool(getattr(config, "tie_word_embeddings", False)),
-            predicting=prediction_layers(config),
-        )
+        return bool(getattr(config, "tie_word_embeddings", False))
 
     def trace(self, tensors: Sequence[LogicalTensor]) -> LoaderTrace:
         """Record the loader's copies on a second model without memory."""
@@ -81,7 +81,9 @@ class SglangWeightInstaller:
         load_weights: LoadWeights,
         tensors: Sequence[LogicalTensor],
     ) -> LoaderTrace:
-        meant = [tensor for tensor in tensors if not self.may_go_unused(tensor.name)]
+        # Some loaders refuse a tied model's head; layers that predict they pass over themselves.
+        tied = self._is_tied()
+        meant = [each for each in tensors if not left_out_by_design(each.name, tied=tied)]
         return trace_loader(parameters, load_weights, meant, may_load_whole=True)
 
     def _refuse_derived_caches(self) -> None:

@@ -16,6 +16,8 @@ from rich.table import Table
 from torch import nn
 
 from engine_plugins.weights.boxes.placement import SourceBox
+from engine_plugins.weights.sources.forms.cast import Cast, sent_dtypes
+from engine_plugins.weights.sources.forms.form_source import FormSource
 from engine_plugins.weights.sources.hf_offer import HfOffer
 from engine_plugins.weights.sources.megatron.offer import MegatronOffer
 from engine_plugins.weights.sources.source import WeightSource
@@ -64,9 +66,11 @@ def _sources() -> dict[str, tuple[Callable[[], Sequence[SourceBox]], Callable[[]
     module = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(TENSORS))
     rank = rank_of({**CONFIG, **NARROW})
     by_name, by_module = HfOffer(named), HfOffer(module)
+    sent = FormSource(by_module.boxes, [Cast(sent_dtypes("engine", None))])
     megatron = MegatronOffer(lambda: [rank], rank, {**CONFIG, **NARROW}, None)
     return {
         "named tensors": (by_name.boxes, by_name.forget),
         "a module for each": (by_module.boxes, by_module.forget),
+        "the same, as a sender does": (sent.boxes, by_module.forget),
         "a Megatron rank": (megatron.boxes, megatron.forget),
     }

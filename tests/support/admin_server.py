@@ -104,16 +104,13 @@ class AdminServer:
         assert connected.status_code == 200, connected.text
         return str(connected.json()["plan_id"])
 
-    async def until(
-        self, state: str, *, phase: str | None = None, moved: bool = False, within_s: float = 10
-    ) -> None:
-        """Wait until the engine is in a state (and an update in a phase, or has moved bytes)."""
+    async def until(self, state: str, *, phase: str | None = None, within_s: float = 10) -> None:
+        """Wait until the engine is in a state (and an update in a phase)."""
         give_up = time.monotonic() + within_s
         while True:
             now = self.shared.read()
             reached = phase is None or (now.update is not None and now.update.phase == phase)
-            has_moved = not moved or (now.update is not None and now.update.bytes_done > 0)
-            if now.state == state and reached and has_moved:
+            if now.state == state and reached:
                 return
             assert time.monotonic() < give_up, f"still {now}"
             await asyncio.sleep(0.005)

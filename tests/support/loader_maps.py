@@ -26,7 +26,7 @@ from engine_plugins.weights.contract.report import RankReport
 from engine_plugins.weights.loader.coverage import LoaderRules
 from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
-from engine_plugins.weights.planning import plan
+from engine_plugins.weights.planning import packing
 from engine_plugins.weights.receiving.receiver import WeightReceiver
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.source_ranks import SourceRank, offered_boxes
@@ -217,7 +217,7 @@ def land(
         for box in boxes:
             box.data.fill_(13)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(plan, "SHORT_RUN_BYTES", 0)
+            patch.setattr(packing, "SHORT_RUN_BYTES", 0)
             row_by_row = update(receiver, trainers)
         filled = sum(int((each == 13).sum()) * each.itemsize for each in model.parameters())
         for box, value in zip(boxes, values, strict=True):

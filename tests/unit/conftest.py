@@ -1,10 +1,12 @@
-"""Marks what no engine has a part in: such tests are run in one environment only."""
+"""Marks what no engine has a part in, which is run in one environment only; parts tests' losses."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
+from engine_plugins.weights.transport import quarantine
 
 HERE = Path(__file__).parent
 OF_AN_ENGINE = ("vllm_ext", "sglang_ext")
@@ -23,3 +25,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         if item.path.relative_to(HERE).parts[0] not in OF_AN_ENGINE:
             item.add_marker("core")
+
+
+_lost_by_others: list[object] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_lost_yet() -> None:
+    """What other tests of this process have lost is not counted, and not freed either."""
+    if quarantine._kept:
+        _lost_by_others.append(quarantine._kept)
+        quarantine._kept = []

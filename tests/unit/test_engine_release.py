@@ -170,7 +170,7 @@ def test_what_updates_need_refuses_the_start() -> None:
     release = _release(updates="Core: gone, gone_too")
     with pytest.raises(UnsupportedError) as refused:
         release.check(Settings())
-    assert str(refused.value) == (
+    assert refused.value.message == (
         "Engine 2.1 has no engine.core.Core.gone (and 1 more), which engine-plugins needs for "
         "weight updates: Engine 2.0 has it"
     )

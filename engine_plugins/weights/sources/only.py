@@ -38,7 +38,7 @@ class Only:
         return Only([*self.patterns, *(f"*{ending}" for ending in endings)])
 
     def of(self, boxes: Sequence[SourceBox]) -> Sequence[SourceBox]:
-        """Those that are sent; the same object if all are: then it is known whether it moved."""
+        """Those that are sent; the same object if all are: it may be known not to have moved."""
         names = {box.name for box in boxes}
         chosen = {name for name in names if self.chooses(name)}
         return boxes if chosen == names else [box for box in boxes if box.name in chosen]

@@ -86,7 +86,10 @@ async def test_an_update_under_way_ends_well(
             server.engine.ranks[0].installer.install_s = 0.05
         asked = {"plan_id": plan_id, "version": 5, "request_id": "r", "mode": "staged"}
         running = asyncio.create_task(server.post("/weights/update", **asked))
-        await server.until("updating", phase=phase, moved=phase == "pull")
+        await server.until("updating", phase=phase)
+        while server.engine.ranks[0].receiver._run is None:  # then its memory has been looked at
+            assert not running.done(), running.result().text
+            await asyncio.sleep(0.005)
         with shortage(runtime_dir):
             assert (await second.state())["update"]["version"] == 5
             answer = await running

@@ -41,7 +41,7 @@ class Scheduler:
     """A scheduler behind a tokenizer manager; each of its steps takes `step_s`."""
 
     served_model_name = "tiny"
-    server_args = SimpleNamespace(tp_size=1)
+    server_args = SimpleNamespace(tp_size=1, load_format="auto")
     model_config = SimpleNamespace(hf_config=SimpleNamespace(to_dict=dict))
 
     def __init__(self) -> None:

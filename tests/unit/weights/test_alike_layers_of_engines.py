@@ -77,6 +77,7 @@ def test_layers_that_were_not_shown_have_the_copies_that_the_loader_makes(
         parameters: dict[str, torch.Tensor],
         load: Callable[[Iterable[Any]], object],
         tensors: list[LogicalTensor],
+        **options: bool,
     ) -> LoaderTrace:
         whole[:] = _every_copy(parameters, load, tensors)
 
@@ -85,7 +86,7 @@ def test_layers_that_were_not_shown_have_the_copies_that_the_loader_makes(
             shown[:] = [name for name, _ in handed]
             return load(iter(handed))
 
-        return trace_loader(parameters, noting, tensors)
+        return trace_loader(parameters, noting, tensors, **options)
 
     with engine.rank(tmp_path, tp_size=tp_size, tp_rank=tp_size - 1) as rank:
         monkeypatch.setattr(sys.modules[type(rank.rules).__module__], "trace_loader", both)

@@ -13,7 +13,7 @@ from engine_plugins.weights.planning.source_choice import Reader
 from engine_plugins.weights.receiving.connection import Direction
 from engine_plugins.weights.receiving.receiver import WeightReceiver
 from engine_plugins.weights.receiving.staging import choose_mode
-from engine_plugins.weights.transport import quarantine, transfers
+from engine_plugins.weights.transport import transfers
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from engine_plugins.weights.transport.quarantine import quarantined_bytes
 from tests.support.in_memory_model import InMemoryInstaller, InMemoryModel, hf_tensors
@@ -27,7 +27,6 @@ pytestmark = pytest.mark.core
 def rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[InMemoryRank]:
     """A rank that serves the weights of seed 0, and does not wait long for what stands still."""
     monkeypatch.setattr(transfers, "DRAIN_S", 0.05)
-    monkeypatch.setattr(quarantine, "_kept", [])  # what other tests have lost of this process
     made = InMemoryRank(InMemoryModel.loaded(hf_tensors(seed=0)), stall_timeout_s=0.1)
     yield made
     made.close()
