@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 
 from engine_plugins.admin_answers import UpdateRequest
-from engine_plugins.errors import EnginePluginError
+from engine_plugins.errors import EnginePluginError, UpdateEndUnknownError
 from engine_plugins.sender.engine_urls import refuse_hidden_feeders, refuse_one_engine_twice
 from engine_plugins.sender.engines import EngineLink
 from engine_plugins.sender.fleet import Fleet
@@ -114,7 +114,7 @@ class UpdateRounds:
         urls = list(self._fleet.urls)
         result = Round()
         for _ in range(2):
-            offers = self._offers(urls, request)
+            offers = self._offers(urls, request, result)
             step = partial(self._drive, urls, offers, request)
             result = self._ranks.lead("updating the engines", step, Round).after(result)
             urls = result.forgotten
@@ -159,7 +159,7 @@ class UpdateRounds:
         update = TreeUpdate(self._fleet.links, arity, self._model, request)
         result = Round(roots=self._fleet.urls[:1])
         while roots := result.roots:
-            offers = self._offers(roots, request)
+            offers = self._offers(roots, request, result)
             step = partial(self._drive_tree, update, roots, offers, request.version)
             result = self._ranks.lead("updating the engines", step, Round).after(result)
             self._forget(result.forgotten)
@@ -170,8 +170,13 @@ class UpdateRounds:
             if url in self._fleet.links:
                 self._fleet.links[url].forget()
 
-    def _offers(self, urls: Sequence[str], request: UpdateRequest) -> list[Offer]:
-        """Of all ranks, in the dtypes that the engines want."""
+    def _offers(self, urls: Sequence[str], request: UpdateRequest, earlier: Round) -> list[Offer]:
+        """Of all ranks, in the dtypes that the engines want.
+
+        Raises:
+            UpdateEndUnknownError: other dtypes are wanted than in earlier rounds of this update,
+                and an engine of those may still read.
+        """
 
         def ask(link: EngineLink, source_ids: Sequence[str]) -> Mapping[str, Sequence[str]]:
             with self._mine.withdrawn_on_error():
@@ -180,6 +185,7 @@ class UpdateRounds:
         links = [self._fleet.links[url] for url in urls if url in self._fleet.links]
         offers = self._publishing.offers(urls)
         while self._dtypes.connect(links, offers, ask):
+            _refuse_while_read(earlier, urls)
             self._again(self._word)
             offers = self._publishing.offers(urls)
         return offers
@@ -203,3 +209,15 @@ class UpdateRounds:
 
 def _said(error: BaseException) -> str:
     return error.message if isinstance(error, EnginePluginError) else str(error)
+
+
+def _refuse_while_read(earlier: Round, urls: Sequence[str]) -> None:
+    """Slots are laid out anew for other dtypes: nobody may be reading what lies in them."""
+    code = UpdateEndUnknownError.code
+    reading = [url for url, failure in earlier.failures.items() if failure.code == code]
+    if reading:
+        raise UpdateEndUnknownError(
+            f"of {list(urls)} one came again and wants other dtypes, while {reading} may still "
+            "read what was cast before",
+            remedy="update again once these engines answer, or without them",
+        )

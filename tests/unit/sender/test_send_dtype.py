@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from engine_plugins.errors import SettingsError, SourceError
+from engine_plugins.errors import SettingsError, SourceError, UpdateEndUnknownError
+from engine_plugins.sender import known_end
 from engine_plugins.sender.report import EnginesFailedError
 from engine_plugins.trainer_sender import WeightSender
 from engine_plugins.weights.sources.forms.block_fp8 import BlockFp8
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
+from tests.support.bad_gateway import bad_gateway
 from tests.support.fake_engine import TOKEN, FakeEngine, Refused, served
 from tests.support.process_group import output_of_ranks
 
@@ -102,6 +104,31 @@ def test_each_tensor_goes_in_the_dtype_of_the_engines_parameter(
             assert "slots of 0.0 MB" in str(report)
             if version == 1 or "register" not in way:
                 assert len(engines[0].sources) == 2, "as they are held, and as they are wanted"
+
+
+def test_slots_that_an_engine_may_still_read_are_not_laid_out_anew(
+    engines: list[FakeEngine],
+    transport: InMemoryTransport,
+    weights: dict[str, torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One gives no answer, and may be reading; another comes again and wants other dtypes."""
+    for name in ("GRACE_S", "UNSEEN_S", "GONE_S"):
+        monkeypatch.setattr(known_end, name, 0.5)
+    silent, restarted = engines
+    with bad_gateway(silent.url) as gateway:
+        urls = [gateway.url, restarted.url]
+        with WeightSender.from_hf(
+            weights.items, engines=urls, token=TOKEN, transport=transport
+        ) as sender:
+            sender.update(1)
+            restarted.restart()
+            restarted.wants = {**WANTS, ROUTER: "bfloat16"}
+            gateway.faults |= dict.fromkeys(("/weights/update", "/weights", "/state"), "504")
+            with pytest.raises(UpdateEndUnknownError, match="may still read what was cast") as end:
+                sender.update(2, timeout_s=2.0)
+            assert gateway.url in end.value.message
+            assert restarted.version is None
 
 
 def test_release_frees_the_slots_and_the_next_update_lays_them_out_anew(
