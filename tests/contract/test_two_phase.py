@@ -119,13 +119,17 @@ def test_an_update_that_nobody_commits_is_given_up(served: Served, update: TwoPh
 def test_a_commit_needs_no_trainer(
     served: Served, trainer: TrainerProcess, update: TwoPhase
 ) -> None:
-    """Every byte is in the engine by then."""
+    """Every byte is in the engine by then; unless the watcher looks just now, and gives it up."""
     update.plan_id = trainer.connect(served.server.admin)
     assert update.prepare().status_code == 200
     trainer.signal(signal.SIGKILL)
     committed = update.commit()
-    assert committed.status_code == 200, committed.text
-    _serves(served.server, NEW)
+    if committed.status_code == 503:
+        assert "while the update was prepared" in problem(committed, 503, "peer_lost")
+        _serves(served.server, OLD)
+    else:
+        assert committed.status_code == 200, committed.text
+        _serves(served.server, NEW)
 
 
 @on(DENSE_TP2)
