@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterable
@@ -42,7 +43,8 @@ class RuntimeFiles:
         Raises:
             ServerFilesError: no room for it, say; nothing of it is left.
         """
-        temporary = self.folder / f"{name}.{os.getpid()}.tmp"
+        # One for each call: two of a process may bring the same file at once.
+        temporary = self.folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
             try:
                 temporary.write_bytes(body)

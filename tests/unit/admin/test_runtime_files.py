@@ -8,6 +8,7 @@ import resource
 import shutil
 import stat
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,15 @@ def test_another_error_stays_what_it_is() -> None:
     assert explained(ValueError("odd")).message == "ValueError: odd"
     assert type(explained(FileNotFoundError(errno.ENOENT, "gone"))) is EnginePluginError
     assert type(explained(OSError(errno.EMFILE, "many"))) is ServerFilesError
+
+
+def test_threads_that_bring_the_same_file_at_once_do_not_disturb_each_other(
+    files: RuntimeFiles,
+) -> None:
+    """As of a manifest that is published twice."""
+    body = b"x" * 100_000
+    with ThreadPoolExecutor(8) as pool:
+        for told in [pool.submit(files.put, "a", body) for _ in range(400)]:
+            told.result()
+    assert files.get("a") == body
+    assert [path.name for path in files.folder.iterdir()] == ["a"]

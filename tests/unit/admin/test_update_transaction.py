@@ -260,6 +260,7 @@ async def test_a_request_that_came_in_during_the_update_meets_no_old_kv(
     """It was queued under the old mark, before the new weights were in."""
     async with connected(make_server, trainer) as (server, plan_id):
         engine = server.engine
+        engine.ranks[0].installer.install_s = 0.05  # long enough to be met in it
         await engine.answer(1, 2)
         trainer.transport.bytes_per_s = SLOW
         await server.post("/pause")
