@@ -27,7 +27,8 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from engine_plugins.weights.contract.manifest import decode_manifest
-from engine_plugins.weights.planning.plan import build_plan, coalesced, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan, coalesced
 from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from tests.benchmarks import transformer_engine_stand_in
 from tests.benchmarks.megatron_trainer import (

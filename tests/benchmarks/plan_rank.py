@@ -27,8 +27,10 @@ from engine_plugins.weights.contract.manifest_reader import ManifestReader
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.loader.needed import needed_boxes
-from engine_plugins.weights.planning.plan import FetchPlan, build_plan, coalesced, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan, coalesced
 from engine_plugins.weights.planning.plan_cache import PlanCache
+from engine_plugins.weights.planning.plan_data import FetchPlan
 from engine_plugins.weights.receiving.collector import collector_paused
 from tests.support.loader_maps import PlayedRank, played_engine
 from tests.support.model_shapes import ONE_TRILLION, QWEN3_30B_A3B, logical_tensors_of

@@ -27,7 +27,8 @@ from engine_plugins.weights.contract.manifest import (
     encode_manifest,
 )
 from engine_plugins.weights.contract.manifest_reader import ManifestReader
-from engine_plugins.weights.planning.plan import build_plan, coalesced, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan, coalesced
 from engine_plugins.weights.receiving.collector import collector_paused
 from tests.support.engine_server import ROOT
 from tests.support.model_shapes import ONE_TRILLION, QWEN3_30B_A3B, fused, logical_tensors_of

@@ -26,7 +26,8 @@ from rich.table import Table
 from engine_plugins.sender.peer_writes import PeerWrites
 from engine_plugins.weights.contract.destinations import Destination
 from engine_plugins.weights.contract.manifest import SourceManifest
-from engine_plugins.weights.planning.plan import build_plan, coalesced, laid_apart, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan, coalesced, laid_apart
 from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.receiving.prepared_push import PreparedPush
 from engine_plugins.weights.sources.source import WeightSource

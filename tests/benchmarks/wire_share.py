@@ -32,13 +32,10 @@ from safetensors.torch import save_file
 
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.memory.arena import Arena
-from engine_plugins.weights.planning.plan import (
-    FetchPlan,
-    build_plan,
-    coalesced,
-    logical_tensors,
-    schedule,
-)
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan, coalesced
+from engine_plugins.weights.planning.plan_data import FetchPlan
+from engine_plugins.weights.planning.ring import schedule
 from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.transport.base import Descriptors, Transport
 from engine_plugins.weights.transport.nixl import NixlTransport

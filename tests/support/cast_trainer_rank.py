@@ -8,7 +8,6 @@ Sends two versions. Prints a JSON line for each rank and version.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from engine_plugins import WeightSender
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN
+from tests.support.process_group import fork_ranks
 
 
 class _Model(nn.Module):
@@ -53,16 +53,7 @@ def run_rank(rank: int, world_size: int, rendezvous: str, url: str) -> None:
 
 def main() -> None:
     world_size, rendezvous, url = sys.argv[1:]
-    forks = multiprocessing.get_context("fork")
-    ranks = [
-        forks.Process(target=run_rank, args=(rank, int(world_size), rendezvous, url), daemon=True)
-        for rank in range(int(world_size))
-    ]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join()
-    sys.exit(any(each.exitcode for each in ranks))
+    fork_ranks(run_rank, int(world_size), rendezvous, url)
 
 
 if __name__ == "__main__":

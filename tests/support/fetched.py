@@ -13,7 +13,8 @@ from engine_plugins.weights.contract.manifest import (
     decode_manifest,
     encode_manifest,
 )
-from engine_plugins.weights.planning.plan import build_plan, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan
 from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch
 from engine_plugins.weights.transport.base import Transport
 from engine_plugins.weights.transport.in_memory import InMemoryTransport

@@ -19,7 +19,7 @@ from engine_plugins.sleep.rank_memory import RankMemory
 from engine_plugins.sleep.rank_sleep import RankSleep
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.report import RankReport
-from engine_plugins.weights.planning.plan import Step
+from engine_plugins.weights.planning.plan_data import Step
 from engine_plugins.weights.receiving.connection import ConnectResult, Direction
 from engine_plugins.weights.receiving.receiver import WeightReceiver
 from engine_plugins.weights.receiving.update_run import PreparedPlan, PullStatus

@@ -9,7 +9,6 @@ version, with the weights whose share is not that of the merged whole.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import sys
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from engine_plugins import WeightSender
 from engine_plugins.weights.transport.in_memory import InMemoryTransport
 from tests.support.fake_engine import TOKEN
+from tests.support.process_group import fork_ranks
 
 
 class _Model(nn.Module):
@@ -103,16 +103,7 @@ def wrong(sender: WeightSender, model: nn.Module, twin: Any) -> list[str]:
 
 def main() -> None:
     world_size, rendezvous, url = sys.argv[1:]
-    forks = multiprocessing.get_context("fork")
-    ranks = [
-        forks.Process(target=run_rank, args=(rank, int(world_size), rendezvous, url), daemon=True)
-        for rank in range(int(world_size))
-    ]
-    for each in ranks:
-        each.start()
-    for each in ranks:
-        each.join()
-    sys.exit(any(each.exitcode for each in ranks))
+    fork_ranks(run_rank, int(world_size), rendezvous, url)
 
 
 if __name__ == "__main__":

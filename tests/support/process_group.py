@@ -1,14 +1,17 @@
-"""Programs of several processes, of which none outlives its test."""
+"""Programs of several processes, of which none outlives its test, and how they fork their ranks."""
 
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
+import sys
+from collections.abc import Callable
 
 from tests.support.rank_process import RankProcess
 
-__all__ = ["output_of_ranks"]
+__all__ = ["fork_ranks", "output_of_ranks"]
 
 
 def output_of_ranks(module: str, *arguments: str, **environment: str) -> str:
@@ -23,3 +26,17 @@ def output_of_ranks(module: str, *arguments: str, **environment: str) -> str:
         program.end()
     assert code == 0, f"{module} ended with {code}; its errors are above"
     return said
+
+
+def fork_ranks(run_rank: Callable[..., None], world_size: int, *arguments: str) -> None:
+    """Run `run_rank(rank, world_size, *arguments)` in a process each, and end as they end."""
+    forks = multiprocessing.get_context("fork")
+    ranks = [
+        forks.Process(target=run_rank, args=(rank, world_size, *arguments), daemon=True)
+        for rank in range(world_size)
+    ]
+    for each in ranks:
+        each.start()
+    for each in ranks:
+        each.join()
+    sys.exit(any(each.exitcode for each in ranks))

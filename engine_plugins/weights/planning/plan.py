@@ -26,10 +26,8 @@ from engine_plugins.weights.planning.box_table import (
     volumes,
 )
 from engine_plugins.weights.planning.intersection import Parts, intersect, runs
-from engine_plugins.weights.planning.logical_tensors import logical_tensors
 from engine_plugins.weights.planning.packing import (
     ALIGNMENT_BYTES,
-    SHORT_RUN_BYTES,
     aligned,
     in_batches,
     packed_axis,
@@ -38,27 +36,17 @@ from engine_plugins.weights.planning.places import Places, places_of
 from engine_plugins.weights.planning.plan_data import (
     FetchPlan,
     PackedBatch,
-    PackedPiece,
     Step,
     StepRead,
 )
-from engine_plugins.weights.planning.ring import Window, schedule
 from engine_plugins.weights.planning.source_choice import Reader, SourceChoice
 from engine_plugins.weights.planning.source_table import source_table
 from engine_plugins.weights.transport.base import Descriptors
 
 __all__ = [
-    "SHORT_RUN_BYTES",
-    "FetchPlan",
-    "PackedPiece",
-    "Step",
-    "StepRead",
-    "Window",
     "build_plan",
     "coalesced",
     "laid_apart",
-    "logical_tensors",
-    "schedule",
 ]
 
 SCRATCH_SHARE = 256

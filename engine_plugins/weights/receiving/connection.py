@@ -23,8 +23,9 @@ from engine_plugins.weights.loader.coverage import (
 from engine_plugins.weights.loader.dtype_fit import wanted_dtypes
 from engine_plugins.weights.loader.loader_trace import LoaderTrace
 from engine_plugins.weights.planning.places import place_sizes
-from engine_plugins.weights.planning.plan import FetchPlan, build_plan, coalesced, laid_apart
+from engine_plugins.weights.planning.plan import build_plan, coalesced, laid_apart
 from engine_plugins.weights.planning.plan_cache import PlanCache
+from engine_plugins.weights.planning.plan_data import FetchPlan
 from engine_plugins.weights.planning.source_choice import Reader
 from engine_plugins.weights.receiving.landing import Landing
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container
 from engine_plugins.weights.memory.live_memory import LiveMemory
 from engine_plugins.weights.peers.acquaintances import Acquaintances
 from engine_plugins.weights.peers.meeting import require_same_wire
-from engine_plugins.weights.planning.plan import FetchPlan
+from engine_plugins.weights.planning.plan_data import FetchPlan
 from engine_plugins.weights.receiving.connection import Connection
 from engine_plugins.weights.receiving.landing import Landing
 from engine_plugins.weights.receiving.prepared_fetch import PreparedFetch

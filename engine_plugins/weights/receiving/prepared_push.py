@@ -18,7 +18,8 @@ from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.contract.version_word import WordReader
 from engine_plugins.weights.memory.live_memory import LiveMemory
 from engine_plugins.weights.peers.acquaintances import Acquaintances
-from engine_plugins.weights.planning.plan import FetchPlan, Window
+from engine_plugins.weights.planning.plan_data import FetchPlan
+from engine_plugins.weights.planning.ring import Window
 from engine_plugins.weights.receiving.late_bytes import LateWrites
 from engine_plugins.weights.receiving.prepared_fetch import sources_of
 from engine_plugins.weights.receiving.receive_buffer import ReceiveBuffer

@@ -27,8 +27,9 @@ from engine_plugins.weights.hardware.queued_work import finish_queued_work
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.needed import needed_boxes
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
-from engine_plugins.weights.planning.plan import FetchPlan, Step, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
 from engine_plugins.weights.planning.plan_cache import PlanCache
+from engine_plugins.weights.planning.plan_data import FetchPlan, Step
 from engine_plugins.weights.planning.source_choice import Reader
 from engine_plugins.weights.receiving.collector import collector_paused
 from engine_plugins.weights.receiving.connection import (

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from engine_plugins.weights.loader.weight_installer import WeightInstaller
-from engine_plugins.weights.planning.plan import Step
+from engine_plugins.weights.planning.plan_data import Step
 from engine_plugins.weights.receiving.landing import Landing
 from engine_plugins.weights.receiving.update_run import PreparedPlan
 

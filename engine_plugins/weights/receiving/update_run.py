@@ -13,7 +13,8 @@ import torch
 
 from engine_plugins.errors import EnginePluginError
 from engine_plugins.weights.hardware.peak_memory import PeakMemory
-from engine_plugins.weights.planning.plan import FetchPlan, Step, Window
+from engine_plugins.weights.planning.plan_data import FetchPlan, Step
+from engine_plugins.weights.planning.ring import Window
 from engine_plugins.weights.transport.transfers import DRAIN_S
 
 __all__ = ["STOP_S", "PreparedPlan", "PullStatus", "UpdateRun"]

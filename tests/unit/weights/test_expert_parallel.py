@@ -14,7 +14,9 @@ from engine_plugins.weights.boxes.placement import SourceBox
 from engine_plugins.weights.contract.manifest import SourceManifest
 from engine_plugins.weights.loader.coverage import engine_steps
 from engine_plugins.weights.loader.needed import needed_boxes
-from engine_plugins.weights.planning.plan import Step, build_plan, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan
+from engine_plugins.weights.planning.plan_data import Step
 from engine_plugins.weights.sources.megatron.source import megatron_boxes
 from tests.support.loader_maps import PlayedRank, played_engine
 from tests.support.qwen3_30b import CONFIG, EXPERTS, LAYERS, rank_of

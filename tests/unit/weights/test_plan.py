@@ -16,15 +16,11 @@ from hypothesis import strategies as st
 from engine_plugins.errors import PlanError
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.boxes.placement import SourceBox
-from engine_plugins.weights.planning.plan import (
-    SHORT_RUN_BYTES,
-    FetchPlan,
-    build_plan,
-    coalesced,
-    laid_apart,
-    logical_tensors,
-    schedule,
-)
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.packing import SHORT_RUN_BYTES
+from engine_plugins.weights.planning.plan import build_plan, coalesced, laid_apart
+from engine_plugins.weights.planning.plan_data import FetchPlan
+from engine_plugins.weights.planning.ring import schedule
 from tests.support.source_ranks import offered_boxes, random_bits, tensor_of, whole
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]

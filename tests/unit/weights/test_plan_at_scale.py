@@ -35,7 +35,9 @@ from engine_plugins.weights.loader.needed import _disjoint
 from engine_plugins.weights.planning import source_table as source_table_module
 from engine_plugins.weights.planning.box_table import BoxTable, TensorTable
 from engine_plugins.weights.planning.exact_cover import not_told_apart
-from engine_plugins.weights.planning.plan import FetchPlan, build_plan, logical_tensors
+from engine_plugins.weights.planning.logical_tensors import logical_tensors
+from engine_plugins.weights.planning.plan import build_plan
+from engine_plugins.weights.planning.plan_data import FetchPlan
 from engine_plugins.weights.planning.source_table import source_table
 from tests.support.model_shapes import QWEN3_30B_A3B, fused, logical_tensors_of
 from tests.support.simulated_fsdp import simulated_fsdp

@@ -12,8 +12,9 @@ import pytest
 from engine_plugins.weights.boxes.logical_tensor import LogicalTensor
 from engine_plugins.weights.contract.manifest import SourceManifest, numbers, packed
 from engine_plugins.weights.planning import plan_cache
-from engine_plugins.weights.planning.plan import FetchPlan, Step, build_plan
+from engine_plugins.weights.planning.plan import build_plan
 from engine_plugins.weights.planning.plan_cache import PlanCache, rebased, same_topology
+from engine_plugins.weights.planning.plan_data import FetchPlan, Step
 from tests.support.model_shapes import QWEN3_30B_A3B, logical_tensors_of
 from tests.support.simulated_trainers import SimulatedJob
 
